@@ -1,0 +1,217 @@
+"""Where problems come from, how they are put to the model, and how a response is judged.
+
+A `Problem` is a question, its reference answer, and the name of the judge that compares a response with it. There are
+two judges: `math` (any problem file; `verify.py` decides whether the last \\boxed{} equals the reference) and
+`countdown` (the task of the demo: reach a target with all of the given numbers, each used exactly once).
+
+    numbers 3 5 7, target 22      ->  \\boxed{(7*5)-...}
+
+Countdown suits RL for reasoning: it is hard to guess, easy to check exactly, rewards trying and failing, and its
+problems can be made without end. Problems whose multiset of numbers hashes to 0 modulo 10 are held out, all others are
+for training: the two never share a set of numbers.
+
+To add a task: write a function (problem, response) -> Verdict, enter it in JUDGES, and give your problems its name.
+"""
+
+import random
+import re
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import verify
+from tokenizer import Tokenizer
+from verify import Verdict
+
+from cli import UserError, read_jsonl
+
+LARGEST = 99  # every value in a synthetic countdown chain: the demo's tokenizer has one token for each number up to it
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str
+    task: str = "math"
+
+
+# ---------------------------------------------------------------------------------------------------- countdown
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One attempt at a countdown: the arithmetic steps in order, the expression they amount to, and its value."""
+
+    steps: tuple[str, ...]  # "7-3=4", "5*4=20"
+    expression: str  # "(7-3)*5"
+    value: int
+
+
+def random_walk(numbers: list[int], operators: str, rng: random.Random) -> Walk:
+    """Combine two random members until one is left; all values stay whole and within 1..LARGEST."""
+    while True:
+        pool = [(number, str(number)) for number in numbers]
+        steps = []
+        while len(pool) > 1:
+            a, b = (pool.pop(rng.randrange(len(pool))) for _ in range(2))
+            (x, left), (y, right) = (a, b) if a[0] >= b[0] else (b, a)
+            results = {"+": x + y, "-": x - y, "*": x * y, "/": x // y if x % y == 0 else 0}
+            operator = rng.choice(operators)
+            if not 1 <= results[operator] <= LARGEST:
+                break
+            steps.append(f"{x}{operator}{y}={results[operator]}")
+            pool.append((results[operator], f"({left}{operator}{right})"))
+        else:
+            value, expression = pool[0]
+            return Walk(tuple(steps), expression.removeprefix("(").removesuffix(")"), value)
+
+
+def countdown_problem(numbers: list[int], target: int, operators: str = "+-*") -> Problem:
+    """The question names the operators only where they are not the usual + - *."""
+    allowed = "" if operators == "+-*" else f", operators {' '.join(operators)}"
+    question = f"numbers {' '.join(map(str, numbers))}, target {target}{allowed}"
+    return Problem(question, f"{target} from {' '.join(map(str, numbers))} with {operators}", "countdown")
+
+
+def read_countdown(answer: str) -> tuple[int, list[int], str]:
+    """(target, numbers, operators) of a countdown problem's `answer`."""
+    match = re.fullmatch(r"(\d+) from (\d+(?: \d+)+) with ([-+*/]+)", answer)
+    if not match:
+        raise UserError(f"not a countdown answer ('22 from 3 5 7 with +-*'): {answer!r}")
+    return int(match[1]), [int(number) for number in match[2].split()], match[3]
+
+
+def countdown(seed: int, heldout: bool = False, numbers: int = 3, operators: str = "+-*") -> Iterator[Problem]:
+    """An endless stream of solvable, distinct problems; held-out and training problems share no set of numbers."""
+    rng = random.Random(f"countdown {seed} {heldout}")
+    seen = set()
+    while True:
+        drawn = [rng.randint(1, LARGEST // 2) for _ in range(numbers)]
+        if (zlib.crc32(repr(sorted(drawn)).encode()) % 10 == 0) != heldout:
+            continue
+        target = random_walk(drawn, operators, rng).value
+        if (key := (*sorted(drawn), target)) not in seen:
+            seen.add(key)
+            yield countdown_problem(drawn, target, operators)
+
+
+def judge_countdown(problem: Problem, response: str) -> Verdict:
+    """Exact: own parser, exact rationals, only the allowed operators, every number used exactly once."""
+    target, numbers, operators = read_countdown(problem.answer)
+    boxed = verify.last_boxed(response)
+    if boxed is None:
+        return Verdict("no_answer")
+    try:
+        value, used = verify.exact_arithmetic(boxed, operators)
+    except verify.ParseError:
+        return Verdict("unparsed")
+    return Verdict("correct" if value == target and sorted(used) == sorted(numbers) else "wrong")
+
+
+def diagnose_countdown(problem: Problem, response: str) -> str:
+    """What a countdown response is or fails by; the kinds are those of evaluate.py's table.
+
+    `false claim`: every step of the boxed attempt is right, but its value is not the target (or the box holds another
+    expression than the attempt). `wrong arithmetic`: a step of the attempt that was claimed is false.
+    """
+    target, numbers, operators = read_countdown(problem.answer)
+    boxed = verify.last_boxed(response)
+    if boxed is None:
+        return "out of budget"
+    try:
+        value, used = verify.exact_arithmetic(boxed, operators)
+    except verify.ParseError:
+        return "malformed"
+    if sorted(used) != sorted(numbers):
+        return "wrong numbers"
+    if value == target:
+        return "correct"
+    claimed = [line for line in response.split("\n") if line.endswith(" yes")]
+    steps = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", claimed[-1]) if claimed else []
+    exact = [verify.exact_arithmetic(f"{x}{operator}{y}", "+-*/")[0] == int(z) for x, operator, y, z in steps]
+    return "false claim" if all(exact) else "wrong arithmetic"
+
+
+# ---------------------------------------------------------------------------------------------------- problem files
+
+
+def load(path: str | Path) -> list[Problem]:
+    """Problems from JSONL: `problem` or `question`, `answer`, and `task` where the judge is not `math`."""
+    problems = []
+    for number, row in enumerate(read_jsonl(path), start=1):
+        question = row.get("problem", row.get("question"))
+        if not isinstance(question, str) or not question.strip():
+            raise UserError(f"{path}, problem {number}: no `problem` (or `question`)")
+        if row.get("answer") in (None, ""):
+            raise UserError(f"{path}, problem {number}: no `answer`")
+        task = row.get("task", "math")
+        if task not in JUDGES:
+            raise UserError(f"{path}, problem {number}: task {task!r} is none of {', '.join(JUDGES)}")
+        answer = str(row["answer"]) if task == "countdown" else verify.reference_answer(str(row["answer"]))
+        problems.append(Problem(question, answer, task))
+        if task == "countdown":
+            read_countdown(answer)
+    return problems
+
+
+INSTRUCTION = "\nReason step by step, and put your final answer within \\boxed{}."
+
+
+def messages(problem: Problem) -> list[dict]:
+    """The chat that puts the problem; a countdown question is the whole prompt, a maths problem names the box."""
+    return [{"role": "user", "content": problem.question + (INSTRUCTION if problem.task == "math" else "")}]
+
+
+def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
+    return tokenizer.chat(messages(problem), add_generation_prompt=True)
+
+
+# ---------------------------------------------------------------------------------------------------- reward
+
+JUDGES: dict[str, Callable[[Problem, str], Verdict]] = {
+    "math": lambda problem, response: verify.verify(response, problem.answer),
+    "countdown": judge_countdown,
+}
+
+
+def score(problems: list[Problem], responses: list[str], workers: int | None = None) -> list[Verdict]:
+    """One verdict per (problem, response), in order; maths answers go through `verify_many`'s worker processes."""
+    maths = [i for i, problem in enumerate(problems) if problem.task == "math"]
+    pairs = [(responses[i], problems[i].answer) for i in maths]
+    from_pool = dict(zip(maths, verify.verify_many(pairs, workers=workers) if pairs else []))
+    return [from_pool.get(i) or JUDGES[p.task](p, r) for i, (p, r) in enumerate(zip(problems, responses))]
+
+
+def repeats(tokens: list[int], ngram: int = 20, times: int = 4) -> bool:
+    """T1's first unexpected pattern: some n-gram of tokens stands `times` times or more in the response."""
+    counts: dict[tuple[int, ...], int] = {}
+    for i in range(len(tokens) - ngram + 1):
+        key = tuple(tokens[i : i + ngram])
+        counts[key] = counts.get(key, 0) + 1
+        if counts[key] >= times:
+            return True
+    return False
+
+
+def garbled(text: str, question: str = "") -> bool:
+    """T1's third unexpected pattern: broken characters, control characters, or letters of a script that is foreign.
+
+    Foreign: neither Latin nor Greek (maths uses both) and not in the question; so a Chinese answer to a Chinese
+    question is fine, and a Cyrillic word in an English chain is not.
+    """
+    expected = {"LATIN", "GREEK"} | {script(character) for character in question if character.isalpha()}
+    for character in set(text) - set("\n\t\r"):
+        category = unicodedata.category(character)
+        if character == "\ufffd" or category in ("Cc", "Cs", "Co"):
+            return True
+        if character.isalpha() and category != "Lm" and script(character) not in expected:
+            return True
+    return False
+
+
+def script(letter: str) -> str:
+    """The script of a letter by its Unicode name ("LATIN", "CJK", ...). Styled maths letters count as Latin."""
+    name = unicodedata.name(letter, "UNKNOWN").split(" ")[0].split("-")[0]
+    return "LATIN" if name in ("MATHEMATICAL", "DOUBLE", "SCRIPT", "BLACK", "FULLWIDTH") else name
