@@ -1,0 +1,602 @@
+"""What `sft.py` and `rl.py` share, so that one process and many run the same code.
+
+    python sft.py ...                                               # a World of one: no process group, a plain module
+    torchrun --standalone --nproc_per_node=4 sft.py ...             # gloo on CPU, NCCL on GPUs; several nodes: --nnodes
+
+Read in this order: the ranks and what they tell each other; the `Scorer` (the model and the head's log-probs as one
+module that FSDP2 can shard); packing of sequences into rows; checkpoints; the run folder and its metrics.
+
+One rule makes every number independent of how the work was cut: *a step's loss is divided once, by the number of
+tokens of the whole step*. So gradients are summed (never averaged) over micro-batches and over ranks, and a rank with
+nothing to train on adds zeros.
+"""
+
+import contextlib
+import dataclasses
+import heapq
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from cli import UserError, write_text
+from kernels import linear_logprob_entropy
+from model import Transformer, save_pretrained
+from tokenizer import Tokenizer
+
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """Which process this is, of how many, and the device it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Rank 0 writes the files and talks to the terminal."""
+        return self.rank == 0
+
+
+def start(device: str = "auto") -> World:
+    """Join the ranks that torchrun started; without torchrun, a World of one with no process group at all."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: this machine has no CUDA device")
+    if "RANK" not in os.environ:
+        return World(0, 1, torch.device(device))
+    if device.startswith("cuda"):
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo")
+    return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def session(device: str = "auto") -> Iterator[World]:
+    """`with session() as world:` around a command. A UserError on any rank ends all of them, and is printed once.
+
+    The first rank to fail leaves a note in the store that torchrun keeps, outside of all ranks, and exits; the others
+    find out when their next collective breaks (or torchrun ends them), see the note and leave without a word.
+    """
+    world = start(device)
+    try:
+        yield world
+    except Exception as error:
+        if world.size == 1:
+            raise
+        notes = dist.distributed_c10d._get_default_store()  # the one private call: rendezvous hands out no store
+        if isinstance(error, UserError):
+            if notes.add("failed", 1) == 1:
+                raise
+        elif notes.add("failed", 0) == 0:
+            raise  # nobody's bad input: a bug of ours, with its traceback
+        raise SystemExit(2) from None
+    finally:
+        stop()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(value: float | Tensor) -> float | Tensor:
+    """The sum over all ranks: a float for a number (added in fp64), a new tensor for a tensor. Every rank calls it."""
+    if not dist.is_initialized():
+        return value
+    total = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total if isinstance(value, Tensor) else total.item()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """`value` of every rank, in the order of the ranks, on every rank (pickled: for small things)."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(world: World, function: Callable[[], Any]) -> Any:
+    """Run `function` on rank 0 alone; its result, or its UserError, reaches every rank."""
+    result, complaint = None, None
+    if world.main:
+        try:
+            result = function()
+        except UserError as error:
+            complaint = str(error)
+    result, complaint = gather_objects((result, complaint))[0]
+    if complaint is not None:
+        raise UserError(complaint)
+    return result
+
+
+def same_on_all_ranks(config: dict[str, Any]) -> None:
+    """UserError naming the first setting on which two ranks disagree (other flags, other code)."""
+    first, *others = gather_objects(config)
+    for rank, other in enumerate(others, start=1):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise UserError(f"ranks disagree on {name}: {first.get(name)} on 0, {other.get(name)} on {rank}")
+
+
+# --- the model over ranks ---------------------------------------------------------------------------------------------
+
+
+class Scorer(nn.Module):
+    """The transformer and the log-probs of its head as *one* module, so that FSDP2 can shard all of it.
+
+    The head's weight is used outside `Transformer.forward` (`kernels.linear_logprob_entropy` needs no logits). A
+    sharded parameter is whole only inside the forward of the module that holds it, and its gradient is only reduced if
+    it was used there: hence the loss's expensive half lives in here.
+    """
+
+    def __init__(self, model: Transformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, documents: Tensor | None, targets: Tensor, index: Tensor, temperature: float):
+        hidden = self.model(tokens, documents=documents)
+        # A micro-batch with nothing to train on still runs the whole graph, on one position that no loss will read:
+        # the other ranks are waiting in the same collectives.
+        where = index if len(index) else index.new_zeros(1)
+        weight = self.model.head_weight
+        rows = hidden.flatten(0, 1)[where].to(weight.dtype)
+        logprob, entropy = linear_logprob_entropy(rows, weight, targets.flatten()[where], temperature)
+        blank = logprob.new_zeros(tokens.shape)
+        where = (where // tokens.shape[1], where % tokens.shape[1])
+        return blank.index_put(where, logprob), blank.index_put(where, entropy)
+
+
+def shard(
+    model: Transformer, world: World, dtype: torch.dtype | None = None, checkpoint_activations: bool = False
+) -> Scorer:
+    """Wrap `model` (fp32 master weights, the same on every rank) for training on `world`, in place.
+
+    More than one rank: FSDP2, one group of parameters per block and one for the rest; parameters become DTensors, and
+    gradients come out as the SUM over ranks, sharded alike. `dtype` (bf16) is what the matrix products run in; the
+    masters, the gradients' sum and AdamW stay fp32, because an Adam step of 1e-5 vanishes in a bf16 weight.
+    """
+    scorer = Scorer(model)
+    model.checkpoint_blocks = checkpoint_activations
+    mixed = dtype is not None and dtype != model.embed.weight.dtype
+    if world.size == 1 and not mixed:
+        return scorer.to(world.device)
+    if not dist.is_initialized():  # mixed precision is FSDP's, so that a process alone needs a group of one
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    # cast_forward_inputs=False: the stream between blocks stays fp32, and so do the rotary angles
+    policy = MixedPrecisionPolicy(dtype if mixed else None, torch.float32 if mixed else None, cast_forward_inputs=False)
+    for module in [*model.blocks, scorer]:
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        module.set_gradient_divide_factor(1.0)  # a sum, not FSDP's mean: see the rule at the top of this file
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
+    return scorer
+
+
+def score(scorer: Scorer, packed: "Packed", temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(logprob[R, T], entropy[R, T]), fp32: of the next token, and of the whole distribution it came from.
+
+    Zero wherever `packed.mask` is false: only response positions ever meet the vocabulary.
+    """
+    packed = packed.to(next(scorer.parameters()).device)
+    result = scorer(packed.tokens, packed.documents, packed.targets, packed.index, temperature)
+    if isinstance(scorer, FSDPModule) and not torch.is_grad_enabled():
+        scorer.reshard()  # FSDP keeps the root whole for a backward that will not come
+    return result
+
+
+def adamw(scorer: Scorer, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)):
+    """AdamW; matrices decay, vectors (norms, biases) do not: shrinking a norm's gain rescales a whole layer."""
+    matrices = [p for p in scorer.parameters() if p.ndim >= 2]
+    vectors = [p for p in scorer.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
+def clip_grad_norm(scorer: nn.Module, max_norm: float) -> float:
+    """Scale the gradients down to the global norm `max_norm` (math.inf: leave them); returns the norm they had."""
+    norm = nn.utils.clip_grad_norm_(scorer.parameters(), max_norm)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; a plain tensor is its own part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def whole_parameters(scorer: Scorer) -> Iterator[tuple[str, Tensor]]:
+    """The transformer's parameters, gathered one at a time. Every rank has to walk through all of them."""
+    for name, parameter in scorer.model.named_parameters():
+        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+@torch.no_grad()
+def copy_weights(source: Scorer, target: Transformer) -> None:
+    """Copy the policy into a plain model of any dtype or device (the sampler's). Every rank calls it."""
+    for name, whole in whole_parameters(source):
+        target.get_parameter(name).copy_(whole)
+
+
+def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -> None:
+    """Write the policy as a Hugging Face folder, from rank 0's memory. Every rank calls it."""
+    weights = {name: whole.cpu() for name, whole in whole_parameters(scorer) if world.main}
+    if world.main:
+        save_pretrained(scorer.model, path, tokenizer, weights)
+    barrier()
+
+
+# --- sequences into rows ----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A sequence to train on: `spans` are the [start, end) token ranges to be predicted (responses, stop included).
+
+    A mask made from token values (`token != pad`) breaks as soon as the stop token is the padding, or stands in the
+    prompt; spans are counted when prompt and response are put together.
+    """
+
+    tokens: list[int]
+    spans: list[tuple[int, int]]
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are trained on. The first token of a sequence cannot be predicted from anything."""
+        return sum(end - max(start, 1) for start, end in self.spans)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Sequences packed into R rows of T tokens. Position t of a document predicts its token t + 1.
+
+    tokens[R, T] int64; documents[R, T] int64, the number of the document in its row (padding: one more document), or
+    None where every row holds one document; targets[R, T] int64, the next token of the document (0 where there is
+    none); mask[R, T] bool, true where the target is trained on; index[N] int64, the same positions in flattened form,
+    sequence after sequence in the order in which they were given; counts[i], how many of them are sequence i's.
+    """
+
+    tokens: Tensor
+    documents: Tensor | None
+    targets: Tensor
+    mask: Tensor
+    index: Tensor
+    counts: list[int]
+
+    def place(self, values: list[float | Tensor]) -> Tensor:
+        """fp32[R, T] from one entry per sequence: a number (its advantage), or one per trained token."""
+        grid = torch.zeros(self.mask.shape, device=self.index.device)
+        if len(self.index):
+            flat = [torch.as_tensor(v, dtype=torch.float32).expand(n) for v, n in zip(values, self.counts, strict=True)]
+            grid.view(-1)[self.index] = torch.cat(flat).to(grid.device)
+        return grid
+
+    def extract(self, grid: Tensor) -> list[Tensor]:
+        """The inverse of `place`: from [R, T], each sequence's values at its trained tokens."""
+        return list(grid.flatten()[self.index].split(self.counts))
+
+    def to(self, device: torch.device) -> "Packed":
+        tensors = {
+            f.name: v.to(device) for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Tensor)
+        }
+        return dataclasses.replace(self, **tensors)
+
+
+def pack(examples: list[Example], row_length: int = 0) -> Packed:
+    """Fill rows of `row_length` tokens (at least the longest sequence) by first-fit decreasing."""
+    lengths = [len(example.tokens) for example in examples]
+    capacity = max([row_length, *lengths])
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(examples)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, room in enumerate(free) if room >= lengths[i]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(capacity)
+        rows[row].append(i)
+        free[row] -= lengths[i]
+    height, width = max(len(rows), 1), capacity - min(free) if rows else 1
+    tokens = torch.zeros(height, width, dtype=torch.long)
+    targets = torch.zeros_like(tokens)
+    documents = torch.zeros_like(tokens)
+    positions: list[list[int]] = [[]] * len(examples)
+    for r, row in enumerate(rows):
+        column = 0
+        for number, i in enumerate(row):
+            end = column + lengths[i]
+            tokens[r, column:end] = torch.tensor(examples[i].tokens)
+            targets[r, column : end - 1] = tokens[r, column + 1 : end]
+            documents[r, column:] = number
+            origin = r * width + column - 1  # the position before a token is the one that predicts it
+            positions[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
+            column = end
+        documents[r, column:] = len(row)
+    index = torch.tensor([p for sequence in positions for p in sequence], dtype=torch.long)
+    mask = torch.zeros(height * width, dtype=torch.bool)
+    mask[index] = True
+    # One document per row: causal attention alone keeps it from the padding, which comes after it. No mask to build.
+    alone = all(len(row) == 1 for row in rows)
+    counts = [len(sequence) for sequence in positions]
+    return Packed(tokens, None if alone else documents, targets, mask.view(height, width), index, counts)
+
+
+def balance(lengths: list[int], bins: int) -> list[list[int]]:
+    """Spread items over `bins` by length, the longest first, each to the bin with the least so far. Deterministic."""
+    heap = [(0, b) for b in range(bins)]
+    filled: list[list[int]] = [[] for _ in range(bins)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, b = heapq.heappop(heap)
+        filled[b].append(i)
+        heapq.heappush(heap, (load + lengths[i], b))
+    return filled
+
+
+def micro_batches(lengths: list[int], tokens: int, world: World) -> list[list[int]]:
+    """This rank's micro-batches, as indices into `lengths` (of the whole step, the same list on every rank).
+
+    None holds more than `tokens` tokens (unless one sequence alone does), and every rank gets the same number of
+    them, because FSDP's collectives must match; some may be empty.
+    """
+    count = max(1, math.ceil(sum(lengths) / (tokens * world.size)))
+    while True:
+        bins = balance(lengths, count * world.size)
+        if all(len(b) <= 1 or sum(lengths[i] for i in b) <= tokens for b in bins):
+            return bins[world.rank :: world.size]
+        count += 1
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def named_tensors(parts: dict[str, nn.Module | torch.optim.Optimizer | Tensor]) -> dict[str, Tensor]:
+    """Everything in `parts` under one flat naming, whole or sharded; the tensors share the parts' memory.
+
+    Of an optimizer, AdamW's moments by parameter number (an untouched one is given the zeros it would start from).
+    Its learning rates are not state here: they follow from the step.
+    """
+    tensors = {}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+        elif isinstance(part, torch.optim.Optimizer):
+            for number, parameter in enumerate(p for group in part.param_groups for p in group["params"]):
+                moments = part.state[parameter]
+                if not moments:
+                    moments["step"] = torch.tensor(0.0)
+                    moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                tensors |= {f"{name}.{number}.{key}": value.detach() for key, value in moments.items()}
+        else:
+            tensors[name] = part
+    return tensors
+
+
+def random_state(world: World) -> dict[str, Tensor]:
+    """This rank's generators. (Only torch's: everything else in nanoT1 draws from seeds, not from global state.)"""
+    states = {f"random.cpu.{world.rank}": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states[f"random.cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
+    return states
+
+
+def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], state: dict[str, Any], world: World, keep: int = 2):
+    """Write `folder`/step-NNNNNN: all of it or nothing, whenever the process is killed. Every rank calls it.
+
+    parts: modules, AdamW and tensors, see `named_tensors`. state: what JSON can hold (data position, counters).
+    Written under another name, flushed to the disk, renamed; then all but the last `keep` are removed.
+    """
+    final = folder / f"step-{step:06d}"
+    if final.exists():
+        return
+    partial = final.with_suffix(".partial")
+    if world.main:
+        shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
+        partial.mkdir(parents=True)
+    barrier()
+    writer = FileSystemWriter(partial)  # flushes every file to the disk (sync_files)
+    dcp.save(named_tensors(parts) | random_state(world), storage_writer=writer, no_dist=not dist.is_initialized())
+    if world.main:
+        write_text(partial / "state.json", json.dumps({"step": step, "ranks": world.size} | state))
+        sync_folder(partial)
+        partial.rename(final)
+        sync_folder(folder)
+        for old in complete_checkpoints(folder)[:-keep]:
+            doomed = old.rename(old.with_suffix(".partial"))  # a half-removed one must not look complete
+            shutil.rmtree(doomed)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def load_checkpoint(path: Path, parts: dict[str, Any], world: World) -> dict[str, Any]:
+    """Fill `parts` in place from a checkpoint written by any number of ranks, and return its `state` (with `step`).
+
+    The generators are restored too, where this rank had one when it was written.
+    """
+    tensors = named_tensors(parts)
+    try:
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"checkpoint {path} is damaged: {error}") from None
+    for name, tensor in tensors.items():
+        if name not in stored:
+            raise UserError(f"checkpoint {path} does not hold {name}")
+        if stored[name].size != tensor.shape:
+            raise UserError(f"checkpoint {path}: {name} has shape {[*stored[name].size]}, expected {[*tensor.shape]}")
+    generators = {name: value for name, value in random_state(world).items() if name in stored}
+    dcp.load(tensors | generators, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
+    for name, value in generators.items():
+        torch.set_rng_state(value) if ".cpu." in name else torch.cuda.set_rng_state(value, world.device)
+    return state
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def open_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...], world: World) -> Path:
+    """Create the folder of a run with its config.json, or check that it can be resumed. Nothing is ever overwritten.
+
+    config: the command's dataclass. may_change: its fields that may differ from the first start (`steps`, `resume`).
+    Call it after the inputs have been read: a run whose data does not exist should leave no folder behind.
+    """
+    flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    same_on_all_ranks(flags)
+    out = Path(out)
+
+    def check_or_create() -> None:
+        file = out / "config.json"
+        if not resume:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"{out} exists already: --resume to continue the run in it, or choose another --out")
+            (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(flags, indent=2) + "\n")
+            return
+        if not out.is_dir():
+            raise UserError(f"--resume: there is no run in {out}")
+        try:
+            first = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            raise UserError(f"--resume: {out} is no run, or only half of one: no readable config.json in it") from None
+        for name in sorted(flags.keys() | first.keys()):
+            if name not in may_change and flags.get(name) != first.get(name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"--resume: {out} was started with {flag} {first.get(name)}, not {flags.get(name)}")
+
+    on_main(world, check_or_create)
+    return out
+
+
+class MetricsLog:
+    """metrics.jsonl: one line per step, flushed; on other ranks than 0 it swallows everything.
+
+    A resumed run goes on from its checkpoint's `step`: lines after that are cut off, as they will be written again, so
+    the file ends up as that of a run never interrupted.
+    """
+
+    def __init__(self, out: Path, step: int, world: World, backend: str = "none"):
+        self.path = out / "metrics.jsonl"
+        self.file = self.tensorboard = self.wandb = None
+        if not world.main:
+            return
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        try:
+            if backend == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+            elif backend == "wandb":
+                import wandb
+
+                self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
+        except ImportError:
+            raise UserError(f"--log {backend}: {backend} is not installed") from None
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        if self.file is None:
+            return
+        self.file.write(json.dumps({"step": step} | metrics) + "\n")
+        self.file.flush()
+        if self.tensorboard:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(metrics, step=step)
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    rows = []
+    if Path(path).exists():
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) -> None:
+    """Draw a metrics.jsonl: one panel per title, with a line for each of its metrics over the steps."""
+    import matplotlib  # here, not above: a second of importing that the other ranks need not pay
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(metrics)
+    columns = min(3, len(panels))
+    height = math.ceil(len(panels) / columns)
+    figure, axes = pyplot.subplots(height, columns, figsize=(4.2 * columns, 2.8 * height), squeeze=False)
+    for axis, (title, names) in zip(axes.flat, panels.items()):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axis.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.2)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        if len(names) > 1:
+            axis.legend(fontsize=7)
+    for axis in list(axes.flat)[len(panels) :]:
+        axis.set_visible(False)
+    figure.tight_layout()
+    partial = Path(path).with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+    os.replace(partial, path)
+
+
+@dataclasses.dataclass
+class Guard:
+    """Lets a step pass if its numbers are finite; skips and counts it if not; stops the run after `limit` in a row."""
+
+    limit: int = 5
+    skipped: int = 0
+    in_a_row: int = 0
+
+    def allows(self, **values: float) -> bool:
+        """values: the step's loss and gradient norm, the same on every rank (so that all skip, or none)."""
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if not bad:
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit:
+            raise RuntimeError(f"stopped: {' and '.join(bad)} not finite for {self.limit} steps in a row")
+        return False
