@@ -231,6 +231,9 @@ def evaluate(
     if samples < max(ks) or min(ks) < 1 or min(budgets, default=1) < 1:
         raise UserError(f"needs samples >= k >= 1 and budgets >= 1, not {samples} samples, k {ks}, budgets {budgets}")
     prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
+    context, needed = sampler.model.config.context, max(map(len, prompts)) + max(budgets, default=0) + 2 * ANSWER_TOKENS
+    if budgets and needed > context:
+        raise UserError(f"a budget of {max(budgets)} needs a context of {needed} tokens, the model's is {context}")
     longest = replace(params, max_tokens=max(params.max_tokens, *budgets, 1))
     sampled = sampler.generate(prompts, samples, longest, progress=progress)
     chains = [[cut(chain, params.max_tokens) for chain in row] for row in sampled]
@@ -425,8 +428,7 @@ def main(config: Config) -> None:
             sampler, tokenizer, problems, config.n, params, budgets, ks, answerer, config.lenient, progress=True
         )
         if saved:
-            models = {name: asdict(result) | {"summary": result.summary()} for name, result in results.items()}
-            cli.write_text(saved, json.dumps({"flags": flags, "models": models}))
+            write_results(saved, flags, results)
     results = {name: results[name] for name in config.model}
     print(table(results))
     if len(results) == 2:
@@ -439,21 +441,24 @@ def main(config: Config) -> None:
         curate(rows, results[config.model[0]], config.curate)
 
 
+def write_results(path: Path, flags: dict, results: dict[str, Result]) -> None:
+    models = {name: asdict(result) | {"summary": result.summary()} for name, result in results.items()}
+    cli.write_text(path, json.dumps({"flags": flags, "models": models}))
+
+
 def read_results(path: Path, flags: dict, resume: bool) -> dict[str, Result]:
     """The models that an earlier run of the same flags has measured."""
     if not resume:
         raise UserError(f"{path} exists: choose another --out, or --resume to add to it")
     try:
         found = json.loads(path.read_text())
-        results = {
-            name: Result(**{k: v for k, v in saved.items() if k != "summary"})
-            for name, saved in found["models"].items()
-        }
-    except (ValueError, KeyError, TypeError):
+        models = {name: {k: v for k, v in model.items() if k != "summary"} for name, model in found["models"].items()}
+        results = {name: Result(**model) for name, model in models.items()}
+        changed = [f"--{name.replace('_', '-')}" for name in flags if found["flags"].get(name) != flags[name]]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a results file of evaluate.py") from None
-    if found["flags"] != flags:
-        changed = sorted(key for key in flags if found["flags"].get(key) != flags[key])
-        raise UserError(f"{path} was measured with other flags: --{', --'.join(changed).replace('_', '-')}")
+    if changed:
+        raise UserError(f"{path} was measured with another {', '.join(changed)}")
     for result in results.values():
         result.curve = {int(budget): values for budget, values in result.curve.items()}  # JSON's keys are strings
     return results

@@ -1,0 +1,307 @@
+"""evaluate.py: estimators against brute force, the budget curve against hand-made chains, curation, bad input.
+
+No model runs here: a scripted sampler says what it is told to, so every number below was computed by hand.
+"""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import evaluate
+from cli import UserError
+from evaluate import Result
+from sample import Completion, SamplingParams
+from tasks import Problem, countdown_problem
+
+EOS = 0
+
+
+class Letters:
+    """A tokenizer of one token per character; 0 ends a turn."""
+
+    eos_ids = (EOS,)
+
+    def encode(self, text):
+        return [ord(character) for character in text]
+
+    def decode(self, tokens, skip_special=False):
+        return "".join(chr(token) for token in tokens if token != EOS)
+
+    def chat(self, messages, add_generation_prompt=True):
+        return self.encode(messages[0]["content"] + "\n")
+
+
+class Script:
+    """A sampler that answers prompt i with `chains[i]`, and forced answers with `answer`; it remembers what it was asked."""
+
+    def __init__(self, chains, answer="0}"):
+        self.chains, self.answer, self.forced = chains, answer, []
+        self.model = SimpleNamespace(config=SimpleNamespace(context=100_000))
+
+    def generate(self, prompts, n, params, progress=False):
+        if params.temperature == 0:
+            self.forced += [Letters().decode(prompt) for prompt in prompts]
+            return [[completion(self.answer)] for _ in prompts]
+        return [[completion(text, params.max_tokens) for text in row[:n]] for row in self.chains]
+
+
+def completion(text, max_tokens=10_000):
+    tokens = ([ord(character) for character in text] + [EOS])[:max_tokens]
+    return Completion(tokens, [0.0] * len(tokens), "stop" if tokens[-1] == EOS else "length")
+
+
+COUNTDOWN = countdown_problem([3, 5, 7], 22)
+SOLVED = "3*5=15, 15+7=22 yes\ncheck 3*5+7=22 ok\n\\boxed{(3*5)+7}"
+FALSE_CLAIM = "3+5=8, 8+7=15 yes\ncheck 3+5+7=15 ok\n\\boxed{(3+5)+7}"
+
+
+# ------------------------------------------------------------------------------------------------- pass@k
+
+
+@given(st.integers(1, 9), st.data())
+def test_pass_at_k_is_the_chance_over_all_subsets(n, data):
+    """Guards against the biased 1 - (1 - c/n)^k and against an off-by-one in the product."""
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
+    assert evaluate.pass_at_k(n, c, k) == pytest.approx(np.mean([any(subset) for subset in subsets]))
+
+
+def test_pass_at_k_of_many_samples():
+    """Guards against binomials that overflow: C(4000, 2000) is no float."""
+    exact = 1 - math.comb(3990, 2000) / math.comb(4000, 2000)
+    assert evaluate.pass_at_k(4000, 10, 2000) == pytest.approx(exact)
+
+
+@pytest.mark.parametrize("n, c, k", [(4, 5, 1), (4, 0, 5), (4, 0, 0), (4, -1, 1)])
+def test_pass_at_k_refuses_the_impossible(n, c, k):
+    """Guards against a silent number where there are fewer samples than k."""
+    with pytest.raises(ValueError):
+        evaluate.pass_at_k(n, c, k)
+
+
+def test_interval_has_its_coverage():
+    """Guards against an interval over samples instead of problems, or a percentile on the wrong side.
+
+    200 draws of 100 problems with a true mean of 0.3: a 95 % interval should miss it in about 10; 24 is 4.5 sigma.
+    """
+    rng = np.random.default_rng(1)
+    missed = 0
+    for _ in range(200):
+        low, high = evaluate.interval((rng.random(100) < 0.3).astype(float), resamples=400)
+        missed += not low <= 0.3 <= high
+    assert 1 <= missed <= 24
+    assert evaluate.interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------- maj@k
+
+
+def test_majority_votes_in_groups_and_shares_ties():
+    """Guards against a None (no answer) that wins the vote, and against ties that go to whoever came first."""
+    right = {"a": True, "b": False, "c": False, None: False}
+
+    def maj(answers, k):
+        return evaluate.maj_at_k(answers, [right[answer] for answer in answers], k)
+
+    assert maj(["a", "a", "b", "b"], 4) == 0.5
+    assert maj(["b", "b", "a"], 3) == 0.0
+    assert maj([None, None, "a"], 3) == 1.0
+    assert maj([None, None, None], 3) == 0.0
+    assert maj(["a", "a", "c", "b", "b", "c", "a"], 3) == 0.5  # groups aac and bbc; the seventh is left over
+
+
+def test_equal_answers_vote_together():
+    """Guards against a majority split by spelling: 1/2, 0.5 and \\frac12 are one wrong answer, three to two."""
+    responses = [f"\\boxed{{{answer}}}" for answer in ("1/2", "0.5", "\\frac{1}{2}", "2", "2.0")] + ["no box"]
+    correct = [False, False, False, True, True, False]
+    names = evaluate.answer_classes(Problem("?", "2"), responses, correct)
+    assert len({*names[:3]}) == 1 and names[3] == names[4] != names[0] and names[5] is None
+    assert evaluate.maj_at_k(names[:5], correct[:5], 5) == 0.0
+
+
+# ------------------------------------------------------------------------------------------------- budgets
+
+
+def test_budget_curve_cuts_forces_and_scores():
+    """Guards against a chain judged beyond its budget, and against answers generated for chains that had ended.
+
+    The chain solves the problem in its 55 characters and the stop token: at 20 the answer must be forced.
+    """
+    sampler = Script([], answer="(3*5)+7} and \\boxed{9} besides")
+    problems, chains = [COUNTDOWN], [[completion(SOLVED), completion(FALSE_CLAIM)]]
+    curve = evaluate.budget_curve(sampler, Letters(), problems, chains, [20, 1000])
+    assert curve == {20: [1.0], 1000: [0.5]}  # what stands behind the closed box is no answer
+    prompt = f"{COUNTDOWN.question}\n"
+    assert sampler.forced == [prompt + SOLVED[:20] + "\\boxed{", prompt + FALSE_CLAIM[:20] + "\n\\boxed{"]
+
+
+def test_budget_curve_generates_nothing_for_answers_that_stand():
+    """Guards against wasted generation, and against a second box forced behind the first (the last one counts)."""
+    sampler = Script([], answer="1}")
+    chains = [[completion(SOLVED + " and so on")]]
+    assert evaluate.budget_curve(sampler, Letters(), [COUNTDOWN], chains, [len(SOLVED), 500]) == {
+        len(SOLVED): [1.0],
+        500: [1.0],
+    }
+    assert sampler.forced == []
+
+
+def test_budget_curve_completes_a_box_that_was_cut():
+    """Guards against \\boxed{(3*\\boxed{: a cut inside the box is continued, not opened again."""
+    sampler = Script([], answer="5)+7} tail }")
+    cut = SOLVED.index("5)+7}")
+    assert evaluate.budget_curve(sampler, Letters(), [COUNTDOWN], [[completion(SOLVED)]], [cut]) == {cut: [1.0]}
+    assert sampler.forced[0].endswith("\\boxed{(3*")
+
+
+def test_a_thought_is_closed_before_the_answer():
+    """Guards against forcing an answer inside <think>, where no model gives one."""
+    assert evaluate.forced_prefix(Problem("?", "1"), "<think>so") == "\n</think>\n\nThe final answer is \\boxed{"
+    assert evaluate.forced_prefix(Problem("?", "1"), "<think>so</think>\n") == "\nThe final answer is \\boxed{"
+
+
+# ------------------------------------------------------------------------------------------------- evaluate()
+
+
+def test_evaluate_counts_by_hand():
+    """Guards against samples attributed to the wrong problem, and chains counted beyond max_tokens.
+
+    Problem 1: solved, false claim, never ends. Problem 2: three times solved. max_tokens cuts the third chain only.
+    """
+    chains = [[SOLVED, FALSE_CLAIM, "3+5=8, 8+7=15 no\n" * 40], [SOLVED] * 3]
+    params = SamplingParams(max_tokens=100, temperature=1.0)
+    result = evaluate.evaluate(Script(chains), Letters(), [COUNTDOWN] * 2, 3, params, budgets=[10, 200], ks=[1, 3])
+    summary = result.summary()
+    assert result.rates() == [pytest.approx(1 / 3), 1.0]
+    assert summary["pass@1"] == pytest.approx(2 / 3) and summary["pass@3"] == 1.0
+    assert summary["maj@3"] == pytest.approx((0.5 + 1) / 2)
+    assert summary["failures"] == {"false claim": pytest.approx(1 / 6), "out of budget": pytest.approx(1 / 6)}
+    assert summary["truncated"] == pytest.approx(1 / 6)
+    assert result.lengths == [[len(SOLVED) + 1, len(FALSE_CLAIM) + 1, 100], [len(SOLVED) + 1] * 3]
+    assert summary["budget_curve"] == {10: 0.0, 200: pytest.approx(2 / 3)}
+    low, high = summary["pass@1_ci"]
+    assert low <= summary["pass@1"] <= high
+
+
+def test_an_answer_model_writes_the_forced_answers():
+    """Guards against --answer-model being ignored: T1 lets the SFT model answer from the RL model's chain."""
+    policy, answerer = Script([[SOLVED]], answer="0}"), Script([], answer="(3*5)+7}")
+    params = SamplingParams(max_tokens=100)
+    result = evaluate.evaluate(policy, Letters(), [COUNTDOWN], 1, params, [10], answer_sampler=answerer)
+    assert result.curve == {10: [1.0]} and not policy.forced
+
+
+@pytest.mark.parametrize("change", [{"problems": []}, {"ks": [4]}, {"ks": [0]}, {"budgets": [0]}, {"budgets": [10**6]}])
+def test_evaluate_refuses_bad_requests(change):
+    """Guards against a crash, or a silent nan, after the sampling has been paid for."""
+    request = {"problems": [COUNTDOWN], "ks": [1], "budgets": []} | change
+    with pytest.raises(UserError):
+        evaluate.evaluate(Script([[SOLVED] * 3]), Letters(), samples=3, params=SamplingParams(64), **request)
+
+
+@pytest.mark.parametrize(
+    "response, expected",
+    [
+        ("so \\boxed{4} and 5", "4"),
+        ("The answer is 12.\n", "12"),
+        ("**Answer:** $1,234$", "$1,234$"),
+        ("adds up\n#### 7", "7"),
+        ("2 and 3 make 5 apples", "5"),
+    ],
+)
+def test_lenient_answers(response, expected):
+    """Guards against a foreign model scored 0 for its format; but a box, where there is one, is what counts."""
+    assert evaluate.verify.last_boxed(evaluate.lenient_answer(response)) == expected
+
+
+def test_lenient_never_invents_an_answer():
+    """Guards against an empty box where the response names no number at all."""
+    assert evaluate.lenient_answer("I do not know") == "I do not know"
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def result_of(rates, n=4):
+    correct = [[i < rate * n for i in range(n)] for rate in rates]
+    return Result(
+        correct, [[5] * n for _ in rates], 0.0, {}, {8: [0.0] * len(rates), 16: list(rates)}, {"wrong": 0.5}, [1]
+    )
+
+
+def test_curation_keeps_what_is_neither_always_nor_never_solved(tmp_path, capsys):
+    """Guards against T1's curation inverted, and against rows that lose their other fields."""
+    rows = [{"problem": f"p{i}", "answer": "1", "source": "x"} for i in range(4)]
+    evaluate.curate(rows, result_of([0, 0.25, 0.75, 1]), tmp_path / "kept.jsonl")
+    kept = [json.loads(line) for line in (tmp_path / "kept.jsonl").read_text().splitlines()]
+    assert kept == [rows[1] | {"difficulty": 0.75}, rows[2] | {"difficulty": 0.25}]
+    histogram = capsys.readouterr().out
+    assert histogram.count("#" * 12 + "\n") == 4 and "kept 2 of 4" in histogram
+
+
+def test_curation_of_nothing_writes_nothing(tmp_path):
+    """Guards against an empty problem file that fails later, in another command."""
+    with pytest.raises(UserError, match="always or never"):
+        evaluate.curate([{"problem": "p"}], result_of([1.0]), tmp_path / "kept.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
+def test_figure_and_table_hold_every_model(tmp_path):
+    """Guards against a figure that needs a display, and a table that drops failures only one model has."""
+    results = {"sft": result_of([0.25, 0.5]), "rl": result_of([0.5, 1.0])}
+    results["rl"].failures = {"timeout": 0.25}
+    evaluate.plot_budgets(results, tmp_path / "new" / "budgets.png")
+    assert (tmp_path / "new" / "budgets.png").read_bytes().startswith(b"\x89PNG")
+    lines = {line[:26].strip(): line[26:] for line in evaluate.table(results).splitlines()}
+    assert lines["fails: timeout"].split() == ["0.0", "%", "25.0", "%"]
+    assert lines["pass@1"].split("%")[0].strip() == "37.5" and "75.0 % [" in lines["pass@1"]
+
+
+def test_results_survive_the_file(tmp_path):
+    """Guards against budgets that come back as strings, and against mixing runs of different flags."""
+    path, result = tmp_path / "results.json", result_of([0.25, 1.0])
+    evaluate.write_results(path, {"n": 4}, {"m": result})
+    assert evaluate.read_results(path, {"n": 4}, resume=True) == {"m": result}
+    with pytest.raises(UserError, match="--n"):
+        evaluate.read_results(path, {"n": 8}, resume=True)
+    with pytest.raises(UserError, match="exists"):
+        evaluate.read_results(path, {"n": 4}, resume=False)
+    path.write_text("{")
+    with pytest.raises(UserError, match="not a results file"):
+        evaluate.read_results(path, {"n": 4}, resume=True)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
+def test_pass_at_1_is_the_mean_rate(counts):
+    """Guards against pass@1 and the pass rate drifting apart (AIME's mean of n samples is pass@1)."""
+    result = result_of([count / 4 for count in counts])
+    assert result.summary()["pass@1"] == pytest.approx(sum(counts) / (4 * len(counts)))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({}, "name the problems"),
+        ({"data": "x.jsonl", "task": "countdown"}, "name the problems"),
+        ({"data": "absent.jsonl"}, "absent.jsonl"),
+        ({"task": "countdown", "budgets": "10,x"}, "--budgets"),
+        ({"task": "countdown", "k": "0"}, "--k"),
+        ({"task": "countdown", "k": "32", "n": 16}, "--n 16"),
+        ({"task": "countdown", "limit": 0}, "--limit"),
+        ({"task": "countdown", "curate": "kept.jsonl", "model": ["a", "b"]}, "--curate"),
+        ({"task": "countdown", "limit": 2}, "absent"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(flags, message, tmp_path, monkeypatch):
+    """Guards against a bad flag that surfaces after an hour of sampling, or as a traceback."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        evaluate.main(evaluate.Config(**{"model": ["absent"]} | flags))
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
