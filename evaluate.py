@@ -17,7 +17,6 @@ What is measured, for n samples of each problem:
 """
 
 import json
-import re
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -239,7 +238,7 @@ def evaluate(
     chains = [[cut(chain, params.max_tokens) for chain in row] for row in sampled]
     texts = [[completion_text(tokenizer, chain) for chain in row] for row in chains]
     if lenient:
-        texts = [[lenient_answer(text) for text in row] for row in texts]
+        texts = [[tasks.lenient_answer(text) for text in row] for row in texts]
     flat = [(problem, text) for problem, row in zip(problems, texts) for text in row]
     verdicts = tasks.score([problem for problem, _ in flat], [text for _, text in flat])
     kinds = Counter(
@@ -257,19 +256,6 @@ def evaluate(
         failures={kind: count / len(flat) for kind, count in kinds.most_common() if kind != "correct"},
         ks=list(ks),
     )
-
-
-# ---------------------------------------------------------------------------------------------------- foreign models
-
-
-def lenient_answer(response: str) -> str:
-    """The response, with a box added where it has none: around "answer is ...", "#### ...", or the last number."""
-    if verify.last_boxed(response) is not None:
-        return response
-    named = re.findall(r"(?:answer(?: is)?:?|####)[ *]*([^\n]+?)[ *.]*(?:\n|$)", response, flags=re.IGNORECASE)
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", response)
-    found = (named or numbers)[-1:]
-    return f"{response}\n\\boxed{{{found[0]}}}" if found else response
 
 
 # ---------------------------------------------------------------------------------------------------- output

@@ -168,6 +168,19 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.chat(messages(problem), add_generation_prompt=True)
 
 
+def lenient_answer(response: str) -> str:
+    """The response, with a box added where it has none: around "answer is ...", "#### ...", or the last number.
+
+    For models that were not taught to box their answers; never for rewards, where it would pay for guesses.
+    """
+    if verify.last_boxed(response) is not None:
+        return response
+    named = re.findall(r"(?:answer(?: is)?:?|####)[ *]*([^\n]+?)[ *.]*(?:\n|$)", response, flags=re.IGNORECASE)
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", response)
+    found = (named or numbers)[-1:]
+    return f"{response}\n\\boxed{{{found[0]}}}" if found else response
+
+
 # ---------------------------------------------------------------------------------------------------- reward
 
 JUDGES: dict[str, Callable[[Problem, str], Verdict]] = {
