@@ -1,7 +1,7 @@
 """T1 stage 1, the data: chains of thought that try, fail, notice, try again and verify.
 
     python cot.py --out chains.jsonl --count 20000                                    # countdown, by program
-    python cot.py --out chains.jsonl --data gsm8k.jsonl --model DIR [DIR ...] --n 4   # from a model's own attempts
+    python cot.py --out chains.jsonl --data gsm8k.jsonl --model DIR [DIR2 ...] --n 4   # from models' own attempts
 
 Both write JSONL that `sft.py --data` reads: `problem`, `answer`, `response`, and `stop` (false where the chain is cut
 off before its end, so that no stop token is trained on it).
@@ -18,14 +18,39 @@ The trap here is a shortcut. If every chain held at most six attempts and ended 
 would be a law of the data, and a model learns it sooner than arithmetic: it would claim success at the sixth attempt
 whatever came out. So the chance that an attempt succeeds is made the same at every position (`hazard`), and a chain
 that has not succeeded after `most` attempts is simply cut off: position says nothing, only the value does.
+
+**From models' own attempts** (any problem file), T1's four steps: `sample_attempts` from one or several checkpoints
+and verify them; `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic, or with a
+plain template where there is no critic or it says nothing usable; `merge` them into one response that tries, notices,
+tries again, verifies and ends in the box; with `--rewrite DIR`, let a model rewrite that into one fluent text, kept
+only where its answer is still right. A problem without a right attempt is dropped: there is nothing to end its chain.
+
+Where this differs from the paper: T1 merges and rewrites with strong models, here the merging is by program; and how
+many failures a chain shows is drawn at random, for the same reason as above.
 """
 
+import json
 import random
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
 
+import torch
+from tqdm import tqdm
+
+import cli
 import tasks
+import verify
 from cli import UserError
+from model import load_pretrained
+from sample import Sampler, SamplingParams
 from tasks import Problem, Walk
+from tokenizer import load_tokenizer
+
+# ---------------------------------------------------------------------------------------------------- by program
 
 
 def check(expression: str) -> str:
@@ -73,3 +98,214 @@ def countdown_chain(problem: Problem, rng: random.Random, most: int = 8, hazard:
 
 WORDS = [" no\n", " yes\n", ", ", "check ", " ok\n", "\\boxed{", "numbers ", "target ", "operators "]
 """What the demo's tokenizer holds as one token each, besides the numbers up to 99."""
+
+
+def by_program(config: "Config") -> Iterator[dict]:
+    """Chains for `count` countdown training problems; the held-out ones are never used."""
+    problems = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
+    rng = random.Random(f"chains {config.seed}")
+    for problem in tqdm(islice(problems, config.count), total=config.count, desc="chains"):
+        yield countdown_chain(problem, rng, config.most, config.hazard)
+
+
+# ---------------------------------------------------------------------------------------------------- by attempts
+
+
+@dataclass(frozen=True)
+class Attempt:
+    text: str
+    answer: str | None
+    correct: bool
+
+
+def ask(path: str, chats: list[list[dict]], n: int, params: SamplingParams, what: str) -> list[list[str]]:
+    """What a checkpoint answers to each chat, up to n answers; those that never end or are garbled are left out."""
+    gpu = torch.cuda.is_available()
+    policy = load_pretrained(path, dtype=torch.bfloat16 if gpu else torch.float32, device="cuda" if gpu else "cpu")
+    tokenizer = load_tokenizer(path)
+    print(f"{what}: {len(chats)} x {n} from {path}")
+    prompts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
+    answers = Sampler(policy, tokenizer).generate(prompts, n, params, progress=True)
+    texts = [
+        [
+            tokenizer.decode(answer.tokens[:-1], skip_special=True).strip()
+            for answer in row
+            if answer.finish_reason == "stop"
+        ]
+        for row in answers
+    ]
+    return [
+        [text for text in row if text and not tasks.garbled(text, chat[-1]["content"])]
+        for row, chat in zip(texts, chats)
+    ]
+
+
+def sample_attempts(problems: list[Problem], models: list[str], n: int, params: SamplingParams) -> list[list[Attempt]]:
+    """Step 1. n attempts per problem and checkpoint, verified. An answer need not be boxed yet: merging boxes it."""
+    texts: list[list[str]] = [[] for _ in problems]
+    for path in models:
+        for row, more in zip(
+            texts, ask(path, [tasks.messages(problem) for problem in problems], n, params, "attempts")
+        ):
+            row += more
+    texts = [[tasks.boxed(text) for text in row] for row in texts]
+    flat = [(problem, text) for problem, row in zip(problems, texts) for text in row]
+    verdicts = iter(tasks.score([problem for problem, _ in flat], [text for _, text in flat]))
+    return [[Attempt(text, verify.last_boxed(text), next(verdicts).correct) for text in row] for row in texts]
+
+
+def choose(attempts: list[Attempt], most: int, rng: random.Random) -> tuple[list[Attempt], list[Attempt]]:
+    """(failures with different answers, right attempts), shuffled; at most `most` failures, how many is random."""
+    failures = {attempt.answer: attempt for attempt in attempts if not attempt.correct}
+    right = {attempt.text: attempt for attempt in attempts if attempt.correct}
+    failures, right = (rng.sample(list(found.values()), len(found)) for found in (failures, right))
+    return failures[: rng.randint(min(1, len(failures), most), min(len(failures), most))], right
+
+
+def critic_chat(problem: Problem, attempt: Attempt) -> list[dict]:
+    """The question to the critic. It is told the verdict, not the reference answer, which it could only repeat."""
+    wanted = "right. In two or three sentences, say how one can check that it is right."
+    if not attempt.correct:
+        wanted = "wrong. In two or three sentences, say which step goes wrong, and why. Do not solve the problem."
+    attempted = f"Problem: {problem.question}\n\nAttempt: {unboxed(attempt.text)}"
+    return [{"role": "user", "content": f"{attempted}\n\nThe attempt's answer, {attempt.answer}, is {wanted}"}]
+
+
+def usable(critique: str, problem: Problem, attempt: Attempt) -> bool:
+    """Short, no box, no loop; and on a failure not the reference answer, which would make the next attempt a copy."""
+    tells = re.search(rf"(?<![\w.]){re.escape(problem.answer)}(?!\w)", critique) and not attempt.correct
+    return 20 <= len(critique) <= 800 and "\\boxed" not in critique and not tells
+
+
+def criticise(path: str | None, pairs: list[tuple[Problem, Attempt]], seed: int) -> list[str | None]:
+    """Step 2. A critique of each attempt; None, for the template, where there is no critic or nothing usable."""
+    if path is None or not pairs:
+        return [None] * len(pairs)
+    params = SamplingParams(max_tokens=200, temperature=0.7, seed=seed)
+    critiques = ask(path, [critic_chat(*pair) for pair in pairs], 1, params, "critiques")
+    return [row[0] if row and usable(row[0], *pair) else None for row, pair in zip(critiques, pairs)]
+
+
+def unboxed(text: str) -> str:
+    """\\boxed{5} -> 5: only the end of a chain is boxed."""
+    return re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text).replace("\\boxed", "").strip()
+
+
+def merge(failures: list[tuple[Attempt, str | None]], right: list[Attempt], confirmation: str | None) -> str:
+    """Step 3. One response: attempts that fail and are noticed, one that holds and is verified, the box.
+
+    A critique of None becomes the template. Success is confirmed by a second right attempt where there is one.
+    """
+    parts = []
+    for attempt, critique in failures:
+        doubt = f"it comes to {attempt.answer}, but that does not hold" if attempt.answer else "it comes to no answer"
+        parts += [unboxed(attempt.text), f"Wait, let me check this: {doubt}. {critique or 'A step above is wrong.'}"]
+        parts.append("Let me try again, in another way.")
+    parts.append(unboxed(right[0].text))
+    if confirmation:
+        parts.append(f"Let me verify this. {confirmation}")
+    elif len(right) > 1:
+        parts += ["Let me verify this by working it out once more.", unboxed(right[1].text), "Both ways agree."]
+    else:
+        parts.append("Let me verify this: going over the steps again, each follows from those before it.")
+    return "\n\n".join([*parts, f"So the answer is \\boxed{{{right[0].answer}}}"])
+
+
+REWRITING = (
+    "Rewrite these notes as one fluent chain of thought in the first person. Keep the failed attempts, how they are "
+    "noticed, and the verification. End with the answer in \\boxed{}."
+)
+
+
+def rewrite(path: str, rows: list[dict], params: SamplingParams) -> None:
+    """Step 4. Let a checkpoint rewrite each merged response; one whose answer is no longer right is not taken."""
+    notes = [f"{row['problem']}\n\nNotes: {row['response']}\n\n{REWRITING}" for row in rows]
+    chats = [[{"role": "user", "content": text}] for text in notes]
+    texts = [(texts or [""])[0] for texts in ask(path, chats, 1, params, "rewriting")]
+    problems = [Problem(row["problem"], row["answer"], row["task"]) for row in rows]
+    for row, text, verdict in zip(rows, texts, tasks.score(problems, texts)):
+        if verdict.correct:
+            row["response"] = text
+
+
+def by_attempts(config: "Config") -> list[dict]:
+    problems = tasks.load(config.data)[: config.limit]
+    params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
+    rng = random.Random(f"attempts {config.seed}")
+    attempts = sample_attempts(problems, config.model, config.n, params)
+    chosen = [(problem, *choose(row, config.failures, rng)) for problem, row in zip(problems, attempts)]
+    chosen = [(problem, failures, right) for problem, failures, right in chosen if right]
+    pairs = [(problem, attempt) for problem, failures, right in chosen for attempt in [*failures, right[0]]]
+    critiques = iter(criticise(config.critic, pairs, config.seed))
+    rows = []
+    for problem, failures, right in chosen:
+        response = merge([(attempt, next(critiques)) for attempt in failures], right, next(critiques))
+        row = {"problem": problem.question, "answer": problem.answer, "task": problem.task, "response": response}
+        rows.append(row | {"stop": True, "failures": len(failures)})
+    if config.rewrite and rows:
+        rewrite(config.rewrite, rows, params)
+    tried = sum(map(len, attempts))
+    print(f"{tried} attempts ended, {sum(a.correct for row in attempts for a in row)} of them right")
+    print(f"{len(rows)} of {len(problems)} problems have a right attempt, the others are dropped")
+    if not rows:
+        raise UserError(f"no attempt at the {len(problems)} problems is right: take a stronger --model or a larger --n")
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------- command
+
+
+@dataclass
+class Config:
+    out: str
+    """The JSONL file to write; it must not exist yet."""
+    seed: int = 0
+    """The same seed gives the same chains."""
+    count: int = 20_000
+    """By program: number of chains, one problem each."""
+    numbers: Literal[3, 4] = 3
+    """By program: how many numbers a countdown has."""
+    operators: str = "+-*"
+    """By program: the operators allowed; add / for exact division."""
+    most: int = 8
+    """By program: a chain is cut off after so many failed attempts."""
+    hazard: float = 0.25
+    """By program: the chance of success of every attempt, whatever its position (see above)."""
+    data: str | None = None
+    """From attempts: the problem file, JSONL with `problem` (or `question`) and `answer`."""
+    model: tuple[str, ...] = ()
+    """From attempts: the checkpoints that attempt the problems; several give chains that change their mind more."""
+    n: int = 4
+    """From attempts: attempts per problem and checkpoint."""
+    limit: int | None = None
+    """From attempts: only the first so many problems."""
+    max_tokens: int = 512
+    """From attempts: longest attempt; one that is not finished by then is not used."""
+    temperature: float = 0.8
+    """From attempts: below RL's 1.2, for attempts that are different but still coherent."""
+    failures: int = 3
+    """From attempts: at most so many failed attempts in one chain."""
+    critic: str | None = None
+    """From attempts: checkpoint that writes the critiques; a plain template without it."""
+    rewrite: str | None = None
+    """From attempts: checkpoint that rewrites the merged chains; they stay as merged without it."""
+
+
+def main(config: Config) -> None:
+    if Path(config.out).exists():
+        raise UserError(f"{config.out} exists already: choose another --out")
+    if bool(config.data) != bool(config.model):
+        raise UserError("--data and --model belong together: a problem file, and checkpoints that attempt it")
+    if min(config.count, config.n, config.most, config.limit or 1) < 1 or config.failures < 0:
+        raise UserError("--count, --n, --most and --limit must be at least 1, --failures at least 0")
+    if not 0 < config.hazard < 1:
+        raise UserError(f"--hazard {config.hazard}: a chance between 0 and 1")
+    if not config.operators or set(config.operators) - set("+-*/"):
+        raise UserError(f"--operators {config.operators!r}: some of + - * /")
+    rows = by_attempts(config) if config.data else list(by_program(config))
+    cli.write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    print(f"wrote {len(rows)} chains to {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
