@@ -106,14 +106,10 @@ def cut(completion: Completion, budget: int) -> Completion:
     return Completion(completion.tokens[:budget], completion.logprobs[:budget], "length")
 
 
-def close_box(text: str) -> str:
-    """`text` follows an opened box: keep it up to the brace that closes the box (all of it where none does)."""
-    depth = 1
-    for i, character in enumerate(text):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return text[: i + 1]
-    return text
+def close_box(text: str, answer: str) -> str:
+    """`text` ends in an opened box: the text with `answer` up to the brace that closes it, or all of it."""
+    ends = (i + 1 for i, c in enumerate(answer) if c == "}" and verify.last_boxed(text + answer[: i + 1]) is not None)
+    return text + answer[: next(ends, None)]
 
 
 # ---------------------------------------------------------------------------------------------------- the curve
@@ -160,8 +156,7 @@ def budget_curve(
     if prompts:
         greedy = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
         for key, [answer] in zip(forced, sampler.generate(prompts, 1, greedy, progress=progress)):
-            before, _, opened = texts[key].rpartition("\\boxed{")
-            texts[key] = before + "\\boxed{" + close_box(opened + completion_text(tokenizer, answer))
+            texts[key] = close_box(texts[key], completion_text(tokenizer, answer))
     verdicts = tasks.score([problems[i] for _, i, _ in texts], list(texts.values()))
     curve = {budget: [0.0] * len(problems) for budget in budgets}
     for (budget, i, _), verdict in zip(texts, verdicts):
@@ -238,7 +233,7 @@ def evaluate(
     chains = [[cut(chain, params.max_tokens) for chain in row] for row in sampled]
     texts = [[completion_text(tokenizer, chain) for chain in row] for row in chains]
     if lenient:
-        texts = [[tasks.lenient_answer(text) for text in row] for row in texts]
+        texts = [[tasks.boxed(text) for text in row] for row in texts]
     flat = [(problem, text) for problem, row in zip(problems, texts) for text in row]
     verdicts = tasks.score([problem for problem, _ in flat], [text for _, text in flat])
     kinds = Counter(

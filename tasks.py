@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import verify
+from cli import UserError, read_jsonl
 from tokenizer import Tokenizer
 from verify import Verdict
-
-from cli import UserError, read_jsonl
 
 LARGEST = 99  # every value in a synthetic countdown chain: the demo's tokenizer has one token for each number up to it
 
@@ -168,17 +167,10 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.chat(messages(problem), add_generation_prompt=True)
 
 
-def lenient_answer(response: str) -> str:
-    """The response, with a box added where it has none: around "answer is ...", "#### ...", or the last number.
-
-    For models that were not taught to box their answers; never for rewards, where it would pay for guesses.
-    """
-    if verify.last_boxed(response) is not None:
-        return response
-    named = re.findall(r"(?:answer(?: is)?:?|####)[ *]*([^\n]+?)[ *.]*(?:\n|$)", response, flags=re.IGNORECASE)
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", response)
-    found = (named or numbers)[-1:]
-    return f"{response}\n\\boxed{{{found[0]}}}" if found else response
+def boxed(response: str) -> str:
+    """The response, its answer boxed at the end where it was not: for models not taught to. Never for a reward."""
+    answer = verify.lenient_answer(response) if verify.last_boxed(response) is None else None
+    return response if answer is None else f"{response}\n\\boxed{{{answer}}}"
 
 
 # ---------------------------------------------------------------------------------------------------- reward

@@ -38,7 +38,7 @@ class Letters:
 
 
 class Script:
-    """A sampler that answers prompt i with `chains[i]`, and forced answers with `answer`; it keeps what it was asked."""
+    """A sampler that answers prompt i with `chains[i]`, and forced answers with `answer`; it keeps those prompts."""
 
     def __init__(self, chains, answer="0}"):
         self.chains, self.answer, self.forced = chains, answer, []
