@@ -1,0 +1,104 @@
+"""Where the policy meets the problems: K responses to each prompt of a step, judged, on every rank.
+
+Prompts are spread over the ranks; each rank samples and judges its share, and then all ranks get all responses. From
+there on every rank computes the same rewards and advantages, so nothing about the algorithm knows of ranks.
+"""
+
+import contextlib
+import random
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import parallel
+import tasks
+from parallel import Example, World
+from sample import Completion, Sampler, SamplingParams
+from tasks import Problem
+from tokenizer import Tokenizer
+from verify import Verdict
+
+
+@dataclass
+class Rollouts:
+    """P * K judged responses, prompt after prompt; the same on every rank."""
+
+    problems: list[Problem]
+    examples: list[Example]
+    completions: list[Completion]
+    texts: list[str]
+    verdicts: list[Verdict]
+    patterns: list[str | None]
+
+    def select(self, rows: Iterable[int]) -> "Rollouts":
+        return Rollouts(*([getattr(self, f.name)[i] for i in rows] for f in fields(self)))
+
+    def __add__(self, other: "Rollouts") -> "Rollouts":
+        return Rollouts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def unexpected_pattern(completion: Completion, text: str, question: str) -> str | None:
+    """T1's three unexpected patterns: "overlong" (no stop token within the budget), "repeated", "garbled", or None."""
+    if completion.finish_reason == "length":
+        return "overlong"
+    if tasks.repeats(completion.tokens):
+        return "repeated"
+    return "garbled" if tasks.garbled(text, question) else None
+
+
+def nth_problem(problems: list[Problem], number: int, seed: int) -> Problem:
+    """The number-th draw from an endless series of epochs, each a fresh shuffle: no state to save but the number."""
+    epoch, place = divmod(number, len(problems))
+    return problems[shuffled(len(problems), seed, epoch)[place]]
+
+
+@lru_cache(maxsize=2)
+def shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"problems {seed} {epoch}").shuffle(order)
+    return order
+
+
+class Stopwatch:
+    """Seconds spent in each named part of a step."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def roll_out(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    numbered: list[tuple[int, Problem]],
+    samples: int,
+    params: SamplingParams,
+    world: World,
+    watch: Stopwatch,
+) -> Rollouts:
+    """Sample K responses to each problem and judge them. Each rank takes a share of the prompts; all get everything.
+
+    The number of a problem is the key of its random draws, so the tokens do not depend on which rank draws them.
+    """
+    prompts = [tasks.prompt_ids(problem, tokenizer) for _, problem in numbered]
+    mine = parallel.balance([len(prompt) for prompt in prompts], world.size)[world.rank]
+    with watch("sampling"):
+        groups = sampler.generate([prompts[i] for i in mine], samples, params, keys=[numbered[i][0] for i in mine])
+    with watch("verifying"):
+        asked = [numbered[i][1] for i in mine for _ in range(samples)]
+        completions = [completion for group in groups for completion in group]
+        texts = [tokenizer.decode(c.tokens[: -1 if c.finish_reason == "stop" else None]) for c in completions]
+        patterns = [unexpected_pattern(*row) for row in zip(completions, texts, (p.question for p in asked))]
+        judged = list(zip(asked, completions, texts, tasks.score(asked, texts), patterns))
+    shares = parallel.gather_objects((mine, judged))
+    rows = {i: share[j * samples : (j + 1) * samples] for owned, share in shares for j, i in enumerate(owned)}
+    columns = [list(column) for column in zip(*(row for i in range(len(prompts)) for row in rows[i]))]
+    repeated = [prompt for prompt in prompts for _ in range(samples)]
+    examples = [Example(p + c.tokens, [(len(p), len(p) + len(c.tokens))]) for p, c in zip(repeated, columns[1])]
+    return Rollouts(columns[0], examples, *columns[1:])
