@@ -469,28 +469,21 @@ def load_checkpoint(path: Path, parts: dict[str, Any], world: World) -> dict[str
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 
-def open_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...], world: World) -> Path:
-    """Create the folder of a run with its config.json, or check that it can be resumed. Nothing is ever overwritten.
-
-    config: the command's dataclass. may_change: its fields that may differ from the first start (`steps`, `resume`).
-    Call it after the inputs have been read: a run whose data does not exist should leave no folder behind.
-    """
+def check_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...], world: World) -> dict[str, Any]:
+    """UserError if this run cannot be started in, or resumed from, the folder `out`. Writes nothing; for the first
+    second of a command. Arguments as for `open_run`; returns the flags as JSON holds them."""
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     same_on_all_ranks(flags)
-    out = Path(out)
 
-    def check_or_create() -> None:
-        file = out / "config.json"
+    def check(out: Path) -> None:
         if not resume:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise UserError(f"{out} exists already: --resume to continue the run in it, or choose another --out")
-            (out / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(flags, indent=2) + "\n")
             return
         if not out.is_dir():
             raise UserError(f"--resume: there is no run in {out}")
         try:
-            first = json.loads(file.read_text(encoding="utf-8"))
+            first = json.loads((out / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"--resume: {out} is no run, or only half of one: no readable config.json in it") from None
         for name in sorted(flags.keys() | first.keys()):
@@ -498,7 +491,21 @@ def open_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, 
                 flag = "--" + name.replace("_", "-")
                 raise UserError(f"--resume: {out} was started with {flag} {first.get(name)}, not {flags.get(name)}")
 
-    on_main(world, check_or_create)
+    on_main(world, lambda: check(Path(out)))
+    return flags
+
+
+def open_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...], world: World) -> Path:
+    """`check_run`, then create the folder with its config.json (unless resumed). Nothing is ever overwritten.
+
+    config: the command's dataclass. may_change: its fields that may differ from the first start (`steps`, `resume`).
+    Call it when all inputs have been read: a run whose data does not exist should leave no folder behind.
+    """
+    out, flags = Path(out), check_run(out, config, resume, may_change, world)
+    if world.main and not resume:
+        (out / "checkpoints").mkdir(parents=True)
+        write_text(out / "config.json", json.dumps(flags, indent=2) + "\n")
+    barrier()
     return out
 
 
