@@ -20,19 +20,25 @@ The log-probs are those of the very distribution the token was drawn from: after
 """
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch import Tensor
 from tqdm import tqdm
 
+import cli
 import kernels
+import tasks
 from cli import UserError
-from model import Transformer
-from tokenizer import Tokenizer
+from model import Transformer, load_pretrained
+from tasks import Problem
+from tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -379,3 +385,116 @@ def free_memory(device: torch.device) -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return 8 * 2**30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    model: str
+    """Folder of a run (runs/demo) or a Hugging Face folder."""
+    question: tyro.conf.Positional[str | None] = None
+    """What to ask, put as it is. None: a chat."""
+    n: int = 1
+    """Answers to sample; more than one are shown when all are done."""
+    verify: str | None = None
+    """The right answer: show a verdict on each of the n, with the box asked for. A countdown needs only its target."""
+    max_tokens: int = 1024
+    """Longest answer. Reasoning models need thousands, the demo a hundred or two."""
+    temperature: float = 0.7
+    """0: always the likeliest token. 1: the policy itself. T1 explores at 1.2 in training."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together have this probability. 0.95 is usual for maths."""
+    min_p: float = 0.0
+    """Drop tokens below this share of the likeliest one's probability."""
+    seed: int = 0
+    """The same seed gives the same answers."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on CUDA, which halves what a step has to read; float32 elsewhere."""
+
+
+def main(config: Config) -> None:
+    if config.n < 1:
+        raise UserError(f"--n must be at least 1, not {config.n}")
+    if config.question is None and (config.n > 1 or config.verify is not None):
+        raise UserError("--n and --verify need a question")
+    gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not gpu:
+        raise UserError("--device cuda: no GPU is visible to torch")
+    device = "cuda" if gpu and config.device != "cpu" else "cpu"
+    dtype = {"auto": "bfloat16" if device == "cuda" else "float32"}.get(config.dtype, config.dtype)
+    tokenizer = load_tokenizer(config.model)
+    sampler = Sampler(load_pretrained(config.model, getattr(torch, dtype), device), tokenizer)
+    params = SamplingParams(config.max_tokens, config.temperature, config.top_p, config.min_p, config.seed)
+    if config.question is None:
+        chat(sampler, tokenizer, params)
+    elif config.n > 1 or config.verify is not None:
+        show_verdicts(sampler, tokenizer, params, config)
+    else:
+        prompt = tokenizer.chat([{"role": "user", "content": config.question}])
+        show(tokenizer, sampler.stream(prompt, params))
+
+
+def show(tokenizer: Tokenizer, tokens: Iterator[int]) -> str:
+    """Print the text as its tokens come. Ctrl-C ends it: what has been said until then is returned."""
+    said, pending = "", []
+    try:
+        for token in tokens:
+            pending.append(token)
+            text = tokenizer.decode(pending, skip_special=True)
+            if not text.endswith("\ufffd"):  # a character may be spread over several tokens
+                print(text, end="", flush=True)
+                said, pending = said + text, []
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+    return said + tokenizer.decode(pending, skip_special=True)
+
+
+def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    """Questions from the terminal until Ctrl-D. The oldest turns are forgotten when the context is full."""
+    messages = []
+    while True:
+        try:
+            question = input("> ").strip()
+        except KeyboardInterrupt:  # one that came too late for the answer it was meant for
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        if not question:
+            continue
+        messages.append({"role": "user", "content": question})
+        while len(prompt := tokenizer.chat(messages)) >= sampler.model.config.context and len(messages) > 1:
+            del messages[:2]
+        turn = replace(params, seed=params.seed + len(messages))
+        messages.append({"role": "assistant", "content": show(tokenizer, sampler.stream(prompt, turn))})
+
+
+def show_verdicts(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams, config: Config) -> None:
+    """n answers to one question, and with --verify how many of them are right."""
+    countdown = re.fullmatch(r"numbers (\d+(?: \d+)+), target (\d+)(?:, operators ([-+*/ ]+))?", config.question)
+    if countdown:
+        numbers, target, operators = countdown.groups(default="+-*")
+        problem = tasks.countdown_problem([int(x) for x in numbers.split()], int(target), operators.replace(" ", ""))
+    else:
+        problem = Problem(config.question, config.verify or "")
+    messages = tasks.messages(problem) if config.verify is not None else [{"role": "user", "content": config.question}]
+    completions = sampler.generate([tokenizer.chat(messages)], config.n, params, progress=True)[0]
+    answers = [tokenizer.decode(completion.tokens, skip_special=True) for completion in completions]
+    verdicts = tasks.score([problem] * config.n, answers) if config.verify is not None else [None] * config.n
+    for number, (answer, completion, verdict) in enumerate(zip(answers, completions, verdicts), start=1):
+        outcome = f", {verdict.outcome}" if verdict else ""
+        print(f"--- {number}: {len(completion.tokens)} tokens{outcome}\n{answer.strip()}")
+    if config.verify is not None:
+        print(f"--- {sum(verdict.correct for verdict in verdicts)} of {config.n} right")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
