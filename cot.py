@@ -80,12 +80,12 @@ def countdown_chain(problem: Problem, rng: random.Random, most: int = 8, hazard:
     while len(lines) < most and rng.random() > hazard:
         walk = tasks.random_walk(numbers, operators, rng)
         for _ in range(20):  # a failure that is new, where there is one left
-            if walk.value != target and walk.expression not in tried:
+            if walk.value != target and walk.steps not in tried:
                 break
             walk = tasks.random_walk(numbers, operators, rng)
         else:
             break
-        tried.add(walk.expression)
+        tried.add(walk.steps)
         lines.append(f"{', '.join(walk.steps)} no\n")
     solved = len(lines) < most
     if solved:
@@ -127,31 +127,21 @@ def ask(path: str, chats: list[list[dict]], n: int, params: SamplingParams, what
     prompts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
     answers = Sampler(policy, tokenizer).generate(prompts, n, params, progress=True)
     texts = [
-        [
-            tokenizer.decode(answer.tokens[:-1], skip_special=True).strip()
-            for answer in row
-            if answer.finish_reason == "stop"
-        ]
-        for row in answers
+        [tokenizer.decode(a.tokens[:-1], True).strip() for a in row if a.finish_reason == "stop"] for row in answers
     ]
-    return [
-        [text for text in row if text and not tasks.garbled(text, chat[-1]["content"])]
-        for row, chat in zip(texts, chats)
-    ]
+    contents = [chat[-1]["content"] for chat in chats]
+    return [[t for t in row if t and not tasks.garbled(t, asked)] for row, asked in zip(texts, contents)]
 
 
 def sample_attempts(problems: list[Problem], models: list[str], n: int, params: SamplingParams) -> list[list[Attempt]]:
     """Step 1. n attempts per problem and checkpoint, verified. An answer need not be boxed yet: merging boxes it."""
-    texts: list[list[str]] = [[] for _ in problems]
-    for path in models:
-        for row, more in zip(
-            texts, ask(path, [tasks.messages(problem) for problem in problems], n, params, "attempts")
-        ):
-            row += more
-    texts = [[tasks.boxed(text) for text in row] for row in texts]
-    flat = [(problem, text) for problem, row in zip(problems, texts) for text in row]
-    verdicts = iter(tasks.score([problem for problem, _ in flat], [text for _, text in flat]))
-    return [[Attempt(text, verify.last_boxed(text), next(verdicts).correct) for text in row] for row in texts]
+    chats = [tasks.messages(problem) for problem in problems]
+    by_model = [ask(path, chats, n, params, "attempts") for path in models]
+    texts = [[text for row in rows for text in row] for rows in zip(*by_model)]
+    flat = [(problem, tasks.boxed(text)) for problem, row in zip(problems, texts) for text in row]
+    verdicts = tasks.score([problem for problem, _ in flat], [boxed for _, boxed in flat])
+    judged = iter([(verify.last_boxed(boxed), verdict.correct) for (_, boxed), verdict in zip(flat, verdicts)])
+    return [[Attempt(text, *next(judged)) for text in row] for row in texts]
 
 
 def choose(attempts: list[Attempt], most: int, rng: random.Random) -> tuple[list[Attempt], list[Attempt]]:
@@ -172,16 +162,15 @@ def critic_chat(problem: Problem, attempt: Attempt) -> list[dict]:
 
 
 def usable(critique: str, problem: Problem, attempt: Attempt) -> bool:
-    """Short, no box, no loop; and on a failure not the reference answer, which would make the next attempt a copy."""
+    """Short, no box, and on a failure not the reference answer, which would make the next attempt a copy."""
     tells = re.search(rf"(?<![\w.]){re.escape(problem.answer)}(?!\w)", critique) and not attempt.correct
     return 20 <= len(critique) <= 800 and "\\boxed" not in critique and not tells
 
 
-def criticise(path: str | None, pairs: list[tuple[Problem, Attempt]], seed: int) -> list[str | None]:
+def criticise(path: str | None, pairs: list[tuple[Problem, Attempt]], params: SamplingParams) -> list[str | None]:
     """Step 2. A critique of each attempt; None, for the template, where there is no critic or nothing usable."""
     if path is None or not pairs:
         return [None] * len(pairs)
-    params = SamplingParams(max_tokens=200, temperature=0.7, seed=seed)
     critiques = ask(path, [critic_chat(*pair) for pair in pairs], 1, params, "critiques")
     return [row[0] if row and usable(row[0], *pair) else None for row, pair in zip(critiques, pairs)]
 
@@ -219,9 +208,9 @@ REWRITING = (
 
 def rewrite(path: str, rows: list[dict], params: SamplingParams) -> None:
     """Step 4. Let a checkpoint rewrite each merged response; one whose answer is no longer right is not taken."""
-    notes = [f"{row['problem']}\n\nNotes: {row['response']}\n\n{REWRITING}" for row in rows]
-    chats = [[{"role": "user", "content": text}] for text in notes]
-    texts = [(texts or [""])[0] for texts in ask(path, chats, 1, params, "rewriting")]
+    wishes = [f"{row['problem']}\n\nNotes: {row['response']}\n\n{REWRITING}" for row in rows]
+    answers = ask(path, [[{"role": "user", "content": wish}] for wish in wishes], 1, params, "rewriting")
+    texts = [answer[0] if answer else "" for answer in answers]
     problems = [Problem(row["problem"], row["answer"], row["task"]) for row in rows]
     for row, text, verdict in zip(rows, texts, tasks.score(problems, texts)):
         if verdict.correct:
@@ -233,22 +222,23 @@ def by_attempts(config: "Config") -> list[dict]:
     params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
     rng = random.Random(f"attempts {config.seed}")
     attempts = sample_attempts(problems, config.model, config.n, params)
+    tried, solved = sum(map(len, attempts)), sum(attempt.correct for row in attempts for attempt in row)
     chosen = [(problem, *choose(row, config.failures, rng)) for problem, row in zip(problems, attempts)]
     chosen = [(problem, failures, right) for problem, failures, right in chosen if right]
+    print(f"{tried} attempts ended, {solved} of them right; {len(chosen)} of {len(problems)} problems have a right one")
+    if not chosen:
+        raise UserError(
+            f"no attempt at any of the {len(problems)} problems is right: a stronger --model, or a larger --n"
+        )
     pairs = [(problem, attempt) for problem, failures, right in chosen for attempt in [*failures, right[0]]]
-    critiques = iter(criticise(config.critic, pairs, config.seed))
+    critiques = iter(criticise(config.critic, pairs, params))
     rows = []
     for problem, failures, right in chosen:
         response = merge([(attempt, next(critiques)) for attempt in failures], right, next(critiques))
         row = {"problem": problem.question, "answer": problem.answer, "task": problem.task, "response": response}
         rows.append(row | {"stop": True, "failures": len(failures)})
-    if config.rewrite and rows:
+    if config.rewrite:
         rewrite(config.rewrite, rows, params)
-    tried = sum(map(len, attempts))
-    print(f"{tried} attempts ended, {sum(a.correct for row in attempts for a in row)} of them right")
-    print(f"{len(rows)} of {len(problems)} problems have a right attempt, the others are dropped")
-    if not rows:
-        raise UserError(f"no attempt at the {len(problems)} problems is right: take a stronger --model or a larger --n")
     return rows
 
 

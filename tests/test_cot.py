@@ -1,0 +1,260 @@
+"""cot.py: every chain is right, none teaches a shortcut, and merged attempts make responses that verify.
+
+The attempts below are scripted; one test runs the whole path on SmolLM2-135M.
+"""
+
+import json
+import random
+import re
+from collections import Counter
+from fractions import Fraction
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cot
+import tasks
+import verify
+from cli import UserError
+from cot import Attempt
+from tasks import Problem
+
+PROBLEM = Problem("Tom has 3 apples and buys twice as many. How many has he?", "9")
+WRONG = Attempt("Twice 3 is 6. The answer is \\boxed{6}", "6", False)
+ODD = Attempt("I add 3 and 2, \\boxed{5}.", "5", False)
+RIGHT = Attempt("He buys 6. 3 + 6 = 9, so \\boxed{9}", "9", True)
+AGAIN = Attempt("3 * (1 + 2) = \\boxed{9}", "9", True)
+
+
+def chains(count, **options):
+    rng = random.Random(5)
+    for problem in islice(tasks.countdown(5, operators=options.pop("operators", "+-*")), count):
+        yield problem, cot.countdown_chain(problem, rng, **options)
+
+
+# ------------------------------------------------------------------------------------------------- by program
+
+
+@pytest.mark.parametrize("operators", ["+-*", "+-*/"])
+def test_every_chain_is_right(operators):
+    """Guards against chains that teach false arithmetic, a wrong verdict on an attempt, or a wrong box."""
+    for problem, row in chains(300, operators=operators):
+        target, numbers, _ = tasks.read_countdown(problem.answer)
+        for x, operator, y, z in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", row["response"].split("check")[0]):
+            assert verify.exact_arithmetic(f"{x}{operator}{y}", operators)[0] == int(z) <= tasks.LARGEST
+        for line in row["response"].split("\n"):
+            if line.endswith((" no", " yes")):
+                steps = re.findall(r"(\d+)[-+*/](\d+)=(\d+)", line)
+                assert len(steps) == len(numbers) - 1
+                assert (int(steps[-1][-1]) == target) == line.endswith(" yes")
+                made, used = Counter(), Counter()
+                for x, y, z in steps:
+                    used.update((int(x), int(y)))
+                    made[int(z)] += 1
+                made[int(steps[-1][-1])] -= 1  # the last value is what the attempt comes to
+                assert used == Counter(numbers) + made
+        assert tasks.judge_countdown(problem, row["response"]).correct == row["stop"]
+        assert tasks.diagnose_countdown(problem, row["response"]) == ("correct" if row["stop"] else "out of budget")
+
+
+def test_success_does_not_depend_on_position():
+    """Guards against the shortcut "the sixth attempt succeeds": success is as likely at every attempt.
+
+    Of 4,000 chains about 4000 * 0.75^7 = 534 reach the eighth attempt; 0.25 +- 0.08 is over 4 sigma there.
+    """
+    reached, solved = Counter(), Counter()
+    for _, row in chains(4_000, most=8, hazard=0.25):
+        attempts = re.findall(r" (no|yes)\n", row["response"])
+        for place, verdict in enumerate(attempts):
+            reached[place] += 1
+            solved[place] += verdict == "yes"
+    assert max(reached) == 7
+    for place in reached:
+        assert solved[place] / reached[place] == pytest.approx(0.25, abs=0.08), place
+
+
+def test_a_chain_without_success_is_cut_off():
+    """Guards against a stop token, or a box, behind attempts that all failed: giving up would be taught as an end."""
+    cut = [row for _, row in chains(400, most=2, hazard=0.1) if not row["stop"]]
+    assert cut and all(row["response"].endswith(" no\n") and "boxed" not in row["response"] for row in cut)
+
+
+def test_failed_attempts_differ():
+    """Guards against chains that repeat the same failure: the n-gram penalty of RL would punish what SFT taught."""
+    for _, row in chains(300, most=8, hazard=0.15):
+        failures = [line for line in row["response"].split("\n") if line.endswith(" no")]
+        assert len(set(failures)) == len(failures)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 49), min_size=2, max_size=5), st.integers(0, 10**6))
+def test_check_keeps_the_value_at_every_step(numbers, seed):
+    """Guards against a check that drops a bracket: each form between the = has the value of the whole."""
+    walk = tasks.random_walk(numbers, "+-*/", random.Random(seed))
+    forms = cot.check(walk.expression).split("=")
+    assert forms[0] == walk.expression and forms[-1] == str(walk.value) and len(forms) == len(numbers)
+    for form in forms[:-1]:
+        value, _ = verify.exact_arithmetic(form, "+-*/")
+        assert value == Fraction(walk.value)
+
+
+def test_the_vocabulary_covers_the_chains():
+    """Guards against words of the chains that the demo's tokenizer would spell byte by byte."""
+    for problem, row in chains(100):
+        rest = row["response"] + problem.question + " "
+        for word in sorted(cot.WORDS, key=len, reverse=True):
+            rest = rest.replace(word, "")
+        assert not re.search(r"[a-z]", rest), rest
+
+
+def test_unsolvable_problems_are_named():
+    """Guards against an endless search for a solution that does not exist."""
+    with pytest.raises(UserError, match="no way found"):
+        cot.solve(50, [1, 1, 1], "+-*", random.Random(0), tries=100)
+
+
+# ------------------------------------------------------------------------------------------------- by attempts
+
+
+@pytest.mark.parametrize("critique", [None, "Twice 3 is what he buys, not what he has."])
+@pytest.mark.parametrize("failures", [[], [WRONG], [WRONG, ODD]])
+@pytest.mark.parametrize("right", [[RIGHT], [RIGHT, AGAIN]])
+def test_merged_chains_verify(failures, right, critique):
+    """Guards against a box left in a failed attempt, or a merged chain whose answer is no longer the right one."""
+    text = cot.merge([(attempt, critique) for attempt in failures], right, critique)
+    assert tasks.score([PROBLEM], [text])[0].correct and text.count("\\boxed") == 1 and text.endswith("\\boxed{9}")
+    assert text.count("Wait") == text.count("try again") == len(failures)
+    assert "Let me verify" in text and text.index("He buys 6") < text.index("Let me verify")
+    assert all(text.index(cot.unboxed(attempt.text)) < text.index("He buys 6") for attempt in failures)
+    assert not critique or text.count(critique) == len(failures) + 1
+
+
+def test_the_template_says_what_the_attempt_answered():
+    """Guards against a fallback that says nothing: it names the failed answer, and confirms by a second attempt."""
+    text = cot.merge([(WRONG, None)], [RIGHT, AGAIN], None)
+    assert "it comes to 6, but that does not hold" in text and cot.unboxed(AGAIN.text) in text
+    no_answer = cot.merge([(Attempt("Hm.", None, False), None)], [RIGHT], None)
+    assert "it comes to no answer" in no_answer and "None" not in no_answer
+
+
+@pytest.mark.parametrize(
+    "critique, attempt, fine",
+    [
+        ("He has what he bought and the 3 from before.", WRONG, True),
+        ("It should be 9, as 3 and 6 make 9 apples.", WRONG, False),
+        ("Take 9 apples away: 3 and 6 are what is left, as it should be.", RIGHT, True),
+        ("He has 19 or 0.9 apples, which makes no sense.", WRONG, True),
+        ("The answer is \\boxed{6}, which is wrong.", WRONG, False),
+        ("No.", WRONG, False),
+        ("and so on " * 100, WRONG, False),
+    ],
+)
+def test_critiques_are_used_only_where_usable(critique, attempt, fine):
+    """Guards against a critic that gives the answer away, boxes its own, says nothing, or never ends."""
+    assert cot.usable(critique, PROBLEM, attempt) == fine
+
+
+def test_the_critic_is_not_told_the_answer():
+    """Guards against a prompt that holds the reference: a critic could only repeat it."""
+    [message] = cot.critic_chat(PROBLEM, WRONG)
+    assert "9" not in message["content"] and "boxed" not in message["content"] and "is wrong" in message["content"]
+    assert "is right" in cot.critic_chat(PROBLEM, RIGHT)[0]["content"]
+
+
+def test_criticise_falls_back_attempt_by_attempt(monkeypatch):
+    """Guards against one bad critique that shifts all others to the wrong attempt."""
+    said = [["Twice as many is what he buys."], [], ["no"], ["Counting the apples one by one confirms it."]]
+    monkeypatch.setattr(cot, "ask", lambda *_: said)
+    pairs = [(PROBLEM, attempt) for attempt in (WRONG, ODD, ODD, RIGHT)]
+    assert cot.criticise("critic", pairs, None) == [said[0][0], None, None, said[3][0]]
+    assert cot.criticise(None, pairs, None) == [None] * 4
+
+
+@given(st.integers(0, 1000), st.integers(0, 3))
+def test_choice_of_attempts(seed, most):
+    """Guards against two failures with one answer, more failures than asked for, and chains that never fail."""
+    repeated = [WRONG, WRONG, ODD, RIGHT, RIGHT, AGAIN]
+    failures, right = cot.choose(repeated, most, random.Random(seed))
+    assert min(1, most) <= len(failures) <= most and len({attempt.answer for attempt in failures}) == len(failures)
+    assert sorted(attempt.text for attempt in right) == sorted([RIGHT.text, AGAIN.text])
+
+
+def test_a_rewriting_is_kept_only_where_still_right(monkeypatch):
+    """Guards against a rewriting that loses the answer, and one that is missing."""
+    rows = [{"problem": PROBLEM.question, "answer": "9", "task": "math", "response": f"merged {i}"} for i in range(3)]
+    monkeypatch.setattr(cot, "ask", lambda *_: [["fluent \\boxed{9}"], ["fluent \\boxed{8}"], []])
+    cot.rewrite("rewriter", rows, None)
+    assert [row["response"] for row in rows] == ["fluent \\boxed{9}", "merged 1", "merged 2"]
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def write_problems(tmp_path):
+    rows = [{"question": PROBLEM.question, "answer": "He buys 6.\n#### 9"}, {"question": "Hard?", "answer": "1"}]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "problems.jsonl")
+
+
+def test_attempts_become_training_data(tmp_path, monkeypatch, capsys):
+    """Guards against rows that sft.py cannot read, unsolved problems kept, and the second checkpoint forgotten."""
+    said = {"one": [[WRONG.text, "I think the answer is 9."], ["\\boxed{2}"]], "two": [[ODD.text], []]}
+    monkeypatch.setattr(cot, "ask", lambda path, *_: said[path])
+    out = tmp_path / "chains.jsonl"
+    cot.main(cot.Config(str(out), data=write_problems(tmp_path), model=("one", "two"), n=2))
+    [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["problem"] == PROBLEM.question and row["answer"] == "9" and row["stop"] is True
+    assert tasks.score(tasks.load(out), [row["response"]])[0].correct
+    assert "1 of 2 problems" in capsys.readouterr().out
+
+
+def test_program_chains_as_a_file(tmp_path):
+    """Guards against a file that is not reproducible, and against held-out problems in the training data."""
+    for name in ("a", "b"):
+        cot.main(cot.Config(str(tmp_path / name), count=200))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    held = {p.question for p in islice(tasks.countdown(0, heldout=True), 2_000)}
+    assert len(tasks.load(tmp_path / "a")) == 200 and not held & {p.question for p in tasks.load(tmp_path / "a")}
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"model": ("m",)}, "belong together"),
+        ({"data": "problems.jsonl"}, "belong together"),
+        ({"data": "absent.jsonl", "model": ("m",)}, "absent.jsonl"),
+        ({"hazard": 0.0}, "--hazard"),
+        ({"count": 0}, "--count"),
+        ({"operators": "+^"}, "--operators"),
+        ({"operators": ""}, "--operators"),
+        ({"out": "taken"}, "exists"),
+    ],
+)
+def test_bad_flags_write_nothing(flags, message, tmp_path, monkeypatch):
+    """Guards against a traceback, an overwritten file, and half a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(UserError, match=message):
+        cot.main(cot.Config(**{"out": "chains.jsonl"} | flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and (tmp_path / "taken").read_text() == "mine"
+
+
+def test_no_right_attempt_writes_nothing(tmp_path, monkeypatch):
+    """Guards against an empty training file."""
+    monkeypatch.setattr(cot, "ask", lambda *_: [[WRONG.text], []])
+    with pytest.raises(UserError, match="stronger --model"):
+        cot.main(cot.Config(str(tmp_path / "chains.jsonl"), data=write_problems(tmp_path), model=("one",)))
+    assert not (tmp_path / "chains.jsonl").exists()
+
+
+def test_real_weights_attempt_and_criticise(smollm2, tmp_path):
+    """Guards against a path that only works on scripted attempts: SmolLM2-135M tries, verifies, criticises itself."""
+    rows = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in (1, 4)]
+    (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, out = str(smollm2), tmp_path / "chains.jsonl"
+    options = {"n": 2, "max_tokens": 40, "temperature": 0.5, "critic": model}
+    cot.main(cot.Config(str(out), data=str(tmp_path / "problems.jsonl"), model=(model,), **options))
+    made = [json.loads(line) for line in out.read_text().splitlines()]
+    assert made and all(v.correct for v in tasks.score(tasks.load(out), [row["response"] for row in made]))
