@@ -5,7 +5,7 @@
 
 One step: sample K responses to each prompt at a high temperature; judge them; turn outcomes into rewards (penalties, KL
 to the anchor), rewards into advantages (leave-one-out); take PPO steps on them with an entropy bonus; move the anchor.
-Each of these is one pure function below, in that order, and `train` calls them in that order.
+Each of these is one pure function below, in that order, and `train_step` calls them in that order.
 
 With r_i the reward of the i-th of K responses y_i to a prompt x, pi the policy at temperature tau, ref the anchor:
 
@@ -518,7 +518,7 @@ PANELS = {
 }
 
 
-def train(config: Config) -> None:
+def main(config: Config) -> None:
     recipe = resolve(config)
     check(config, recipe)
     with parallel.session(config.device) as world:
@@ -551,4 +551,4 @@ def train(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(train, Config)
+    cli.run(main, Config)

@@ -1,0 +1,196 @@
+"""T1 in miniature, from nothing to a policy that thinks longer and answers better, on a laptop CPU.
+
+    python demo.py                      # `make demo`: about a quarter of an hour on 2 cores
+    python demo.py --seed 1 --out runs/demo-1
+
+Five stages, each the very command that a large run would use; a stage that is done is not repeated, so an interrupted
+demo goes on where it was stopped:
+
+1. cot.py       synthesise chains of thought that try, fail, notice and verify
+2. sft.py       teach them to a small transformer with random weights
+3. rl.py        T1's reinforcement learning on problems it has not seen
+4. evaluate.py  held-out problems: pass@1, pass@16, accuracy against thinking budget, what the failures are made of
+5. the figure, the closing table, and summary.json
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+import cli
+import cot
+import evaluate
+import rl
+import sft
+from cli import UserError
+from evaluate import Result
+from parallel import read_metrics
+
+MOST = 8  # attempts in the longest chain the model is ever shown: about 110 tokens
+BUDGET = 256  # tokens a response may take in RL and in evaluation: more than twice that
+BUDGETS = "16,32,64,96,128,192,256"
+
+
+@dataclass
+class Config:
+    out: str = "runs/demo"
+    """Run folder; a demo that was interrupted goes on in it."""
+    seed: int = 0
+    """Decides the problems, the weights at the start, and every sampled token."""
+    chains: int = 34_000
+    """Chains of thought to train on."""
+    steps: int = 40
+    """Steps of RL."""
+    heldout: int = 1024
+    """Held-out problems; no set of numbers among them is ever trained on."""
+    samples: int = 16
+    """Responses to each held-out problem."""
+
+
+def chain_flags(config: Config, out: Path) -> cot.Config:
+    return cot.Config(out=str(out / "chains.jsonl"), count=config.chains, most=MOST, seed=config.seed)
+
+
+def sft_flags(config: Config, out: Path) -> sft.Config:
+    """Small steps and many of them: 1,536 tokens each. A model this size learns little more from larger ones."""
+    return sft.Config(
+        out=str(out / "sft"),
+        data=str(out / "chains.jsonl"),
+        seed=config.seed,
+        epochs=1,
+        lr=3e-3,
+        weight_decay=0.0,
+        batch_tokens=1536,
+        eval_every=400,
+        checkpoint_every=400,
+        resume=(out / "sft").exists(),
+    )
+
+
+def rl_flags(config: Config, out: Path) -> rl.Config:
+    return rl.Config(
+        model=str(out / "sft"),
+        out=str(out / "rl"),
+        task="countdown",
+        seed=config.seed + 1000,  # other problems than those of the chains
+        steps=config.steps,
+        prompts=64,
+        samples=16,
+        max_tokens=BUDGET,
+        minibatches=2,
+        lr=2e-4,
+        resume=(out / "rl").exists(),
+    )
+
+
+def evaluate_flags(config: Config, out: Path) -> evaluate.Config:
+    return evaluate.Config(
+        model=[str(out / "sft"), str(out / "rl")],
+        task="countdown",
+        limit=config.heldout,
+        n=config.samples,
+        k=",".join(str(k) for k in (1, 4, 16) if k <= config.samples),
+        budgets=BUDGETS,
+        max_tokens=BUDGET,
+        seed=config.seed,
+        max_batch=2048,
+        out=str(out / "evaluation"),
+        resume=(out / "evaluation").exists(),
+    )
+
+
+def command(script: str, flags: object) -> str:
+    """The command line that does the same: what differs from the defaults."""
+    words = ["python", script]
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        if value == field.default or field.name == "resume":
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += ["--" + field.name.replace("_", "-"), *map(str, values)]
+    return " ".join(words)
+
+
+def stage(name: str, out: Path, done: Path, flags: object, run: Callable, seconds: dict[str, float]) -> None:
+    """Run one stage unless what it makes is there; `seconds` adds up what it took, over interruptions too."""
+    print(f"\n$ {command(name + '.py', flags)}", flush=True)
+    if done.exists():
+        print(f"  {done} is there already")
+        return
+    began = time.perf_counter()
+    try:
+        run(flags)
+    finally:
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
+        cli.write_text(out / "seconds.json", json.dumps(seconds))
+
+
+def draw(results: dict[str, Result], metrics: list[dict], path: Path) -> None:
+    """What to look at: accuracy against thinking budget, RL's course, and what the failures are made of."""
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    budgets, course, failures = figure.subplots(1, 3)
+    evaluate.draw_budgets(budgets, results)
+    steps = [row["step"] for row in metrics]
+    course.plot(steps, [row["accuracy"] for row in metrics], color="C1", label="accuracy of the samples")
+    course.set(xlabel="step of RL", ylabel="accuracy", title="RL: more right, and longer")
+    length = course.twinx()
+    length.plot(steps, [row["length"] for row in metrics], color="C2", label="mean length")
+    length.set_ylabel("tokens")
+    course.legend(handles=[*course.lines, *length.lines], loc="lower right")
+    kinds = sorted({kind for result in results.values() for kind in result.failures})
+    for i, (name, result) in enumerate(results.items()):
+        places = [place + 0.4 * i for place in range(len(kinds))]
+        failures.barh(places, [100 * result.failures.get(kind, 0) for kind in kinds], height=0.4, label=name)
+    failures.set_yticks([place + 0.2 for place in range(len(kinds))], kinds)
+    failures.set(xlabel="% of all responses", title="What the failures are made of")
+    failures.legend()
+    figure.savefig(path, dpi=130)
+
+
+def open_folder(config: Config, out: Path) -> dict[str, float]:
+    """The seconds spent so far. A folder made with other flags, or by something else, is left as it is."""
+    flags = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
+    file, seconds = out / "demo.json", out / "seconds.json"
+    if file.exists():
+        if json.loads(file.read_text()) != flags:
+            raise UserError(f"{out} holds a demo with other flags ({file.read_text()}): choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and holds no demo: choose another --out")
+    cli.write_text(file, json.dumps(flags))
+    return json.loads(seconds.read_text()) if seconds.exists() else {}
+
+
+def main(config: Config) -> None:
+    out = Path(config.out)
+    seconds = open_folder(config, out)
+    stage("cot", out, out / "chains.jsonl", chain_flags(config, out), cot.main, seconds)
+    stage("sft", out, out / "sft" / "model", sft_flags(config, out), sft.main, seconds)
+    stage("rl", out, out / "rl" / "model", rl_flags(config, out), rl.main, seconds)
+    stage("evaluate", out, out / "summary.json", evaluate_flags(config, out), evaluate.main, seconds)
+    if not (out / "model").exists():
+        shutil.copytree(out / "rl" / "model", out / "model")  # so that runs/demo is itself a --model
+
+    measured = evaluate.load_results(out / "evaluation" / "results.json")
+    results = dict(zip(("SFT", "RL"), measured.values()))
+    draw(results, read_metrics(out / "rl" / "metrics.jsonl"), out / "demo.png")
+    summary = {
+        "seconds": round(sum(seconds.values()), 1),
+        "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
+        "sft": results["SFT"].summary(),
+        "rl": results["RL"].summary(),
+        "seed": config.seed,
+        "problems_heldout": config.heldout,
+    }
+    cli.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\n{evaluate.table(results)}\n\nin {summary['seconds']:.0f} s; the figure is {out / 'demo.png'}")
+    print(f'Watch it think:  python sample.py --model {out} "numbers 3 5 7, target 22"')
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)
