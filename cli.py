@@ -50,8 +50,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, and brackets 100,000 deep
+            raise UserError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: expected an object, found {type(row).__name__}")
         rows.append(row)
