@@ -26,6 +26,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import cli
@@ -256,10 +257,8 @@ def evaluate(
 # ---------------------------------------------------------------------------------------------------- output
 
 
-def plot_budgets(results: dict[str, Result], path: str | Path) -> None:
+def draw_budgets(axes: Axes, results: dict[str, Result]) -> None:
     """Accuracy against thinking budget, one line per model, with its 95 % interval as a band."""
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # not pyplot: no display, no global state
-    axes = figure.subplots()
     for name, result in results.items():
         budgets = sorted(result.curve)
         low, high = zip(*(interval(result.curve[budget]) for budget in budgets))
@@ -270,6 +269,11 @@ def plot_budgets(results: dict[str, Result], path: str | Path) -> None:
     axes.set(xlabel="thinking budget (tokens)", ylabel="accuracy", title="Accuracy against thinking budget")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def plot_budgets(results: dict[str, Result], path: str | Path) -> None:
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # not pyplot: no display, no global state
+    draw_budgets(figure.subplots(), results)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
@@ -395,7 +399,9 @@ def main(config: Config) -> None:
     saved = Path(config.out) / "results.json" if config.out else None
     flags = {k: v for k, v in asdict(config).items() if k not in ("model", "out", "resume", "curate", "max_batch")}
     if saved and saved.exists():
-        results = read_results(saved, flags, config.resume)
+        if not config.resume:
+            raise UserError(f"{saved} exists: choose another --out, or --resume to add to it")
+        results = load_results(saved, flags)
     params = SamplingParams(
         config.max_tokens or max(budgets, default=1024), config.temperature, config.top_p, config.min_p, config.seed
     )
@@ -423,20 +429,17 @@ def main(config: Config) -> None:
 
 
 def write_results(path: Path, flags: dict, results: dict[str, Result]) -> None:
-    models = {name: asdict(result) | {"summary": result.summary()} for name, result in results.items()}
+    models = {name: {"summary": result.summary(), "result": asdict(result)} for name, result in results.items()}
     cli.write_text(path, json.dumps({"flags": flags, "models": models}))
 
 
-def read_results(path: Path, flags: dict, resume: bool) -> dict[str, Result]:
-    """The models that an earlier run of the same flags has measured."""
-    if not resume:
-        raise UserError(f"{path} exists: choose another --out, or --resume to add to it")
+def load_results(path: str | Path, flags: dict | None = None) -> dict[str, Result]:
+    """The models measured in a results.json; UserError where they were not measured with these `flags`."""
     try:
-        found = json.loads(path.read_text())
-        models = {name: {k: v for k, v in model.items() if k != "summary"} for name, model in found["models"].items()}
-        results = {name: Result(**model) for name, model in models.items()}
-        changed = [f"--{name.replace('_', '-')}" for name in flags if found["flags"].get(name) != flags[name]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        found = json.loads(Path(path).read_text())
+        results = {name: Result(**model["result"]) for name, model in found["models"].items()}
+        changed = [f"--{name.replace('_', '-')}" for name in flags or () if found["flags"].get(name) != flags[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not a results file of evaluate.py") from None
     if changed:
         raise UserError(f"{path} was measured with another {', '.join(changed)}")

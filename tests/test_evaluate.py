@@ -6,6 +6,7 @@ No model runs here: a scripted sampler says what it is told to, so every number 
 import itertools
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -247,14 +248,12 @@ def test_results_survive_the_file(tmp_path):
     """Guards against budgets that come back as strings, and against mixing runs of different flags."""
     path, result = tmp_path / "results.json", result_of([0.25, 1.0])
     evaluate.write_results(path, {"n": 4}, {"m": result})
-    assert evaluate.read_results(path, {"n": 4}, resume=True) == {"m": result}
+    assert evaluate.load_results(path, {"n": 4}) == evaluate.load_results(path) == {"m": result}
     with pytest.raises(UserError, match="--n"):
-        evaluate.read_results(path, {"n": 8}, resume=True)
-    with pytest.raises(UserError, match="exists"):
-        evaluate.read_results(path, {"n": 4}, resume=False)
+        evaluate.load_results(path, {"n": 8})
     path.write_text("{")
     with pytest.raises(UserError, match="not a results file"):
-        evaluate.read_results(path, {"n": 4}, resume=True)
+        evaluate.load_results(path)
 
 
 @settings(max_examples=50)
@@ -277,11 +276,14 @@ def test_pass_at_1_is_the_mean_rate(counts):
         ({"task": "countdown", "limit": 0}, "--limit"),
         ({"task": "countdown", "curate": "kept.jsonl", "model": ["a", "b"]}, "--curate"),
         ({"task": "countdown", "limit": 2}, "absent"),
+        ({"task": "countdown", "out": "."}, "exists"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(flags, message, tmp_path, monkeypatch):
     """Guards against a bad flag that surfaces after an hour of sampling, or as a traceback."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "results.json").write_text("mine")
     with pytest.raises(UserError, match=message) as error:
         evaluate.main(evaluate.Config(**{"model": ["absent"]} | flags))
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"] and Path("results.json").read_text() == "mine"
