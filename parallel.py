@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from cli import UserError, write_text
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
 from tokenizer import Tokenizer
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of every save by one process alone
 
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
@@ -163,12 +166,14 @@ class Scorer(nn.Module):
 
     def forward(self, tokens: Tensor, documents: Tensor | None, targets: Tensor, index: Tensor, temperature: float):
         hidden = self.model(tokens, documents=documents)
-        # A micro-batch with nothing to train on still runs the whole graph, on one position that no loss will read:
-        # the other ranks are waiting in the same collectives.
+        # A micro-batch with nothing to train on still runs the whole graph, on one position times zero: the other ranks
+        # are waiting in the same collectives.
         where = index if len(index) else index.new_zeros(1)
         weight = self.model.head_weight
         rows = hidden.flatten(0, 1)[where].to(weight.dtype)
         logprob, entropy = linear_logprob_entropy(rows, weight, targets.flatten()[where], temperature)
+        if not len(index):
+            logprob, entropy = 0 * logprob, 0 * entropy
         blank = logprob.new_zeros(tokens.shape)
         where = (where // tokens.shape[1], where % tokens.shape[1])
         return blank.index_put(where, logprob), blank.index_put(where, entropy)

@@ -1,0 +1,428 @@
+"""parallel.py: any number of ranks and any split of the work must give one and the same run.
+
+The file is also the program that the tests start under torchrun (`worker`, at the end): it trains a tiny model on 2 and
+on 4 ranks, and leaves its gradients, losses, weights and checkpoints for the tests to compare with one process.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for the worker; pytest has it already
+
+import parallel  # noqa: E402
+from cli import UserError  # noqa: E402
+from model import Config as ModelConfig  # noqa: E402
+from model import Transformer, random_init  # noqa: E402
+from parallel import Example, World  # noqa: E402
+
+ALONE = World(0, 1, torch.device("cpu"))
+STOP = 7
+SHAPE = ModelConfig(vocab_size=50, dim=24, layers=2, heads=3, kv_heads=1, head_dim=8, mlp_dim=40, tied=True)
+
+
+def examples(count: int = 11) -> list[Example]:
+    """Prompts and responses of uneven lengths, the longest many times the shortest; all share the vocabulary's STOP."""
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for i in range(count):
+        prompt, response = 1 + i % 4, 1 + (i * i) % 23
+        tokens = torch.randint(0, 50, (prompt + response,), generator=generator).tolist()
+        tokens[0] = tokens[-1] = STOP
+        made.append(Example(tokens, [(prompt, prompt + response)]))
+    return made
+
+
+def make_scorer(world: World, dtype: torch.dtype = torch.float64) -> parallel.Scorer:
+    return parallel.shard(random_init(SHAPE, seed=0, dtype=dtype), world)
+
+
+def loss_and_gradients(scorer, batch: list[Example], micro_tokens: int, world: World) -> tuple[float, dict]:
+    """This rank's part of the loss, and the gradients, of a step over `batch`: likelihood plus an entropy term."""
+    count = sum(example.targets for example in batch)
+    total = 0.0
+    for indices in parallel.micro_batches([len(e.tokens) for e in batch], micro_tokens, world):
+        packed = parallel.pack([batch[i] for i in indices])
+        logprob, entropy = parallel.score(scorer, packed, temperature=1.2)
+        loss = -(logprob + 0.1 * entropy).sum() / count
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in scorer.named_parameters()}
+
+
+def whole(tensors: dict) -> dict:
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for name, t in tensors.items()}
+
+
+def train(scorer, optimizer, world: World, steps: range, micro_tokens: int = 60) -> list[float]:
+    norms = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss_and_gradients(scorer, examples(4 + step), micro_tokens, world)
+        norms.append(parallel.clip_grad_norm(scorer, 1.0))
+        optimizer.step()
+    return norms
+
+
+def assert_close(got: dict, wanted: dict, relative: float = 1e-6) -> None:
+    """Each tensor is off by at most `relative` of its own size."""
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert (got[name] - tensor).norm() <= relative * tensor.norm(), name
+
+
+# --- many ranks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> dict[int, dict]:
+    """What `worker` found on 2 and on 4 ranks, and what torchrun said. 4 start from the checkpoint that 2 wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found: dict = {"folder": folder}
+    for size in (2, 4):
+        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", __file__, str(folder)]
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200)
+        assert (folder / f"{size}.pt").exists(), done.stderr
+        found[size] = torch.load(folder / f"{size}.pt") | {"stderr": done.stderr, "exit": done.returncode}
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("case", ["whole", "split", "lonely"])
+def test_gradients_do_not_depend_on_ranks(ranks, size, case):
+    """Bug: FSDP's default averages over ranks, and a rank with few tokens then counts as much as one with many. With
+    one sequence ("lonely") all ranks but one have nothing to train on, and must neither hang nor change anything."""
+    batch, _ = CASES[case]
+    loss, gradients = loss_and_gradients(make_scorer(ALONE), batch, 10**6, ALONE)
+    assert ranks[size][case]["loss"] == pytest.approx(loss, rel=1e-6)
+    assert_close(ranks[size][case]["gradients"], gradients)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_first_updates_do_not_depend_on_ranks(ranks, size):
+    """Bug: gradients agree, but clipping uses a rank's own norm, or AdamW's moments are mixed up between shards."""
+    scorer = make_scorer(ALONE, torch.float32)
+    norms = train(scorer, parallel.adamw(scorer, 1e-2, 0.1), ALONE, range(3), micro_tokens=10**6)
+    assert ranks[size]["norms"] == pytest.approx(norms, rel=1e-6)
+    assert_close(ranks[size]["after 3"], dict(scorer.named_parameters()), 2e-6)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_checkpoint_of_two_ranks_resumes_on_any_number(ranks, size):
+    """Bug: moments saved by shard, so that only the same number of ranks can read them back."""
+    if size == 1:
+        scorer = make_scorer(ALONE, torch.float32)
+        optimizer = parallel.adamw(scorer, 1e-2, 0.1)
+        saved = parallel.complete_checkpoints(ranks["folder"] / "checkpoints")[0]
+        state = parallel.load_checkpoint(saved, {"policy": scorer, "adamw": optimizer}, ALONE)
+        assert (state["step"], state["ranks"], state["cursor"]) == (3, 2, 12)
+        train(scorer, optimizer, ALONE, range(3, 5))
+        resumed = dict(scorer.named_parameters())
+    else:
+        resumed = ranks[size]["after 5"]
+    assert_close(resumed, ranks[2]["after 5"], 2e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_weights_are_gathered_whole(ranks, size):
+    """Bug: the sampler of a sharded run gets rank 0's slices."""
+    for name, tensor in ranks[size]["copied"].items():
+        assert torch.equal(tensor, ranks[size]["after 5"][f"model.{name}"].bfloat16()), name
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_that_disagree_say_on_what(ranks, size):
+    """Bug: one node started with another flag; the run hangs, or trains something in between."""
+    assert ranks[size]["disagreement"] == f"ranks disagree on lr: 0 on 0, {size - 1} on {size - 1}"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_bad_input_on_one_rank_ends_all_with_one_line(ranks, size):
+    """Bug: one rank finds a bad file and leaves; the others wait for it until a timeout, or drown it in tracebacks.
+    (What torchrun itself reports about its children comes after our line.)"""
+    ours = ranks[size]["stderr"].split("torch/distributed/elastic")[0]
+    assert ranks[size]["exit"] != 0
+    assert ours.count("error: line 3 is bad") == 1
+    assert "Traceback" not in ours
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 40, 10**6])
+def test_gradients_do_not_depend_on_micro_batches(micro_tokens):
+    """Bug: the loss divided by each micro-batch's own token count, so that short micro-batches weigh more."""
+    batch = examples()
+    wanted_loss, wanted = loss_and_gradients(make_scorer(ALONE), batch, 10**6, ALONE)
+    loss, gradients = loss_and_gradients(make_scorer(ALONE), batch, micro_tokens, ALONE)
+    assert loss == pytest.approx(wanted_loss, rel=1e-6)
+    assert_close(gradients, wanted)
+
+
+def test_score_is_the_plain_computation():
+    """Bug: targets off by one, temperature forgotten, or values scattered to other positions than they came from."""
+    scorer, batch, temperature = make_scorer(ALONE), examples(5), 1.7
+    packed = parallel.pack(batch, row_length=64)
+    logprob, entropy = parallel.score(scorer, packed, temperature)
+    got = zip(batch, packed.extract(logprob), packed.extract(entropy))
+    for example, example_logprob, example_entropy in got:
+        tokens = torch.tensor([example.tokens])
+        table = (scorer.model.logits(scorer.model(tokens))[0] / temperature).log_softmax(-1)
+        start, end = max(example.spans[0][0], 1), example.spans[0][1]
+        wanted = torch.stack([table[t - 1, example.tokens[t]] for t in range(start, end)])
+        torch.testing.assert_close(example_logprob.double(), wanted, rtol=1e-6, atol=1e-6)
+        rows = table[start - 1 : end - 1]
+        torch.testing.assert_close(example_entropy.double(), -(rows.exp() * rows).sum(-1), rtol=1e-6, atol=1e-6)
+    assert not logprob[~packed.mask].any() and not entropy[~packed.mask].any()
+
+
+def test_documents_in_a_row_do_not_see_each_other():
+    """Bug: attention or positions run on from one packed document into the next."""
+    scorer = make_scorer(ALONE)
+    first, second = Example([1, 2, 3, 4, 5], [(2, 5)]), Example([6, 7, 8, 9], [(1, 4)])
+    changed = Example([40, 41, 42, 43, 44], [(2, 5)])
+
+    def score(*batch):
+        packed = parallel.pack(list(batch), row_length=16)
+        assert packed.tokens.shape[0] == 1  # in one row, or the test shows nothing
+        return packed.extract(parallel.score(scorer, packed)[0])
+
+    assert torch.equal(score(first, second)[1], score(changed, second)[1])
+    assert not torch.equal(score(first, second)[0], score(changed, second)[0])
+    alone = parallel.pack([second])
+    torch.testing.assert_close(score(first, second)[1], alone.extract(parallel.score(scorer, alone)[0])[0])
+
+
+def test_mask_comes_from_lengths_not_from_values():
+    """Bug: a mask made by comparing tokens (with padding, or with the stop token) loses the response's stop token, or
+    trains on the prompt's: the prompt here holds the stop token, which is also the padding's id."""
+    packed = parallel.pack([Example([0, 5, 0, 6, 0], [(3, 5)]), Example([1, 2], [(1, 2)])], row_length=9)
+    assert packed.tokens.tolist() == [[0, 5, 0, 6, 0, 1, 2]]
+    assert packed.targets.tolist() == [[5, 0, 6, 0, 0, 2, 0]]
+    assert packed.mask.tolist() == [[False, False, True, True, False, True, False]]
+    assert packed.documents.tolist() == [[0, 0, 0, 0, 0, 1, 1]]
+
+
+def test_stop_token_has_gradient():
+    """Bug (nanochat): the stop token is dropped when the response is stored, and stopping is never learned."""
+    scorer = make_scorer(ALONE)
+    packed = parallel.pack([Example([3, 4, 5, STOP], [(3, 4)])])  # the stop token is all that is trained on
+    before, _ = parallel.score(scorer, packed)
+    (-before.sum()).backward()
+    with torch.no_grad():
+        for parameter in scorer.parameters():
+            parameter -= 1e-3 * parameter.grad
+        after, _ = parallel.score(scorer, packed)
+    assert after.sum() > before.sum()
+
+
+lengths_strategy = st.lists(st.integers(2, 60), min_size=0, max_size=40)
+
+
+@given(lengths=lengths_strategy, row_length=st.integers(0, 200))
+@settings(max_examples=60, deadline=None)
+def test_packing_loses_and_repeats_nothing(lengths, row_length):
+    """Bug: a sequence left out or cut when rows are full, a target from the next document, waste nobody noticed."""
+    batch = [Example([100 * i + t for t in range(n)], [(1 + i % (n - 1), n)]) for i, n in enumerate(lengths)]
+    packed = parallel.pack(batch, row_length)
+    values = [[float(t) for t in range(*example.spans[0])] for example in batch]
+    grid = packed.place([torch.tensor(v) for v in values])
+    assert [v.tolist() for v in packed.extract(grid)] == values
+    assert [t.tolist() for t in packed.extract(packed.targets)] == [e.tokens[slice(*e.spans[0])] for e in batch]
+    assert packed.counts == [e.targets for e in batch]
+    assert packed.mask.sum() == len(packed.index) == sum(e.targets for e in batch)
+    rows = packed.tokens.shape[0]
+    assert rows <= max(1, math.ceil(1.7 * sum(lengths) / max([row_length, *lengths, 1])) + 1)  # first fit's guarantee
+
+
+@given(lengths=lengths_strategy, budget=st.integers(1, 300), size=st.integers(1, 5))
+@settings(max_examples=100, deadline=None)
+def test_every_rank_gets_as_many_micro_batches(lengths, budget, size):
+    """Bug: ranks that run different numbers of micro-batches wait for each other for ever; a sequence trained twice."""
+    shares = [parallel.micro_batches(lengths, budget, World(rank, size, torch.device("cpu"))) for rank in range(size)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(lengths)))
+    for micro in (micro for share in shares for micro in share):
+        assert len(micro) <= 1 or sum(lengths[i] for i in micro) <= budget
+
+
+@given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=60), bins=st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_balance_spreads_by_length(lengths, bins):
+    """Bug: as many sequences on each rank, but all of the long ones on one, for which the others wait."""
+    loads = [sum(lengths[i] for i in share) for share in parallel.balance(lengths, bins)]
+    assert max(loads) <= sum(lengths) / bins + max(lengths)
+
+
+def test_norms_do_not_decay():
+    """Bug: weight decay pulls RMSNorm gains from 1 to 0 (with zero gradients, decay is all that moves a weight)."""
+    scorer = make_scorer(ALONE)
+    optimizer = parallel.adamw(scorer, lr=0.1, weight_decay=0.5)
+    before = {name: p.detach().clone() for name, p in scorer.named_parameters()}
+    for parameter in scorer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in scorer.named_parameters():
+        factor = 1.0 if parameter.ndim == 1 else 1 - 0.1 * 0.5
+        torch.testing.assert_close(parameter.detach(), factor * before[name])
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_restores_everything_bitwise(tmp_path):
+    """Bug (nanoGPT): no generator state, or moments rounded on their way; the resumed run is another run."""
+    scorer = make_scorer(ALONE, torch.float32)
+    optimizer = parallel.adamw(scorer, 1e-2)
+    train(scorer, optimizer, ALONE, range(2))
+    parallel.save_checkpoint(tmp_path, 2, {"policy": scorer, "adamw": optimizer}, {"cursor": 5}, ALONE)
+    drawn = torch.rand(3)
+    train(scorer, optimizer, ALONE, range(2, 4))
+
+    fresh = parallel.shard(random_init(SHAPE, seed=9), ALONE)
+    again = parallel.adamw(fresh, 1e-2)
+    state = parallel.load_checkpoint(tmp_path / "step-000002", {"policy": fresh, "adamw": again}, ALONE)
+    assert state == {"step": 2, "ranks": 1, "cursor": 5}
+    assert torch.equal(torch.rand(3), drawn)
+    train(fresh, again, ALONE, range(2, 4))
+    for one, other in zip(scorer.parameters(), fresh.parameters()):
+        assert torch.equal(one, other)
+
+
+def test_only_complete_checkpoints_count(tmp_path):
+    """Bug: a write cut off by a kill is taken for the newest checkpoint; or the disk fills up with old ones."""
+    scorer = make_scorer(ALONE)
+    (tmp_path / "step-000004.partial").mkdir(parents=True)
+    (tmp_path / "step-000004.partial" / "half").write_text("garbage")
+    for step in (1, 2, 3):
+        parallel.save_checkpoint(tmp_path, step, {"policy": scorer}, {}, ALONE, keep=2)
+    assert [path.name for path in parallel.complete_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    parallel.save_checkpoint(tmp_path, 4, {"policy": scorer}, {}, ALONE, keep=2)
+    assert not (tmp_path / "step-000004" / "half").exists()
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    """Bug: a checkpoint of another model, or a damaged one, ends in a traceback from deep inside torch."""
+    scorer = make_scorer(ALONE)
+    parallel.save_checkpoint(tmp_path, 1, {"policy": scorer}, {}, ALONE)
+    saved = tmp_path / "step-000001"
+    with pytest.raises(UserError, match="does not hold value_head"):
+        parallel.load_checkpoint(saved, {"policy": scorer, "value_head": torch.zeros(3)}, ALONE)
+    wider = parallel.Scorer(random_init(dataclasses.replace(SHAPE, vocab_size=60), 0))
+    with pytest.raises(UserError, match=r"model.embed.weight has shape \[50, 24\], expected \[60, 24\]"):
+        parallel.load_checkpoint(saved, {"policy": wider}, ALONE)
+    (saved / "state.json").write_text('{"step": 1')
+    with pytest.raises(UserError, match="is damaged"):
+        parallel.load_checkpoint(saved, {"policy": scorer}, ALONE)
+
+
+# --- the run folder ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Flags:
+    lr: float = 0.1
+    steps: int = 10
+
+
+def test_run_folders_are_never_overwritten(tmp_path):
+    """Bug: a command repeated without --resume starts over the top of a finished run."""
+    out = parallel.open_run(tmp_path / "run", Flags(), False, ("steps",), ALONE)
+    assert json.loads((out / "config.json").read_text()) == {"lr": 0.1, "steps": 10}
+    with pytest.raises(UserError, match="exists already: --resume"):
+        parallel.open_run(out, Flags(), False, ("steps",), ALONE)
+    parallel.open_run(out, Flags(steps=20), True, ("steps",), ALONE)
+    with pytest.raises(UserError, match=r"was started with --lr 0.1, not 0.2"):
+        parallel.open_run(out, Flags(lr=0.2), True, ("steps",), ALONE)
+    with pytest.raises(UserError, match="there is no run in"):
+        parallel.open_run(tmp_path / "other", Flags(), True, ("steps",), ALONE)
+    (out / "config.json").write_text('{"lr": 0.')
+    with pytest.raises(UserError, match="only half of one"):
+        parallel.open_run(out, Flags(), True, ("steps",), ALONE)
+    assert (out / "config.json").read_text() == '{"lr": 0.'
+
+
+def test_metrics_go_on_from_the_checkpoint(tmp_path):
+    """Bug: steps done again after a kill stand in metrics.jsonl twice; a half-written last line breaks the plot."""
+    log = parallel.MetricsLog(tmp_path, 0, ALONE)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": step / 3})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    parallel.MetricsLog(tmp_path, 2, ALONE).write(3, {"loss": 1.0})
+    rows = parallel.read_metrics(tmp_path / "metrics.jsonl")
+    assert rows == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "loss": 1.0}]
+    parallel.plot(tmp_path / "metrics.jsonl", tmp_path / "metrics.png", {"loss": ["loss", "absent"], "b": ["b"]})
+    assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="wandb is not installed"):
+        parallel.MetricsLog(tmp_path, 2, ALONE, "wandb")
+
+
+def test_guard_skips_then_stops():
+    """Bug: one NaN step ruins the weights for good; or a run of nothing but NaN goes on for days."""
+    guard = parallel.Guard(limit=3)
+    assert guard.allows(loss=1.0, gradient=2.0)
+    assert not guard.allows(loss=math.nan, gradient=2.0)
+    assert not guard.allows(loss=1.0, gradient=math.inf)
+    assert guard.allows(loss=1.0, gradient=2.0) and guard.skipped == 2
+    assert not guard.allows(loss=math.nan, gradient=1.0) and not guard.allows(loss=math.nan, gradient=1.0)
+    with pytest.raises(RuntimeError, match="loss not finite for 3 steps in a row"):
+        guard.allows(loss=math.nan, gradient=1.0)
+
+
+# --- the program under torchrun ---------------------------------------------------------------------------------------
+
+CASES = {"whole": (examples(), 10**6), "split": (examples(), 40), "lonely": (examples()[3:4], 40)}
+
+
+def worker(folder: Path, world: World) -> None:
+    found: dict = {}
+    for name, (batch, micro_tokens) in CASES.items():
+        loss, gradients = loss_and_gradients(make_scorer(world), batch, micro_tokens, world)
+        found[name] = {"loss": parallel.sum_over_ranks(loss), "gradients": whole(gradients)}
+    scorer = make_scorer(world, torch.float32)
+    optimizer = parallel.adamw(scorer, 1e-2, 0.1)
+    found["norms"] = train(scorer, optimizer, world, range(3))
+    found["after 3"] = whole(dict(scorer.named_parameters()))
+    if saved := parallel.complete_checkpoints(folder / "checkpoints"):
+        scorer = parallel.shard(random_init(SHAPE, seed=9), world)  # to be overwritten
+        optimizer = parallel.adamw(scorer, 1e-2, 0.1)
+        assert parallel.load_checkpoint(saved[0], {"policy": scorer, "adamw": optimizer}, world)["step"] == 3
+    else:
+        parts = {"policy": scorer, "adamw": optimizer}
+        parallel.save_checkpoint(folder / "checkpoints", 3, parts, {"cursor": 12}, world)
+    train(scorer, optimizer, world, range(3, 5))
+    found["after 5"] = whole(dict(scorer.named_parameters()))
+    plain = Transformer(SHAPE, dtype=torch.bfloat16)
+    parallel.copy_weights(scorer, plain)
+    found["copied"] = dict(plain.state_dict())
+    try:
+        parallel.same_on_all_ranks({"lr": 0 if world.rank < world.size - 1 else world.rank})
+    except UserError as error:
+        found["disagreement"] = str(error)
+    if world.main:
+        torch.save(found, folder / f"{world.size}.pt")
+    parallel.barrier()
+    if world.rank == 1:
+        raise UserError("line 3 is bad")
+    parallel.barrier()  # where the others are when rank 1 leaves
+
+
+if __name__ == "__main__":
+    try:
+        with parallel.session("cpu") as this_world:
+            worker(Path(sys.argv[1]), this_world)
+    except UserError as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        sys.exit(2)
