@@ -18,7 +18,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -29,16 +29,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from cli import UserError
 
-FAMILIES = ("llama", "qwen2", "qwen3", "glm", "glm4")
-SHARD_BYTES = 5_000_000_000  # largest safetensors file that `save_pretrained` writes, as transformers does
+FAMILIES = ("llama", "qwen2", "qwen3", "glm", "glm4")  # Hugging Face's `model_type`
+GLM = ("glm", "glm4")
+HF_NAMES = {  # our fields that config.json holds as they are
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "mlp_dim": "intermediate_size",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "qkv_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "bos_id": "bos_token_id",
+}
+ROPE_KEYS = {  # what each `rope_type` is parametrised by, beside its theta
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+SHARD_BYTES = 5_000_000_000  # a safetensors file is no larger than this, unless a single tensor is
 
 
 @dataclass(frozen=True)
 class Config:
-    """The shape of a transformer. `family` is Hugging Face's `model_type`, and decides the tensors' names on disk."""
+    """The shape of a transformer. `family` decides what its tensors are called on disk."""
 
     vocab_size: int
     dim: int
@@ -52,7 +74,7 @@ class Config:
     norm_eps: float = 1e-5
     rope_theta: float = 10_000.0
     rope_dim: int | None = None  # rotated dimensions of a head; None: all of them
-    rope_scaling: tuple[tuple[str, float | str], ...] = ()  # Hugging Face's rope parameters as sorted pairs (hashable)
+    rope_scaling: tuple[tuple[str, float | str], ...] = ()  # (key, value) of rope_type and its ROPE_KEYS; (): unscaled
     tied: bool = False  # the head is the embedding's transpose
     qkv_bias: bool = False
     out_bias: bool = False
@@ -63,9 +85,7 @@ class Config:
     eos_ids: tuple[int, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The network
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 class RMSNorm(nn.Module):
@@ -236,19 +256,18 @@ def random_init(config: Config, seed: int, dtype: torch.dtype = torch.float32) -
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Hugging Face folders
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def model_folder(path: str | Path) -> Path:
     """The Hugging Face folder that `path` means: itself, or the `model` folder that a run of nanoT1 left in it."""
     path = Path(path)
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json"):
-            return folder
     if not path.exists():
         raise UserError(f"no such folder: {path}")
+    for folder in (path / "model", path):
+        # A run's own config.json, its flags, has no model_type.
+        if (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json"):
+            return folder
     raise UserError(f"{path} holds no model: neither a Hugging Face config.json nor a finished run's model/config.json")
 
 
@@ -263,159 +282,157 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path) -> Config:
-    """The Config of a Hugging Face folder. UserError for anything in it that this file would compute differently."""
+    """The Config of a Hugging Face folder. UserError for anything in it that would be computed differently here."""
     raw = read_json(folder / "config.json")
-    return config_from_hf(raw, folder)
-
-
-def config_from_hf(raw: dict, folder: Path) -> Config:
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"{folder}: model_type {family!r} is not supported (one of: {', '.join(FAMILIES)})")
-    glm = family in ("glm", "glm4")
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    rope_type = rope.pop("rope_type", rope.pop("type", "default"))
-    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
-    partial_rotary = rope.pop("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5 if glm else 1.0))
-    theta = rope.pop("rope_theta", raw.get("rope_theta", 10_000.0))
-    attention_bias = raw.get("attention_bias", glm) or family == "qwen2"
-    eos = raw.get("eos_token_id")
+        raise UserError(f"{folder}: model_type {family!r} is not supported (only {', '.join(FAMILIES)})")
+    refuse_unsupported(raw, folder)
+    fields = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
+    if family == "llama" and {"dim", "heads"} <= fields.keys():
+        fields.setdefault("kv_heads", fields["heads"])
+    if family in ("llama", "qwen2") and {"dim", "heads"} <= fields.keys():
+        fields.setdefault("head_dim", fields["dim"] // fields["heads"])
+    for ours in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "norm_eps"):
+        if not isinstance(fields.get(ours), int if ours != "norm_eps" else float) or fields[ours] <= 0:
+            raise UserError(f"{folder}/config.json: {HF_NAMES[ours]} is {fields.get(ours)!r}")
+
+    rope = read_rope(raw, folder)
+    fields["rope_theta"] = rope.pop("rope_theta")
+    fields["rope_dim"] = int(fields["head_dim"] * rope.pop("partial_rotary_factor"))
+    if fields["heads"] % fields["kv_heads"] or fields["rope_dim"] % 2:
+        raise UserError(f"{folder}/config.json: key/value heads must divide the heads, and rotary dimensions be even")
+    fields["qkv_bias"] = family == "qwen2" or fields.get("qkv_bias", family in GLM)
+    generation = folder / "generation_config.json"
+    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
     return Config(
+        **fields | {"mlp_bias": family == "llama" and fields.get("mlp_bias", False)},
         family=family,
-        vocab_size=raw["vocab_size"],
-        dim=raw["hidden_size"],
-        layers=raw["num_hidden_layers"],
-        heads=raw["num_attention_heads"],
-        kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=head_dim,
-        mlp_dim=raw["intermediate_size"],
-        context=raw.get("max_position_embeddings", 2048),
-        norm_eps=raw["rms_norm_eps"],
-        rope_theta=theta,
-        rope_dim=int(head_dim * partial_rotary) if glm else None,
-        rope_scaling=() if rope_type == "default" else tuple(sorted({**rope, "rope_type": rope_type}.items())),
-        tied=raw.get("tie_word_embeddings", False),
-        qkv_bias=attention_bias,
-        out_bias=attention_bias and family in ("llama", "qwen3"),
-        mlp_bias=family == "llama" and raw.get("mlp_bias", False),
+        rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
+        out_bias=fields["qkv_bias"] and family in ("llama", "qwen3"),
         qk_norm=family == "qwen3",
         post_norms=family == "glm4",
-        bos_id=raw.get("bos_token_id"),
         eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
     )
 
 
+def refuse_unsupported(raw: dict, folder: Path) -> None:
+    """UserError if an option that these families read, and this file does not, is set to change the result."""
+    windows = raw.get("layer_types") or []
+    if not windows and raw.get("use_sliding_window") and raw.get("sliding_window"):
+        windows = ["sliding_attention"] * (raw["num_hidden_layers"] - raw.get("max_window_layers", 28))
+    problems = {
+        f"hidden_act {raw.get('hidden_act')}": raw.get("hidden_act", "silu") not in ("silu", "swish"),
+        "attention_dropout": raw.get("attention_dropout"),
+        "quantization_config": raw.get("quantization_config"),
+        "sliding-window attention": any(kind != "full_attention" for kind in windows),
+    }
+    for what, present in problems.items():
+        if present:
+            raise UserError(f"{folder}/config.json: {what} is not supported")
+
+
+def read_rope(raw: dict, folder: Path) -> dict:
+    """Rotary parameters: rope_theta, partial_rotary_factor, rope_type and the keys of ROPE_KEYS for that type.
+
+    transformers 5 keeps them all in `rope_parameters`; older folders have `rope_scaling` and the rest beside it.
+    """
+    glm = raw["model_type"] in GLM
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    rope.setdefault("rope_theta", raw.get("rope_theta", 10_000.0))
+    rope.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5 if glm else 1.0))
+    if rope["rope_type"] == "llama3":
+        trained = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        rope["original_max_position_embeddings"] = trained or raw.get("max_position_embeddings", 2048)
+    if rope["rope_type"] not in ROPE_KEYS:
+        raise UserError(
+            f"{folder}/config.json: rope_type {rope['rope_type']!r} is not supported (only {list(ROPE_KEYS)})"
+        )
+    expected = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS[rope["rope_type"]]}
+    if rope.keys() != expected:
+        raise UserError(f"{folder}/config.json: rope parameters {sorted(rope)}, expected {sorted(expected)}")
+    if rope["partial_rotary_factor"] != 1.0 and not glm:
+        raise UserError(f"{folder}/config.json: partial_rotary_factor is not supported for {raw['model_type']}")
+    return rope
+
+
 def config_to_hf(config: Config, dtype: torch.dtype) -> dict:
-    """config.json as transformers reads it."""
-    rope = {"rope_theta": config.rope_theta, "rope_type": "default", **dict(config.rope_scaling)}
-    glm = config.family in ("glm", "glm4")
-    architecture = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "glm": "Glm", "glm4": "Glm4"}[config.family]
-    raw = {
-        "architectures": [f"{architecture}ForCausalLM"],
+    """config.json as transformers 5 reads it, with the rotary parameters also where version 4 and vLLM look."""
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta, **dict(config.rope_scaling)}
+    if config.family in GLM:
+        rope["partial_rotary_factor"] = (config.rope_dim or config.head_dim) / config.head_dim
+    return {
+        "architectures": [f"{config.family.capitalize()}ForCausalLM"],
         "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_dim,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
+        **{theirs: getattr(config, ours) for ours, theirs in HF_NAMES.items()},
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
         "rope_parameters": rope,
-        "tie_word_embeddings": config.tied,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope if config.rope_scaling else None,
         "hidden_act": "silu",
-        "bos_token_id": config.bos_id,
-        "eos_token_id": list(config.eos_ids) or None,
         "dtype": str(dtype).removeprefix("torch."),
     }
-    if config.family != "qwen2":
-        raw["attention_bias"] = config.qkv_bias
-    if config.family == "llama":
-        raw["mlp_bias"] = config.mlp_bias
-    if glm:
-        rope["partial_rotary_factor"] = (config.rope_dim or config.head_dim) / config.head_dim
-    return raw
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor on disk: its name, the rows of our parameter that it fills, and how many heads of it are rotary."""
+    """A tensor on disk, and where it goes: so many rows of one of our parameters."""
 
     name: str
     rows: int
-    rotary_heads: int = 0
+    pair_heads: int = 0  # this many heads, whose rotary pairs are to be brought together: see the top of the file
+
+    def from_disk(self, tensor: Tensor) -> Tensor:
+        """Rows of each head from (all first members of the pairs, all second members) to pair after pair."""
+        if not self.pair_heads:
+            return tensor
+        return tensor.unflatten(0, (self.pair_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+    def to_disk(self, tensor: Tensor) -> Tensor:
+        """The inverse of `from_disk`, in memory of its own."""
+        if self.pair_heads:
+            tensor = tensor.unflatten(0, (self.pair_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def layout(config: Config) -> Iterator[tuple[str, list[Piece]]]:
-    """Our parameters' names, each with the Hugging Face tensors that make it up, top to bottom."""
-    dim, head_dim = config.dim, config.head_dim
-    # GLM's rotary pairs are neighbours on disk too; everywhere else they are to be brought together.
-    reorder = config.family not in ("glm", "glm4")
-    q, kv = Piece("q", config.heads * head_dim), config.kv_heads * head_dim
-    q_heads, k_heads = (config.heads, config.kv_heads) if reorder else (0, 0)
-    yield "embed.weight", [Piece("model.embed_tokens.weight", config.vocab_size)]
+def layout(config: Config) -> dict[str, list[Piece]]:
+    """For each of our parameters the Hugging Face tensors that it is made of, from its first row to its last."""
+    table: dict[str, list[Piece]] = {}
+
+    def add(name: str, *pieces: tuple, bias: bool = False) -> None:
+        for kind in ("weight", "bias") if bias else ("weight",):
+            table[f"{name}.{kind}"] = [Piece(f"{theirs}.{kind}", *rest) for theirs, *rest in pieces]
+
+    dim, head_dim, mlp_dim = config.dim, config.head_dim, config.mlp_dim
+    q, kv = config.heads * head_dim, config.kv_heads * head_dim
+    # GLM pairs neighbours, as we do.
+    q_pairs, k_pairs, norm_pairs = (0, 0, 0) if config.family in GLM else (config.heads, config.kv_heads, 1)
+    add("embed", ("model.embed_tokens", config.vocab_size))
     for layer in range(config.layers):
-        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        yield ours + "attention_norm.weight", [Piece(theirs + "input_layernorm.weight", dim)]
-        for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-            yield (
-                ours + f"qkv.{kind}",
-                [
-                    Piece(theirs + f"self_attn.q_proj.{kind}", q.rows, q_heads),
-                    Piece(theirs + f"self_attn.k_proj.{kind}", kv, k_heads),
-                    Piece(theirs + f"self_attn.v_proj.{kind}", kv),
-                ],
-            )
+        block, hf = f"blocks.{layer}", f"model.layers.{layer}"
+        attention = f"{hf}.self_attn"
+        q_piece, k_piece = (f"{attention}.q_proj", q, q_pairs), (f"{attention}.k_proj", kv, k_pairs)
+        add(f"{block}.attention_norm", (f"{hf}.input_layernorm", dim))
+        add(f"{block}.qkv", q_piece, k_piece, (f"{attention}.v_proj", kv), bias=config.qkv_bias)
         if config.qk_norm:
-            yield ours + "q_norm.weight", [Piece(theirs + "self_attn.q_norm.weight", head_dim, 1)]
-            yield ours + "k_norm.weight", [Piece(theirs + "self_attn.k_norm.weight", head_dim, 1)]
-        for kind in ("weight", "bias") if config.out_bias else ("weight",):
-            yield ours + f"out.{kind}", [Piece(theirs + f"self_attn.o_proj.{kind}", dim)]
-        # transformers names the norm before the MLP after what it follows
-        yield ours + "mlp_norm.weight", [Piece(theirs + "post_attention_layernorm.weight", dim)]
-        for kind in ("weight", "bias") if config.mlp_bias else ("weight",):
-            if config.family in ("glm", "glm4"):
-                yield ours + f"gate_up.{kind}", [Piece(theirs + f"mlp.gate_up_proj.{kind}", 2 * config.mlp_dim)]
-            else:
-                names = (theirs + f"mlp.gate_proj.{kind}", theirs + f"mlp.up_proj.{kind}")
-                yield ours + f"gate_up.{kind}", [Piece(name, config.mlp_dim) for name in names]
-            yield ours + f"down.{kind}", [Piece(theirs + f"mlp.down_proj.{kind}", dim)]
+            add(f"{block}.q_norm", (f"{attention}.q_norm", head_dim, norm_pairs))
+            add(f"{block}.k_norm", (f"{attention}.k_norm", head_dim, norm_pairs))
+        add(f"{block}.out", (f"{attention}.o_proj", dim), bias=config.out_bias)
+        add(f"{block}.mlp_norm", (f"{hf}.post_attention_layernorm", dim))  # their name: it follows attention
+        if config.family in GLM:
+            add(f"{block}.gate_up", (f"{hf}.mlp.gate_up_proj", 2 * mlp_dim))
+        else:
+            gate_and_up = (f"{hf}.mlp.gate_proj", mlp_dim), (f"{hf}.mlp.up_proj", mlp_dim)
+            add(f"{block}.gate_up", *gate_and_up, bias=config.mlp_bias)
+        add(f"{block}.down", (f"{hf}.mlp.down_proj", dim), bias=config.mlp_bias)
         if config.post_norms:
-            yield ours + "post_attention_norm.weight", [Piece(theirs + "post_self_attn_layernorm.weight", dim)]
-            yield ours + "post_mlp_norm.weight", [Piece(theirs + "post_mlp_layernorm.weight", dim)]
-    yield "norm.weight", [Piece("model.norm.weight", dim)]
+            add(f"{block}.post_attention_norm", (f"{hf}.post_self_attn_layernorm", dim))
+            add(f"{block}.post_mlp_norm", (f"{hf}.post_mlp_layernorm", dim))
+    add("norm", ("model.norm", dim))
     if not config.tied:
-        yield "head.weight", [Piece("lm_head.weight", config.vocab_size)]
-
-
-def pair_up(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from Hugging Face's order (all first members of the pairs, then all second) to pair by pair."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def pair_down(tensor: Tensor, heads: int) -> Tensor:
-    """The inverse of `pair_up`."""
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file holds each tensor of a folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    else:
-        files = [folder / "model.safetensors"]
-    where = {}
-    for file in files:
-        if not file.is_file():
-            raise UserError(f"{folder}: {file.name} is missing")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                where.update(dict.fromkeys(tensors.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is truncated or no safetensors file ({error})") from None
-    return where
+        add("head", ("lm_head", config.vocab_size))
+    return table
 
 
 @torch.no_grad()
@@ -425,74 +442,92 @@ def load_pretrained(
     """The model in a Hugging Face folder or a finished run. UserError for a folder that is not whole and understood."""
     folder = model_folder(path)
     config = read_config(folder)
-    where = weight_files(folder)
+    table, tensors = layout(config), open_tensors(folder)
+    wanted = {piece.name for pieces in table.values() for piece in pieces}
+    if missing := sorted(wanted - tensors.keys()):
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
+    extra = {
+        name for name in tensors if not name.endswith("rotary_emb.inv_freq")
+    } - wanted  # a constant, in old folders
+    if config.tied and "lm_head.weight" in extra:  # harmless if it is what the model is tied to
+        head, embedding = (tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+        extra -= {"lm_head.weight"} if torch.equal(head, embedding) else set()
+    if extra:
+        raise UserError(f"{folder}: {len(extra)} tensors do not belong to the model, the first is {min(extra)}")
+
     model = Transformer(config, dtype, device="meta").to_empty(device=device)
-    parameters = dict(model.named_parameters())
-    wanted = {piece.name for _, pieces in layout(config) for piece in pieces}
-    check_names(folder, wanted, set(where), config.tied)
-    open_files = {file: safe_open(file, framework="pt") for file in set(where.values())}
-    for name, pieces in layout(config):
-        for part, piece in zip(parameters[name].split([piece.rows for piece in pieces]), pieces):
-            tensor = open_files[where[piece.name]].get_tensor(piece.name)
-            if tensor.shape != part.shape:
-                raise UserError(
-                    f"{folder}: {piece.name} has shape {list(tensor.shape)}, config.json says {list(part.shape)}"
-                )
-            part.copy_(pair_up(tensor, piece.rotary_heads) if piece.rotary_heads else tensor)
+    for name, parameter in tqdm(model.named_parameters(), "loading", len(table), delay=3):
+        rows = [piece.rows for piece in table[name]]
+        for part, piece in zip(parameter.split(rows), table[name]):
+            tensor = tensors[piece.name].get_tensor(piece.name)
+            if tensor.shape != part.shape or tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                raise UserError(f"{folder}: {piece.name} is {found}, config.json asks for floats {list(part.shape)}")
+            part.copy_(piece.from_disk(tensor))
     return model
 
 
-def check_names(folder: Path, wanted: set[str], found: set[str], tied: bool) -> None:
-    if missing := sorted(wanted - found):
-        raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    harmless = {name for name in found if name.endswith("rotary_emb.inv_freq")}  # old Llama folders store a constant
-    if tied:
-        harmless.add("lm_head.weight")
-    if extra := sorted(found - wanted - harmless):
-        raise UserError(f"{folder}: {len(extra)} tensors are unknown to its model_type, the first is {extra[0]}")
+def open_tensors(folder: Path) -> dict[str, safe_open]:
+    """For every tensor in a folder the open safetensors file that holds it (nothing is read before `get_tensor`)."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    tensors = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name} is missing (weights are read from safetensors files only)")
+        try:
+            file = safe_open(folder / name, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name} is truncated or not a safetensors file ({error})") from None
+        tensors |= dict.fromkeys(file.keys(), file)
+    return tensors
 
 
-@torch.no_grad()
-def save_pretrained(model: Transformer, path: str | Path, tokenizer=None, weights: dict[str, Tensor] | None = None):
-    """Write a Hugging Face folder, whole or not at all (a killed process leaves PATH.partial, never half a PATH).
+def save_pretrained(
+    model: Transformer,
+    path: str | Path,
+    tokenizer: "Tokenizer | None" = None,  # noqa: F821 (tokenizer.py comes after this file)
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write a Hugging Face folder, whole or not at all: until it is complete and on disk it is called PATH.partial.
 
-    tokenizer: its files go into the folder too. weights: full tensors by parameter name, where the model's own are
-    sharded over processes (FSDP).
+    tokenizer: its files are put beside the weights. weights: the full parameters by name, if the model's own are
+    sharded over several processes.
     """
     path = Path(path)
-    partial_path = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial_path, ignore_errors=True)
+    partial_path, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    for stale in (partial_path, old):
+        shutil.rmtree(stale, ignore_errors=True)
     partial_path.mkdir(parents=True)
-    weights = weights or dict(model.named_parameters())
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, pieces in layout(model.config):
-        parts = weights[name].detach().cpu().split([piece.rows for piece in pieces])
-        for part, piece in zip(parts, pieces):
-            tensor = (pair_down(part, piece.rotary_heads) if piece.rotary_heads else part).contiguous().clone()
-            if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
+
+    weights = dict(model.named_parameters()) if weights is None else weights
+    shards: list[dict[Piece, Tensor]] = [{}]
+    for name, pieces in layout(model.config).items():
+        for piece, part in zip(pieces, weights[name].split([piece.rows for piece in pieces])):
+            if shards[-1] and sum(tensor.nbytes for tensor in shards[-1].values()) + part.nbytes > SHARD_BYTES:
                 shards.append({})
-            shards[-1][piece.name] = tensor
+            shards[-1][piece] = part
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
-        one = len(shards) == 1
-        name = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, partial_path / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        total = sum(t.nbytes for shard in shards for t in shard.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial_path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {piece.name: piece.to_disk(part) for piece, part in shard.items()}  # one shard in memory at a time
+        save_file(tensors, partial_path / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
     raw = config_to_hf(model.config, next(iter(weights.values())).dtype)
-    (partial_path / "config.json").write_text(json.dumps(raw, indent=2))
-    generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id") if raw[key] is not None}
-    (partial_path / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    texts = {"config.json": raw, "generation_config.json": {key: raw[key] for key in ("bos_token_id", "eos_token_id")}}
+    if len(shards) > 1:
+        texts["model.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
+    for name, value in texts.items():
+        (partial_path / name).write_text(json.dumps(value, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(partial_path)
-    for file in partial_path.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    old = path.with_name(path.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+
+    for file in (*partial_path.iterdir(), partial_path):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     if path.exists():
         path.rename(old)
     partial_path.rename(path)
