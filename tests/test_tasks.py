@@ -1,0 +1,263 @@
+"""tasks.py: a judge that cannot be bribed, problem sets that do not leak, and errors that name the line."""
+
+import json
+import zlib
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import tasks
+from cli import UserError
+from tasks import Problem, countdown_problem
+
+PROBLEM = countdown_problem([2, 3, 7], 8)
+
+
+def judged(expression, problem=PROBLEM):
+    return tasks.judge_countdown(problem, f"so \\boxed{{{expression}}}").outcome
+
+
+# ------------------------------------------------------------------------------------------------- countdown
+
+
+@pytest.mark.parametrize("expression", ["7+3-2", "(7-2)+3", "3 + 7 - 2", "((7))+(3-2)"])
+def test_right_expressions(expression):
+    """Guards against a judge that knows only one way of writing a solution."""
+    assert judged(expression) == "correct"
+
+
+@pytest.mark.parametrize(
+    "expression, numbers, target",
+    [
+        ("2**3", [2, 3], 8),  # a power is no operator of the task (eval pays for it)
+        ("7//2", [2, 7], 3),  # nor is whole division
+        ("2^3", [2, 3], 8),
+        ("7+1", [1, 2, 7], 8),  # a number is missing
+        ("2*2*2", [2, 2], 8),  # a number is used more often than given
+        ("7+3-2+0", [2, 3, 7], 8),  # a number is added
+        ("73", [3, 7], 73),  # digits are not joined
+        ("7+3-2", [2, 3, 7], 9),  # the value is not the target
+        ("8", [2, 3, 7], 8),
+        ("7+3-2=8", [2, 3, 7], 8),
+        ("9**9**9", [9, 9, 9], 1),  # and it returns at once
+        ("--7+3-2", [2, 3, 7], 8),
+        ("__import__('os')", [2, 3, 7], 8),
+        ("", [2, 3, 7], 8),
+    ],
+)
+def test_wrong_expressions(expression, numbers, target):
+    """Guards against the holes of judges that `eval`: each of these must score 0."""
+    assert judged(expression, countdown_problem(numbers, target)) in ("wrong", "unparsed")
+
+
+def test_division_is_an_option_and_exact():
+    """Guards against / accepted where the task does not allow it, and against a division that rounds."""
+    assert judged("6/3*2", countdown_problem([2, 3, 6], 4)) == "unparsed"
+    assert judged("6/3*2", countdown_problem([2, 3, 6], 4, "+-*/")) == "correct"
+    assert judged("7/2*4", countdown_problem([2, 4, 7], 14, "+-*/")) == "correct"  # 7/2 is exactly 3.5
+    assert judged("7/2+0", countdown_problem([0, 2, 7], 3, "+-*/")) == "wrong"
+    assert judged("7/(2-2)", countdown_problem([2, 2, 7], 3, "+-*/")) in ("wrong", "unparsed")
+
+
+def test_only_the_last_box_counts():
+    """Guards against a response that boxes everything it thinks of."""
+    assert not tasks.judge_countdown(PROBLEM, "\\boxed{7+3-2} or \\boxed{7+3+2}").correct
+    assert tasks.judge_countdown(PROBLEM, "7+3-2").outcome == "no_answer"
+
+
+@pytest.mark.parametrize("numbers, operators", [(3, "+-*"), (4, "+-*"), (3, "+-*/")])
+def test_every_problem_has_a_solution(numbers, operators):
+    """Guards against unsolvable problems, which no reward could ever teach."""
+    import random
+
+    rng = random.Random(0)
+    for problem in islice(tasks.countdown(1, numbers=numbers, operators=operators), 50):
+        target, drawn, allowed = tasks.read_countdown(problem.answer)
+        assert len(drawn) == numbers and allowed == operators
+        while (walk := tasks.random_walk(drawn, operators, rng)).value != target:
+            pass
+        assert judged(walk.expression, problem) == "correct"
+
+
+def test_training_and_heldout_problems_share_no_numbers():
+    """Guards against leakage, also of a problem with its numbers in another order; for any two seeds."""
+    heldout = list(islice(tasks.countdown(0, heldout=True), 1_500))
+    training = list(islice(tasks.countdown(7), 5_000))
+    assert len({problem.question for problem in heldout}) == 1_500 >= 1_024
+
+    def sets(problems):
+        return {tuple(sorted(tasks.read_countdown(problem.answer)[1])) for problem in problems}
+
+    assert not sets(heldout) & sets(training)
+    assert all(zlib.crc32(repr(list(drawn)).encode()) % 10 == 0 for drawn in sets(heldout))
+
+
+def test_problems_are_reproducible_and_distinct():
+    """Guards against a stream that depends on the process (hash seeds), repeats itself, or ignores its seed."""
+
+    def stream(seed):
+        return [problem.question for problem in islice(tasks.countdown(seed), 3_000)]
+
+    assert stream(3) == stream(3) and len(set(stream(3))) == 3_000 and stream(3)[:50] != stream(4)[:50]
+
+
+@pytest.mark.parametrize("answer", ["22", "22 from 3", "22 from 3 5 with ^", "x from 3 5 with +", "22 from 3 5"])
+def test_countdown_answers_are_checked(answer):
+    """Guards against a problem file whose mistakes become zero rewards."""
+    with pytest.raises(UserError, match="countdown"):
+        tasks.read_countdown(answer)
+
+
+@pytest.mark.parametrize(
+    "response, kind",
+    [
+        ("7+3=10, 10-2=8 yes\ncheck ok\n\\boxed{(7+3)-2}", "correct"),
+        ("7+3=10, 10+2=12 yes\ncheck ok\n\\boxed{(7+3)+2}", "false claim"),
+        ("7+3=10, 10-2=8 no\n7+3=10, 10+2=8 yes\n\\boxed{(7+3)+2}", "wrong arithmetic"),
+        ("7+3=11, 11-2=9 no\n7+3=10, 10+2=12 yes\n\\boxed{(7+3)+2}", "false claim"),  # only the claimed attempt counts
+        ("7+3=10, 10+3=13 yes\n\\boxed{(7+3)+3}", "wrong numbers"),
+        ("\\boxed{7+3-}", "malformed"),
+        ("\\boxed{7+3**2}", "malformed"),
+        ("7+3=10, 10+2=12 no\n", "out of budget"),
+    ],
+)
+def test_failures_are_told_apart(response, kind):
+    """Guards against a table of failures that says another reason than the true one."""
+    assert tasks.diagnose_countdown(PROBLEM, response) == kind
+    assert (kind == "correct") == tasks.judge_countdown(PROBLEM, response).correct
+
+
+@given(st.text(alphabet="0123456789+-*/()^. {}\\boxed=yesno,\n", max_size=80))
+def test_judge_and_diagnosis_agree_on_anything(text):
+    """Guards against a crash on what a policy may say, and against the two functions contradicting each other."""
+    for response in (text, f"\\boxed{{{text}}}"):
+        assert tasks.judge_countdown(PROBLEM, response).correct == (
+            tasks.diagnose_countdown(PROBLEM, response) == "correct"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- problem files
+
+
+def load(tmp_path, *lines):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    return tasks.load(path)
+
+
+GOOD = {"problem": "1+1?", "answer": "2"}
+
+
+def test_problem_files(tmp_path):
+    """Guards against GSM8K's worked answers taken as the reference, and numbers in JSON refused as answers."""
+    rows = load(
+        tmp_path,
+        GOOD,
+        "\n",
+        {"question": "q\u2028r", "answer": "3*3=9\n#### 9"},
+        {"problem": "p", "answer": 5},
+        {"problem": "numbers 2 3 7, target 8", "answer": PROBLEM.answer, "task": "countdown"},
+    )
+    assert rows == [Problem("1+1?", "2"), Problem("q\u2028r", "9"), Problem("p", "5"), PROBLEM]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ([GOOD, "{broken\n"], "line 2: not JSON"),
+        ([GOOD, "\n", "[1]\n"], "line 3: expected an object"),
+        ([GOOD, {"answer": "2"}], "problem 2: no `problem`"),
+        ([{"problem": " ", "answer": "2"}], "problem 1: no `problem`"),
+        ([GOOD, GOOD, {"problem": "p"}], "problem 3: no `answer`"),
+        ([{"problem": "p", "answer": ""}], "problem 1: no `answer`"),
+        ([GOOD | {"task": "chess"}], "problem 1: task 'chess'"),
+        ([GOOD | {"task": "countdown"}], "not a countdown answer"),
+        ([""], "holds no problems"),
+        (["1" * 5000 + "\n"], "line 1"),
+        (["[" * 100_000 + "\n"], "line 1"),
+    ],
+)
+def test_bad_problem_files_name_the_place(tmp_path, lines, message):
+    """Guards against a traceback, or worse a problem silently skipped, after hours of a run."""
+    with pytest.raises(UserError, match=r"problems\.jsonl|countdown") as error:
+        load(tmp_path, *lines)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_absent_and_binary_files(tmp_path):
+    """Guards against a traceback for a mistyped path, a folder, or a file that is no text."""
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for path in (tmp_path / "absent.jsonl", tmp_path, tmp_path / "binary"):
+        with pytest.raises(UserError, match="cannot read"):
+            tasks.load(path)
+
+
+def test_the_benchmarks_load(shared):
+    """Guards against a field name or an answer format of a real problem set that we do not know."""
+    counts = {"aime2024": 30, "amc23": 40, "gsm8k_test": 1319, "math500": 500}
+    for name, count in counts.items():
+        problems = tasks.load(shared / "data" / f"{name}.jsonl")
+        assert len(problems) == count and all(problem.answer and "####" not in problem.answer for problem in problems)
+
+
+@pytest.mark.parametrize(
+    "response, expected",
+    [
+        ("so \\boxed{4} and 5", "4"),
+        ("The answer is 12.\n", "12"),
+        ("adds up\n#### 7", "7"),
+        ("2 and 3 make 5 apples", "5"),
+    ],
+)
+def test_answers_outside_a_box(response, expected):
+    """Guards against a foreign model scored 0 for its format; but a box, where there is one, is what counts."""
+    assert tasks.verify.last_boxed(tasks.boxed(response)) == expected
+
+
+def test_no_answer_is_invented():
+    """Guards against an empty box where the response names no number at all."""
+    assert tasks.boxed("I do not know") == "I do not know"
+
+
+# ------------------------------------------------------------------------------------------------- reward
+
+
+def test_scores_keep_their_order_over_judges():
+    """Guards against verdicts that change places when maths and countdown are mixed (maths goes through a pool)."""
+    maths, responses = Problem("1+1?", "2"), ["\\boxed{7+3-2}", "\\boxed{2}", "\\boxed{7}", "\\boxed{3}", "\\boxed{2}"]
+    verdicts = tasks.score([PROBLEM, maths, PROBLEM, maths, maths], responses)
+    assert [verdict.correct for verdict in verdicts] == [True, True, False, False, True]
+
+
+def test_only_maths_problems_are_told_of_the_box():
+    """Guards against an instruction that the demo's small vocabulary would spell byte by byte."""
+    assert tasks.messages(PROBLEM)[0]["content"] == PROBLEM.question
+    assert "\\boxed{}" in tasks.messages(Problem("1+1?", "2"))[0]["content"]
+
+
+@given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 4), st.integers(2, 4))
+def test_repeats_against_brute_force(tokens, ngram, times):
+    """Guards against an n-gram window off by one at either end."""
+    grams = [tuple(tokens[i : i + ngram]) for i in range(len(tokens)) if i + ngram <= len(tokens)]
+    assert tasks.repeats(tokens, ngram, times) == any(grams.count(gram) >= times for gram in grams)
+
+
+@pytest.mark.parametrize(
+    "text, question, broken",
+    [
+        ("Then α ≤ ½·x², so ∑ = 7 → done.\n", "", False),
+        ("𝑥 + ℝ and ﬁne", "", False),
+        ("the naïve façade", "", False),
+        ("broken \ufffd bytes", "", True),
+        ("a bell \x07", "", True),
+        ("so 答案 is", "", True),
+        ("所以答案是 7", "有多少苹果", False),
+        ("и затем", "", True),
+        ("и затем 答案", "сколько", True),
+    ],
+)
+def test_garbled_text(text, question, broken):
+    """Guards against mathematics punished as garbage, and against mixed languages that go unpunished."""
+    assert tasks.garbled(text, question) == broken
