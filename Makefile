@@ -1,0 +1,36 @@
+# Every target makes .venv itself where it is absent. `make gpu PYTHON=python3` uses a machine's own Python instead.
+VENV := .venv
+PYTHON ?= $(VENV)/bin/python
+READY := $(if $(findstring $(VENV)/,$(PYTHON)),$(VENV)/ready)
+
+.PHONY: demo test lint bench gpu help
+
+help:
+	@echo "make demo    T1 in miniature on a CPU: chains of thought, SFT, RL, evaluation, figures in runs/demo"
+	@echo "make test    the whole suite"
+	@echo "make lint    ruff"
+	@echo "make bench   speed beside the peers, on this machine's CPU"
+	@echo "make gpu     the tests and benchmarks that need a GPU"
+
+demo: $(READY)
+	$(PYTHON) demo.py --out runs/demo $(if $(wildcard runs/demo),--resume)
+
+test: $(READY)
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+bench: $(READY)
+	set -e; for file in benchmarks/*_bench.py; do echo "== $$file"; $(PYTHON) $$file; done
+
+gpu: $(READY)
+	$(PYTHON) -m pytest -m gpu
+	set -e; for file in benchmarks/*_bench.py; do echo "== $$file"; $(PYTHON) $$file --gpu; done
+
+# The stamp is touched last: an installation that was interrupted is done again, a finished one is not.
+$(VENV)/ready: requirements.txt requirements-dev.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
