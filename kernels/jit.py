@@ -1,5 +1,11 @@
-"""Triton where there is one. Elsewhere (macOS, Windows) the kernels below stay uncompiled plain functions, and every
-public function of this folder takes its PyTorch path."""
+"""Triton where there is one. Elsewhere (macOS, Windows) the kernels of this folder stay uncompiled plain functions,
+and every public function takes its PyTorch path.
+
+For the reader new to Triton: a kernel is written for one *program* (a GPU thread block). `tl.program_id` says which one
+it is; its variables are whole tiles of numbers (`tl.arange`), spread over the block's threads; `tl.load` and `tl.store`
+move tiles between device memory and registers, with a mask for the part of the tile that lies beyond the row's end.
+`TRITON_INTERPRET=1` runs the same kernels on the CPU, as numpy: slow, but it needs no GPU and can be debugged.
+"""
 
 import os
 
@@ -8,10 +14,11 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.language import constexpr
 except ImportError:
-    triton = tl = None
+    triton = tl = constexpr = None
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch: kernels run as numpy, on the CPU
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def jit(function):
@@ -27,3 +34,12 @@ def use_triton(tensor: torch.Tensor) -> bool:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in: fp32, whatever the inputs; fp64 only for fp64 inputs (the gradient checks)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def launch_shape(columns: int) -> tuple[int, int, int]:
+    """(lanes, logits per lane, warps) of a program that streams through a row of so many logits.
+
+    8 neighbouring logits per thread make its 16-byte load (bf16); 4 such loads in flight hide the memory's latency.
+    """
+    lanes = min(2048, max(128, triton.next_power_of_2(columns)))
+    return lanes, 4 if columns > lanes else 1, max(1, lanes // 256)

@@ -5,8 +5,8 @@
 
 import torch
 
-from .jit import use_triton, wide
-from .logprob import accumulate, finish, logits_gradient, mask_ignored, new_state
+from .jit import wide
+from .logprob import accumulate, finish, logits_gradient, new_state
 
 CPU_TILE = 1 << 19  # elements of one tile of logits: 2 MiB of fp32 stay in the cache
 CPU_ROWS = 1024
@@ -27,7 +27,7 @@ def linear_logprob_entropy(
     elif torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        return _LinearLogprobEntropy.apply(hidden, weight, targets, temperature, dtype)
+        return _LinearLogprobEntropy.apply(hidden, weight, targets.contiguous(), temperature, dtype)
 
 
 class _LinearLogprobEntropy(torch.autograd.Function):
@@ -39,7 +39,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
             w = weight[columns].to(dtype)
             for rows in row_blocks:
                 accumulate(product(h[rows], w.T), targets[rows], columns.start, state[:, rows], temperature)
-        logprob, entropy, largest, log_sum = finish(state, targets)
+        logprob, entropy, largest, log_sum = finish(state, targets, temperature)
         ctx.save_for_backward(hidden, weight, targets, largest, log_sum, entropy)
         ctx.temperature, ctx.dtype = temperature, dtype
         return logprob, entropy
@@ -48,7 +48,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprob, grad_entropy):
         hidden, weight, targets, *row_values = ctx.saved_tensors
-        row_values += mask_ignored(grad_logprob, grad_entropy, targets)
+        row_values += [grad_logprob.contiguous(), grad_entropy.contiguous()]
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         h = hidden.to(ctx.dtype)
         grad_hidden = torch.zeros_like(h, dtype=wide(h.dtype)) if need_hidden else None

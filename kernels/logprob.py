@@ -25,7 +25,7 @@ tile is the whole vocabulary, linear_logprob.py calls them tile by tile.
 
 import torch
 
-from .jit import jit, tl, triton, use_triton, wide
+from .jit import constexpr, jit, launch_shape, tl, triton, use_triton, wide
 
 CPU_TILE = 1 << 18  # elements: 1 MiB of fp32, so that a tile's passes find it in the cache
 
@@ -39,7 +39,8 @@ def logprob_entropy(
     differentiable. A target below 0 marks a row to ignore: 0, 0, no gradient. `inplace`: the gradient overwrites the
     logits; allowed when nobody reads them after the backward pass.
     """
-    return _LogprobEntropy.apply(logits, targets, temperature, inplace)
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    return _LogprobEntropy.apply(logits, targets.contiguous(), temperature, inplace)
 
 
 class _LogprobEntropy(torch.autograd.Function):
@@ -48,7 +49,7 @@ class _LogprobEntropy(torch.autograd.Function):
         state = new_state(logits)
         for rows in row_tiles(logits):
             accumulate(logits[rows], targets[rows], 0, state[:, rows], temperature)
-        logprob, entropy, largest, log_sum = finish(state, targets)
+        logprob, entropy, largest, log_sum = finish(state, targets, temperature)
         ctx.save_for_backward(logits, targets, largest, log_sum, entropy)
         ctx.temperature, ctx.inplace = temperature, inplace
         return logprob, entropy
@@ -58,7 +59,7 @@ class _LogprobEntropy(torch.autograd.Function):
     def backward(ctx, grad_logprob, grad_entropy):
         logits, targets, *row_values = ctx.saved_tensors
         grad = logits if ctx.inplace else torch.empty_like(logits)
-        row_values += mask_ignored(grad_logprob, grad_entropy, targets)
+        row_values += [grad_logprob.contiguous(), grad_entropy.contiguous()]  # .sum() sends expanded ones
         for rows in row_tiles(logits):
             values = [value[rows] for value in row_values]
             logits_gradient(logits[rows], targets[rows], 0, *values, ctx.temperature, out=grad[rows])
@@ -66,64 +67,123 @@ class _LogprobEntropy(torch.autograd.Function):
 
 
 def new_state(rows: torch.Tensor) -> torch.Tensor:
-    """[4, N]: m, s, t of the columns seen so far, and the target's z once its column has been seen."""
+    """[4, N]: m (of the logits, before 1 / T), s, t of the columns seen so far, and the target's logit once seen."""
     state = torch.zeros(4, rows.shape[0], dtype=wide(rows.dtype), device=rows.device)
     state[0] = -1e30  # below every logit, yet finite: -inf - -inf would be NaN
     return state
 
 
-def finish(state: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def finish(state: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
     """state[4, N] of the whole vocabulary -> logprob, entropy, m, log s (each [N])."""
     largest, total, moment, picked = state
-    log_sum = total.log()
     ignored = targets < 0
-    logprob = ((picked - largest) - log_sum).masked_fill(ignored, 0.0)
+    log_sum = total.log().masked_fill(ignored, float("inf"))  # in the backward pass: p = 0, so no gradient
+    logprob = ((picked - largest) / temperature - log_sum).masked_fill(ignored, 0.0)
     entropy = (log_sum - moment / total).masked_fill(ignored, 0.0)
     return logprob, entropy, largest, log_sum
-
-
-def mask_ignored(grad_logprob, grad_entropy, targets):
-    ignored = targets < 0
-    return [grad_logprob.masked_fill(ignored, 0.0), grad_entropy.masked_fill(ignored, 0.0)]
 
 
 def row_tiles(logits: torch.Tensor) -> list[slice]:
     """The rows that one call takes: all of them on a GPU, a cacheful on a CPU."""
     rows, columns = logits.shape
-    step = rows if use_triton(logits) else max(1, CPU_TILE // columns)
-    return [slice(row, min(row + step, rows)) for row in range(0, rows, max(1, step))]
+    step = max(1, rows if use_triton(logits) else CPU_TILE // columns)
+    return [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
 
 
 def accumulate(tile, targets, start: int, state, temperature: float) -> None:
     """Merge tile[R, C], columns start .. start + C - 1 of the logits of R rows, into their state[4, R], in place."""
-    if tile.shape[0] == 0:
+    rows, columns = tile.shape
+    if use_triton(tile):
+        lanes, deep, warps = launch_shape(columns)
+        accumulate_kernel[(rows,)](
+            tile, targets, state, tile.stride(0), state.stride(0), columns, start, 1 / temperature,
+            DEEP=deep, LANES=lanes, num_warps=warps,
+        )  # fmt: skip
         return
     largest, total, moment, picked = state
-    scale = 1.0 / temperature
-    new = torch.maximum(largest, tile.amax(1).to(state.dtype) * scale)
-    fall = largest - new
-    z = torch.add(-new[:, None], tile, alpha=scale).clamp_(min=-1e4)  # one pass: tile / T - m
+    new = torch.maximum(largest, tile.amax(1).to(state.dtype))
+    fall = (largest - new) / temperature
+    z = torch.sub(tile, new[:, None]).div_(temperature).clamp_(min=-1e4)
     e = z.exp()
-    shrink = fall.exp()
-    moment.add_(fall * total).mul_(shrink)
-    total.mul_(shrink).add_(e.sum(1))
-    moment.add_(e.mul_(z).sum(1))
     largest.copy_(new)
-    column = targets - start
-    here = (column >= 0) & (column < tile.shape[1])
-    value = tile.gather(1, (column * here)[:, None])[:, 0].to(state.dtype) * scale
-    picked.copy_(torch.where(here, value, picked))
+    moment.add_(fall * total).mul_(fall.exp()).add_((z.mul_(e)).sum(1))
+    total.mul_(fall.exp()).add_(e.sum(1))
+    column, here = locate(targets, start, columns)
+    picked.copy_(torch.where(here, tile.gather(1, column)[:, 0].to(state.dtype), picked))
 
 
 def logits_gradient(tile, targets, start, largest, log_sum, entropy, grad_logprob, grad_entropy, temperature, out):
-    """The gradient of tile[R, C] (see the module's formula; row values are [R]), written to out[R, C]."""
-    scale = 1.0 / temperature
-    logp = torch.add(-largest[:, None], tile, alpha=scale).sub_(log_sum[:, None]).clamp_(min=-1e4)
+    """The gradient of tile[R, C] (the formula above; row values are [R]), written to out[R, C]; out may be the tile."""
+    rows, columns = tile.shape
+    if use_triton(tile):
+        block = min(4096, max(128, triton.next_power_of_2(columns)))
+        gradient_kernel[(rows, triton.cdiv(columns, block))](
+            tile, targets, largest, log_sum, entropy, grad_logprob, grad_entropy, out,
+            tile.stride(0), out.stride(0), columns, start, 1 / temperature, BLOCK=block, num_warps=max(1, block // 512),
+        )  # fmt: skip
+        return
+    logp = torch.sub(tile, largest[:, None]).div_(temperature).sub_(log_sum[:, None]).clamp_(min=-1e4)
     p = logp.exp()
-    slope = -scale * grad_entropy
-    logp.mul_(slope[:, None]).add_((slope * entropy - scale * grad_logprob)[:, None])
-    p.mul_(logp)
+    logp.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logprob[:, None])
+    p.mul_(logp).neg_()
+    column, here = locate(targets, start, columns)
+    p.scatter_add_(1, column, (grad_logprob * here)[:, None])
+    torch.div(p, temperature, out=out) if out.dtype == p.dtype else out.copy_(p.div_(temperature))
+
+
+def locate(targets, start, columns):
+    """Where the targets stand in a tile: column [R, 1] (0 if elsewhere), and whether they are in it at all [R]."""
     column = targets - start
-    here = (column >= 0) & (column < tile.shape[1])
-    p.scatter_add_(1, (column * here)[:, None], (scale * grad_logprob * here)[:, None])
-    out.copy_(p)
+    here = (column >= 0) & (column < columns)
+    return (column * here)[:, None], here
+
+
+@jit
+def accumulate_kernel(
+    logits, targets, state, stride, state_stride, columns, start, scale, DEEP: constexpr, LANES: constexpr
+):  # one program per row; a tile is DEEP x LANES logits, DEEP of them in each lane
+    row = tl.program_id(0).to(tl.int64)  # int64: N * V passes 2^31
+    target = tl.load(targets + row)
+    if target < 0:
+        return
+    lane = tl.arange(0, LANES)
+    m = tl.where(lane == 0, tl.load(state + row), -1e30)  # lane 0 goes on where the last tile stopped
+    s = tl.where(lane == 0, tl.load(state + state_stride + row), 0.0)
+    t = tl.where(lane == 0, tl.load(state + 2 * state_stride + row), 0.0)
+    tile = tl.arange(0, DEEP)[:, None] * LANES + lane[None, :]
+    for offset in range(0, columns, DEEP * LANES):
+        z = tl.load(logits + row * stride + offset + tile, offset + tile < columns, -1e30).to(tl.float32)
+        z = tl.maximum(z, -1e30)
+        new = tl.maximum(m, tl.max(z, 0))
+        fall = (m - new) * scale
+        z = (z - new[None, :]) * scale
+        e = tl.exp(z)
+        t = (t + fall * s) * tl.exp(fall) + tl.sum(e * z, 0)
+        s = s * tl.exp(fall) + tl.sum(e, 0)
+        m = new
+    top = tl.max(m, 0)
+    fall = (m - top) * scale
+    tl.store(state + row, top)
+    tl.store(state + state_stride + row, tl.sum(s * tl.exp(fall), 0))
+    tl.store(state + 2 * state_stride + row, tl.sum((t + fall * s) * tl.exp(fall), 0))
+    column = target - start
+    here = (column >= 0) & (column < columns)
+    picked = tl.load(logits + row * stride + column, here, 0.0).to(tl.float32)
+    tl.store(state + 3 * state_stride + row, picked, here)
+
+
+@jit
+def gradient_kernel(
+    logits, targets, largest, log_sum, entropy, grad_logprob, grad_entropy, out,
+    stride, out_stride, columns, start, scale, BLOCK: constexpr,
+):  # one program per row and BLOCK columns  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = column < columns
+    target = tl.load(targets + row) - start
+    g = tl.load(grad_logprob + row)
+    h = tl.load(grad_entropy + row)
+    z = tl.load(logits + row * stride + column, here, 0.0).to(tl.float32)
+    logp = tl.maximum((z - tl.load(largest + row)) * scale - tl.load(log_sum + row), -1e4)
+    grad = tl.where(column == target, g, 0.0) - tl.exp(logp) * (g + h * (logp + tl.load(entropy + row)))
+    tl.store(out + row * out_stride + column, (grad * scale).to(out.dtype.element_ty), here)
