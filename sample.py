@@ -133,7 +133,7 @@ class Batch:
             growth = max(length, self.cache[0].shape[3] * 5 // 4)  # geometric: the copies cost O(1) per position
             self.resize(rows, min(round_up(growth, self.block), round_up(self.limit, self.block)))
 
-    def add(self, job: Job, count: int, max_tokens: int) -> None:
+    def add(self, job: Job, count: int) -> None:
         """Start `count` completions of a prefilled job."""
         rows = slice(self.live, self.live + count)
         cached = len(job.prompt) - 1
@@ -146,7 +146,7 @@ class Batch:
         self.tokens[rows, : cached + 1] = torch.tensor(job.prompt, device=self.tokens.device)
         self.position[rows] = cached
         self.start[rows] = cached + 1
-        self.end[rows] = cached + 1 + max_tokens
+        self.end[rows] = min(cached + 1 + self.params.max_tokens, self.limit)
         self.done[rows] = False
         self.live += count
         self.longest = max(self.longest, cached)
@@ -352,7 +352,7 @@ class Sampler:
             count = min(len(job.seeds), batch.slots - batch.live)
             to_come = sum(len(job.seeds) for queue in (ready, waiting) for job in queue)
             batch.reserve(min(batch.slots, batch.live + to_come), max(len(job.prompt), batch.longest + 1))
-            batch.add(job, count, batch.params.max_tokens)
+            batch.add(job, count)
             if not job.seeds:
                 job.prefix = []
                 ready.popleft()

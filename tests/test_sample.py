@@ -1,0 +1,361 @@
+"""The sampler: what it draws, that nobody else in the batch can change it, and what it says about its own draws."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+import sample
+from cli import UserError
+from model import Config, Transformer, load_pretrained, random_init
+from sample import Batch, Sampler, SamplingParams, sequence_seed
+from tokenizer import load_tokenizer
+
+EOS = 7
+CONTEXT = 160
+CONFIG = Config(
+    vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=64, context=CONTEXT, rope_theta=100.0
+)
+BLOCK = 32  # of the cache on CPU
+
+
+def spread_out_model(seed: int = 0) -> Transformer:
+    """Random weights, scaled until attention matters and the next token is neither certain nor uniform."""
+    model = random_init(CONFIG, seed)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.qkv.weight.mul_(3)
+            block.out.weight.mul_(3)
+        model.head.weight.mul_(20)
+    return model
+
+
+MODEL = spread_out_model()
+RNG = random.Random(0)
+# Prompts of 1 token (nothing to prefill), around one and two blocks of the cache, and short ones.
+LENGTHS = (1, 2, 5, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3, 4)
+PROMPTS = [[RNG.randrange(50) for _ in range(length)] for length in LENGTHS]
+PARAMS = SamplingParams(max_tokens=40, temperature=1.2, top_p=0.95, min_p=0.01, seed=3)
+
+
+def tokens_of(results) -> list[list[list[int]]]:
+    return [[completion.tokens for completion in row] for row in results]
+
+
+def flat(results) -> list:
+    return [completion for row in results for completion in row]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Four completions of every prompt, all in one batch: what every other arrangement must reproduce."""
+    return Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 4, PARAMS)
+
+
+def distribution(logits: torch.Tensor, temperature: float, top_p: float, min_p: float) -> torch.Tensor:
+    """Log-probabilities of one row in float64, straight from the definitions."""
+    p = (logits.double() / temperature).softmax(-1)
+    order = p.argsort(descending=True)
+    before = p[order].cumsum(-1) - p[order]
+    keep = torch.zeros_like(p, dtype=torch.bool)
+    keep[order[before < top_p]] = True
+    keep &= p >= min_p * p.max()
+    return p.masked_fill(~keep, 0).log() - p[keep].sum().log()
+
+
+# ------------------------------------------------------------------------------------------------ what is drawn
+
+
+@torch.inference_mode()
+def test_greedy_equals_transformers(smollm2):
+    """A wrong position, mask or cache slot for some length in a ragged batch, or a stop token handled otherwise."""
+    transformers = pytest.importorskip("transformers")
+    text = "The capital of France is Paris, and water boils at 100 degrees. Once upon a time there was a dog who said: "
+    ids = load_tokenizer(smollm2).encode(text * 3)
+    prompts = [ids[first : first + length] for length in (1, 2, 7, 31, 32, 33, 60) for first in (0, 4, 11)]
+    ours = Sampler(load_pretrained(smollm2), max_batch=16, eos_ids=[2]).generate(prompts, 1, SamplingParams(6, 0.0))
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    for first in range(0, len(prompts), 3):  # three of a length at a time: their generate pads ragged ones
+        group = torch.tensor(prompts[first : first + 3])
+        theirs = reference.generate(
+            group,
+            attention_mask=torch.ones_like(group),
+            max_new_tokens=6,
+            do_sample=False,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+        for row, completions in zip(theirs[:, group.shape[1] :].tolist(), ours[first : first + 3]):
+            expected = row[: row.index(2) + 1] if 2 in row else row
+            assert completions[0].tokens == expected
+
+
+def test_greedy_is_the_argmax_of_a_fresh_forward():
+    """Temperature 0 dividing by zero, or drawing; its log-probs are those of temperature 1."""
+    results = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 2, SamplingParams(20, temperature=0.0))
+    for prompt, (first, second) in zip(PROMPTS, results):
+        assert first == second
+        sequence = torch.tensor([prompt + first.tokens])
+        logits = MODEL.logits(MODEL(sequence))[0, len(prompt) - 1 : -1]
+        assert logits.argmax(-1).tolist() == first.tokens
+        chosen = logits.log_softmax(-1).gather(1, sequence[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(first.logprobs), chosen, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "temperature, top_p, min_p", [(1.0, 1, 0), (1.2, 1, 0), (0.7, 0.8, 0), (1.2, 1, 0.1), (1.3, 0.9, 0.05)]
+)
+def test_logprobs_are_those_of_a_fresh_forward(temperature, top_p, min_p):
+    """Log-probs of the raw policy where T, top-p or min-p changed what was drawn; a stale or misplaced cache entry."""
+    params = SamplingParams(30, temperature, top_p, min_p)
+    for prompt, row in zip(PROMPTS, Sampler(MODEL, max_batch=5, eos_ids=[EOS]).generate(PROMPTS, 2, params)):
+        for completion in row:
+            sequence = torch.tensor([prompt + completion.tokens])
+            with torch.no_grad():
+                logits = MODEL.logits(MODEL(sequence))[0, len(prompt) - 1 : -1]
+            expected = [distribution(z, temperature, top_p, min_p)[t] for z, t in zip(logits, completion.tokens)]
+            torch.testing.assert_close(
+                torch.tensor(completion.logprobs).double(), torch.stack(expected), rtol=0, atol=1e-4
+            )
+            if (top_p, min_p) == (1, 0):  # what the trainer computes
+                trained, _ = kernels.logprob_entropy(logits, torch.tensor(completion.tokens), temperature)
+                torch.testing.assert_close(torch.tensor(completion.logprobs), trained, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "temperature, top_p, min_p", [(1.0, 1, 0), (1.5, 1, 0), (1.2, 0.8, 0), (1.2, 1, 0.1), (0.8, 0.9, 0.05)]
+)
+def test_frequencies_match_the_distribution(temperature, top_p, min_p):
+    """Draws that are correlated between samples of one prompt, or from another distribution than the one reported."""
+    count, prompt = 6000, PROMPTS[4]
+    params = SamplingParams(1, temperature, top_p, min_p, seed=1)
+    drawn = Sampler(MODEL, max_batch=count).generate([prompt], count, params)[0]
+    with torch.no_grad():
+        p = distribution(MODEL.logits(MODEL(torch.tensor([prompt])))[0, -1], temperature, top_p, min_p).exp()
+    seen = torch.bincount(torch.tensor([completion.tokens[0] for completion in drawn]), minlength=len(p)).double()
+    assert not seen[p == 0].any()
+    likely = count * p >= 5
+    chi_square = ((seen - count * p)[likely] ** 2 / (count * p)[likely]).sum()
+    freedom = int(likely.sum())
+    assert freedom > 3
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations
+
+
+# ------------------------------------------------------------------------------- nobody else can change a completion
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_a_completion_does_not_depend_on_the_batch(reference, data):
+    """Refilling into a slot with old keys, a mask one short at a block boundary, rows mixed up when one is moved."""
+    order = data.draw(st.permutations(range(len(PROMPTS))))[: data.draw(st.integers(1, len(PROMPTS)))]
+    n = data.draw(st.integers(1, 4))
+    max_batch = data.draw(st.integers(1, 50))
+    prefill_tokens = data.draw(st.sampled_from([1, 64, 130, 4096]))
+    sampler = Sampler(MODEL, max_batch=max_batch, eos_ids=[EOS], prefill_tokens=prefill_tokens)
+    results = sampler.generate([PROMPTS[i] for i in order], n, PARAMS, keys=order)
+    for i, row in zip(order, results):
+        for completion, expected in zip(row, reference[i][:n]):
+            assert completion.tokens == expected.tokens
+            assert completion.finish_reason == expected.finish_reason
+            assert completion.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("max_tokens", [BLOCK - 1, BLOCK, BLOCK + 1])
+def test_block_boundaries(max_tokens):
+    """A completion whose last token needs the first position of a new block (a neighbour crashed there)."""
+    params = SamplingParams(max_tokens, temperature=1.0)
+    together = tokens_of(Sampler(MODEL).generate(PROMPTS, 1, params))
+    assert all(len(row[0]) == max_tokens for row in together)
+    for i in (0, 3, 4, 5):
+        assert tokens_of(Sampler(MODEL).generate([PROMPTS[i]], 1, params, keys=[i])) == [together[i]]
+
+
+def test_a_longer_limit_only_continues(reference):
+    """A draw that depends on max_tokens: the first tokens must not change when more are allowed."""
+    shorter = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 4, SamplingParams(9, 1.2, 0.95, 0.01, seed=3))
+    assert tokens_of(shorter) == [[tokens[:9] for tokens in row] for row in tokens_of(reference)]
+
+
+def test_samples_seeds_and_keys_differ():
+    """The same draws for all K samples of a prompt (K = 1 in disguise), for equal prompts, or for another seed."""
+    sampler = Sampler(MODEL)
+    completions = tokens_of(sampler.generate([PROMPTS[2]] * 2, 8, SamplingParams(20)))
+    completions += tokens_of(sampler.generate([PROMPTS[2]], 8, SamplingParams(20, seed=1)))
+    assert len({tuple(tokens) for row in completions for tokens in row}) == 24
+    words = [(seed, key, index) for seed in range(12) for key in range(12) for index in range(12)]
+    seeds = {sequence_seed(*word) for word in words}
+    assert len(seeds) == len(words)
+    assert all(-(2**63) <= seed < 2**63 for seed in seeds)
+
+
+def test_stream_is_generate():
+    """A chat that draws otherwise than the sampler that is tested."""
+    sampler = Sampler(MODEL, eos_ids=[EOS])
+    for prompt in PROMPTS[:6]:
+        assert list(sampler.stream(prompt, PARAMS)) == sampler.generate([prompt], 1, PARAMS)[0][0].tokens
+
+
+# -------------------------------------------------------------------------------------------------------- how it ends
+
+
+def test_stop_token_ends_and_is_included(reference):
+    """The stop token dropped (its log-prob would never be trained), or tokens after it kept."""
+    free = Sampler(MODEL).generate(PROMPTS, 4, PARAMS)
+    reasons = set()
+    for completion, unstopped in zip(flat(reference), flat(free)):
+        stopped = EOS in unstopped.tokens
+        length = unstopped.tokens.index(EOS) + 1 if stopped else PARAMS.max_tokens
+        assert completion.tokens == unstopped.tokens[:length]
+        assert completion.logprobs == pytest.approx(unstopped.logprobs[:length], abs=1e-4)
+        assert completion.finish_reason == ("stop" if stopped else "length")
+        reasons.add(completion.finish_reason)
+    assert reasons == {"stop", "length"}
+
+
+def test_several_stop_tokens():
+    """Only the first of several stop tokens (Llama 3 has three) being looked at."""
+    eos = {3, 11, 30}
+    for completion in flat(Sampler(MODEL, eos_ids=sorted(eos)).generate(PROMPTS, 4, PARAMS)):
+        assert not eos & set(completion.tokens[:-1])
+        assert (completion.tokens[-1] in eos) == (completion.finish_reason == "stop")
+
+
+def test_one_token(reference):
+    """max_tokens = 1 drawing two, or a stop token as the very last allowed one reported as truncation."""
+    results = Sampler(MODEL, eos_ids=list(range(25))).generate(PROMPTS, 4, SamplingParams(1, 1.2, 0.95, 0.01, seed=3))
+    for completion, expected in zip(flat(results), flat(reference)):
+        assert completion.tokens == expected.tokens[:1]
+        assert completion.finish_reason == ("stop" if completion.tokens[0] < 25 else "length")
+
+
+def test_a_stop_token_in_the_prompt_ends_nothing():
+    """Ends found by looking for the stop token in the whole row: a chat's earlier turns are full of them."""
+    prompt = [EOS, 1, EOS, EOS]
+    completion = Sampler(MODEL, eos_ids=[EOS]).generate([prompt], 1, SamplingParams(12, 0.0))[0][0]
+    tokens = torch.tensor([prompt + completion.tokens])
+    assert MODEL.logits(MODEL(tokens))[0, 3:-1].argmax(-1).tolist() == completion.tokens
+    assert len(completion.tokens) > 1
+
+
+def test_context_is_the_limit():
+    """Rotary positions beyond what the model was made for, or a buffer overrun, when max_tokens asks for more."""
+    prompt = [1] * (CONTEXT - 3)
+    completion = Sampler(MODEL).generate([prompt], 1, SamplingParams(50))[0][0]
+    assert (len(completion.tokens), completion.finish_reason) == (3, "length")
+    with pytest.raises(UserError, match=f"context of {CONTEXT}"):
+        Sampler(MODEL).generate([[1], [1] * CONTEXT], 1, SamplingParams(1))
+    with pytest.raises(UserError, match="empty prompt"):
+        Sampler(MODEL).generate([[1], []], 1, SamplingParams(1))
+
+
+@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}])
+def test_bad_parameters(bad):
+    """A negative temperature or an empty nucleus that samples something all the same."""
+    with pytest.raises(UserError, match=next(iter(bad))):
+        SamplingParams(**({"max_tokens": 4} | bad))
+
+
+# ----------------------------------------------------------------------------------------------- what it holds and does
+
+
+def test_a_weight_update_takes_effect():
+    """Keys and values (or graphs) of the old weights serving the new ones: stale rollouts look almost right."""
+    model = spread_out_model()
+    sampler = Sampler(model, eos_ids=[EOS])
+    before = sampler.generate(PROMPTS, 2, PARAMS)
+    with torch.no_grad():
+        for parameter, other in zip(model.parameters(), spread_out_model(seed=1).parameters()):
+            parameter.copy_(other)
+    after = sampler.generate(PROMPTS, 2, PARAMS)
+    assert tokens_of(after) == tokens_of(Sampler(spread_out_model(seed=1), eos_ids=[EOS]).generate(PROMPTS, 2, PARAMS))
+    assert tokens_of(after) != tokens_of(before)
+
+
+@pytest.mark.parametrize("budget", [90_000, 130_000, 300_000])
+def test_memory_budget_is_respected(reference, monkeypatch, budget):
+    """A cache that grows past its budget (the crash comes hours into a run), counted where it is largest: in a move."""
+    peaks, prefixes = [], []
+    original, prefill = Batch.resize, Sampler.prefill
+
+    def watched(batch, rows, capacity):
+        old = sum(layer.nbytes for layer in batch.cache)
+        original(batch, rows, capacity)
+        new = sum(layer.nbytes for layer in batch.cache)
+        peaks.append(max(old, new) + max(old, new) // CONFIG.layers + prefixes[-1])
+
+    def watched_prefill(sampler, jobs):
+        prefill(sampler, jobs)
+        layers = {layer.untyped_storage().data_ptr(): layer.untyped_storage() for job in jobs for layer in job.prefix}
+        prefixes.append(sum(storage.nbytes() for storage in layers.values()))
+
+    monkeypatch.setattr(Batch, "resize", watched)
+    monkeypatch.setattr(Sampler, "prefill", watched_prefill)
+    results = Sampler(MODEL, eos_ids=[EOS], cache_bytes=budget).generate(PROMPTS, 4, PARAMS)
+    assert max(peaks) <= budget
+    assert tokens_of(results) == tokens_of(reference)
+
+
+def test_a_sequence_that_cannot_fit_is_refused():
+    """An out-of-memory crash half-way, or an endless wait for room that never comes."""
+    with pytest.raises(UserError, match="KV cache"):
+        Sampler(MODEL, cache_bytes=20_000).generate(PROMPTS, 1, PARAMS)
+
+
+def test_each_prompt_is_prefilled_once():
+    """Prefilling a prompt for each of its K samples: most of the work of short completions."""
+    seen = []
+    model = spread_out_model()
+    model.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    Sampler(model, max_batch=3).generate([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]], 7, SamplingParams(4))
+    assert [shape for shape in seen if shape[1] > 1] == [(2, 4)]
+    decoded = [shape[0] for shape in seen if shape[1] == 1]
+    assert sum(decoded) == 2 * 7 * 4  # and no decode step is spent on a finished or an empty row
+    assert max(decoded) == 3
+
+
+@torch.inference_mode()
+def test_the_decode_step_never_asks_the_host(monkeypatch):
+    """A hidden .item() or nonzero in the step: a stall per token on CUDA, and nothing that a graph could capture."""
+    monkeypatch.setattr(kernels, "sample_token", lambda logits, *rest: (logits.argmax(-1), logits.amax(-1)))
+    batch = Batch(Transformer(CONFIG, device="meta"), PARAMS, [EOS], slots=4, limit=64)
+    batch.resize(4, 64)
+    batch.step(4, 32)  # on meta tensors, which have no values, any look at one raises
+
+
+def test_nothing_to_do():
+    """No prompts, or none of their samples wanted."""
+    assert Sampler(MODEL).generate([], 4, PARAMS) == []
+    assert Sampler(MODEL).generate([[1], [2]], 0, PARAMS) == [[], []]
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+def test_show_prints_whole_characters(smollm2, capsys):
+    """Half of an emoji printed as a replacement character, or characters lost when the stream ends in one."""
+    tokenizer = load_tokenizer(smollm2)
+    text = "a🙂é汉字 done"
+    assert sample.show(tokenizer, iter(tokenizer.encode(text) + [2])) == text
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_ctrl_c_keeps_what_was_said(smollm2, capsys):
+    """Ctrl-C in the middle of an answer ending the chat, or forgetting the half that was read."""
+    tokenizer = load_tokenizer(smollm2)
+
+    def interrupted():
+        yield from tokenizer.encode("half an")
+        raise KeyboardInterrupt
+
+    assert sample.show(tokenizer, interrupted()) == "half an"
+
+
+@pytest.mark.parametrize("flags", [{"n": 2}, {"verify": "3"}, {"n": 0, "question": "1+2?"}])
+def test_bad_flags(flags):
+    """Flags that need a question accepted without one, and silently ignored by the chat."""
+    with pytest.raises(UserError, match="--n"):
+        sample.main(sample.Config(model="absent", **flags))
