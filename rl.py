@@ -45,7 +45,7 @@ import cli
 import parallel
 import tasks
 from cli import UserError
-from model import load_pretrained
+from model import load_pretrained, model_folder, read_config
 from parallel import Example, Scorer, World
 from rollout import Rollouts, Stopwatch, nth_problem, roll_out
 from sample import Sampler, SamplingParams
@@ -442,11 +442,24 @@ def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step:
 
 
 def read_problems(config: Config) -> list[Problem]:
-    """The problems to train on. By program: as many as the run can use, so that none comes twice."""
+    """The problems to train on, all of which the model has room for. By program: as many as the run can use."""
+    context = read_config(model_folder(config.model)).context
+    tokenizer = load_tokenizer(config.model)
     if config.data:
-        return tasks.load(config.data)
-    stream = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
-    return list(islice(stream, min(config.steps * config.prompts * (4 if resolve(config).resample else 1), 100_000)))
+        problems = tasks.load(config.data)
+    else:
+        stream = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
+        problems = list(
+            islice(stream, min(config.steps * config.prompts * (4 if resolve(config).resample else 1), 100_000))
+        )
+    for number, problem in enumerate(problems, start=1):
+        length = len(tasks.prompt_ids(problem, tokenizer))
+        if length + config.max_tokens > context:
+            raise UserError(
+                f"{config.data or config.task}, problem {number}: the prompt of {length} tokens and --max-tokens "
+                f"{config.max_tokens} exceed the model's context of {context}"
+            )
+    return problems
 
 
 def collect(learner: Learner, problems: list[Problem], cursor: int, config: Config, recipe: Recipe, watch: Stopwatch):

@@ -1,0 +1,586 @@
+"""rl.py: every idea against numbers worked out by hand, every recipe against a plain float64 computation.
+
+What needs more than one process, or a process killed half-way, is in test_rl_runs.py.
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import cli
+import cot
+import parallel
+import rl
+import rollout
+import sample
+from cli import UserError
+from kernels import logprob_entropy
+from model import Config as ModelConfig
+from model import random_init, save_pretrained
+from parallel import Example, World
+from rollout import Rollouts
+from sample import Completion, SamplingParams
+from tasks import Problem
+from tokenizer import demo_tokenizer
+from verify import Verdict
+
+ALONE = World(0, 1, torch.device("cpu"))
+TOKENIZER = demo_tokenizer(cot.WORDS)
+STOP = min(TOKENIZER.eos_ids)
+SHAPE = ModelConfig(
+    vocab_size=TOKENIZER.vocab_size, dim=24, layers=2, heads=3, kv_heads=1, head_dim=8, mlp_dim=40, tied=True,
+    context=128, eos_ids=(STOP,),
+)  # fmt: skip
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def same(got: Tensor, *wanted: float, tolerance: float = 1e-6) -> None:
+    torch.testing.assert_close(got.double().flatten(), tensor(*wanted), rtol=tolerance, atol=tolerance)
+
+
+# --- T1, one idea at a time -------------------------------------------------------------------------------------------
+
+
+def test_penalise_overrides_the_answer():
+    """Bug: a penalty added to the reward, so that a right answer at the end of garbage still pays."""
+    rewards = rl.penalise(tensor(1, 0, 1, 0), [None, "repeated", "garbled", None])
+    same(rewards, 1, -1, -1, 0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason", "text", "pattern"),
+    [
+        ([1, 2, STOP], "stop", "a right answer", None),
+        ([1, 2, 3], "length", "a right answer", "overlong"),
+        (list(range(20)) * 4 + [STOP], "stop", "fine", "repeated"),
+        (list(range(20)) * 3 + [STOP], "stop", "fine", None),
+        ([1, STOP], "stop", "a \ufffd b", "garbled"),
+        ([1, STOP], "stop", "wait, ответ", "garbled"),
+    ],
+)
+def test_unexpected_patterns(tokens, reason, text, pattern):
+    """Bug: a response that never ended looks fine; a 20-gram counted at three instead of four times."""
+    assert rollout.unexpected_pattern(Completion(tokens, [], reason), text, "what is it?") == pattern
+
+
+def test_centred_kl_by_hand():
+    """Bug: padding counted (9s below), tokens averaged instead of summed, or the mean left in, which pushes all
+    responses one way."""
+    logprob, anchor = torch.tensor([[-1.0, -2, 9], [-1, -1, -1]]), torch.tensor([[-2.0, -2.5, -9], [-1, -2, -3]])
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    same(rl.centred_kl(logprob, anchor, mask), 1.5 - 2.25, 3 - 2.25)
+
+
+def test_leave_one_out_by_hand():
+    """Bug: the response's own reward in its baseline (which is GRPO's mean, and biased)."""
+    same(rl.leave_one_out(tensor(1, 0, 0, 0).view(1, 4)), 1, -1 / 3, -1 / 3, -1 / 3)
+    same(rl.leave_one_out(tensor(1, 0, -1, 1).view(2, 2)), 1, -1, -2, 2)
+
+
+@given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_leave_one_out_is_its_definition(prompts, samples, seed):
+    """Bug: the shortcut by the group's mean differs from the definition for some K."""
+    rewards = torch.randn(prompts, samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    wanted = [
+        rewards[p, i] - sum(rewards[p, j] for j in range(samples) if j != i) / (samples - 1)
+        for p in range(prompts)
+        for i in range(samples)
+    ]
+    same(rl.leave_one_out(rewards), *(float(value) for value in wanted), tolerance=1e-12)
+
+
+def test_leave_one_out_of_one_sample_is_refused():
+    """Bug: K = 1 divides by zero, and a run trains on NaN."""
+    with pytest.raises(UserError, match="at least 2"):
+        rl.leave_one_out(torch.ones(3, 1))
+
+
+def test_ppo_at_ratio_one_is_the_policy_gradient():
+    """Bug: one epoch of one minibatch is not T1's on-policy update: the gradient must be -A / M at every token of the
+    mask, exactly."""
+    logprob = torch.randn(2, 3, requires_grad=True)
+    advantage, mask = torch.tensor([[0.7], [-1.3]]), torch.tensor([[1.0, 1, 0], [1, 1, 1]])
+    rl.ppo_clip_loss(logprob, logprob.detach(), advantage, mask, 0.2, 0.2, 5).backward()
+    assert torch.equal(logprob.grad, -advantage * mask / 5)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.5, 2.0, -2 * 1.3, 0.0),  # has gone far enough up: clipped at 1 + clip_high
+        (1.5, -2.0, 2 * 1.5, 2 * 1.5),  # went up but should go down: never clipped
+        (0.5, 2.0, -2 * 0.5, -2 * 0.5),  # went down but should go up: never clipped
+        (0.5, -2.0, 2 * 0.8, 0.0),  # has gone far enough down: clipped at 1 - clip_low
+    ],
+)
+def test_clipping_both_ways(ratio, advantage, loss, gradient):
+    """Bug: clip_low and clip_high swapped, or the maximum taken for negative advantages (no way back)."""
+    logprob = torch.tensor([[math.log(ratio)]], dtype=torch.float64, requires_grad=True)
+    value = rl.ppo_clip_loss(logprob, torch.zeros(1, 1), torch.tensor([[advantage]]), torch.ones(1, 1), 0.2, 0.3, 1)
+    value.backward()
+    same(value, loss)
+    same(logprob.grad, gradient)
+
+
+def test_entropy_bonus_is_of_the_whole_distribution():
+    """Bug: entropy estimated from the sampled token's log-prob, whose gradient is that of the likelihood; or the
+    temperature left out. Value and gradient against float64 autograd."""
+    logits = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
+    table = (logits / 1.3).log_softmax(-1)
+    wanted = (-(table.exp() * table).sum(-1) * tensor(1, 0, 1)).sum() / 7
+    (gradient,) = torch.autograd.grad(wanted, logits)
+    _, entropy = logprob_entropy(logits, torch.tensor([0, 1, 2]), 1.3)
+    bonus = rl.entropy_bonus(entropy, tensor(1, 0, 1), 7)
+    same(bonus, wanted.item())
+    torch.testing.assert_close(torch.autograd.grad(bonus, logits)[0], gradient, rtol=1e-6, atol=1e-9)
+
+
+def test_anchor_after_n_steps():
+    """Bug: decay and 1 - decay swapped. Towards a policy that stands still: ref_n = a^n ref_0 + (1 - a^n) p."""
+    anchor, policy = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+    start, before = copy.deepcopy(anchor), copy.deepcopy(policy)
+    for _ in range(5):
+        rl.update_anchor(anchor, policy, 0.9)
+    for moved, first, target in zip(anchor.parameters(), start.parameters(), policy.parameters()):
+        torch.testing.assert_close(moved, 0.9**5 * first + (1 - 0.9**5) * target)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters()))
+
+
+def test_minibatches_are_a_partition():
+    """Bug: a remainder dropped, or the same shuffle in every epoch and step."""
+    config = rl.Config(model="", out="", epochs=3, minibatches=4)
+    parts = list(rl.minibatches(11, config, step=5))
+    epochs = [parts[i : i + 4] for i in range(0, 12, 4)]
+    assert [sorted(i for part in epoch for i in part) for epoch in epochs] == [list(range(11))] * 3
+    assert epochs[0] != epochs[1] and epochs != [list(rl.minibatches(11, config, step=6))]
+    assert [len(part) for part in rl.minibatches(3, config, step=1)] == [1] * 9  # never an empty update
+
+
+@given(st.integers(1, 30), st.integers(0, 3))
+@settings(max_examples=20, deadline=None)
+def test_every_epoch_draws_every_problem_once(size, seed):
+    """Bug: resume skips a round of data, or problems are drawn with repetition."""
+    problems = [Problem(str(i), "") for i in range(size)]
+    for epoch in range(3):
+        drawn = [rollout.nth_problem(problems, epoch * size + i, seed).question for i in range(size)]
+        assert sorted(drawn, key=int) == [str(i) for i in range(size)]
+
+
+# --- the relatives ----------------------------------------------------------------------------------------------------
+
+
+def test_baselines_of_the_relatives():
+    """Bug: Dr. GRPO dividing by the deviation, GRPO by the biased one, or a baseline over the wrong axis."""
+    rewards = tensor(1, 0, 0, 0, 1, 1, 1, 0).view(2, 4)
+    same(rl.group_mean(rewards)[0], 0.75, -0.25, -0.25, -0.25)
+    same(rl.group_normalised(rewards)[0], *(value / 0.5001 for value in (0.75, -0.25, -0.25, -0.25)))
+    same(rl.batch_mean(rewards)[1], 0.5, 0.5, 0.5, -0.5)
+
+
+def test_k3_is_zero_at_the_anchor_and_never_negative():
+    """Bug: the ratio upside down. At r = anchor / policy = 2 it is 1 - ln 2; its gradient by log policy, 1 - r."""
+    logprob = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
+    value = rl.k3_kl(logprob, tensor(math.log(2), 0).view(1, 2), torch.ones(1, 2), 1)
+    value.backward()
+    same(value, 1 - math.log(2))
+    same(logprob.grad, -1, 0)
+
+
+def test_soft_overlong_by_hand():
+    """Bug: the penalty begins at the limit, or falls below -1. Limit 100, buffer 20: from 80 down to -1 at 100."""
+    same(rl.soft_overlong(tensor(10, 80, 90, 100, 120), 100, 20), 0, 0, -0.5, -1, -1)
+
+
+def test_token_weights_by_hand():
+    """Bug: a loss averaged otherwise than its paper says. Weights times losses, summed, over the 6 tokens."""
+    lengths, mask = torch.tensor([2, 4]), torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])
+    same(rl.token_weights(lengths, mask, "token", 10) / 6, *(mask.flatten() / 6).tolist())
+    same(rl.token_weights(lengths, mask, "sequence", 10)[0] / 6, 1 / 4, 1 / 4, 0, 0)  # 1 / (2 responses * 2 tokens)
+    same(rl.token_weights(lengths, mask, "constant", 10)[1] / 6, *[1 / 20] * 4)  # 1 / (2 responses * 10)
+
+
+def test_truncated_importance_by_hand():
+    """Bug: sampler over trainer, or truncated from below: one token with a huge weight then rules the step."""
+    same(rl.truncated_importance(tensor(-1, -1, -3), tensor(-1, -3, -1), most=2.0), 1, 2, math.exp(-2))
+
+
+# --- from responses to a gradient -------------------------------------------------------------------------------------
+
+
+def make_learner(seed: int = 0, dtype: torch.dtype = torch.float64, lr: float = 1.0) -> rl.Learner:
+    """Plain gradient descent at rate 1: the change of the weights *is* the gradient."""
+    policy = parallel.shard(random_init(SHAPE, seed, dtype), ALONE)
+    anchor = parallel.shard(random_init(SHAPE, seed + 1, dtype), ALONE)
+    sampler = sample.Sampler(policy.model, TOKENIZER)
+    return rl.Learner(policy, anchor, torch.optim.SGD(policy.parameters(), lr), sampler, TOKENIZER, ALONE, True)
+
+
+LENGTHS = (3, 9, 1, 5, 12, 2, 7, 4, 6, 8, 3, 10)  # of 3 prompts * 4 responses
+RIGHT = (1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 0)  # the second prompt is never solved
+PATTERNS = (None, "repeated", None, None, None, None, None, None, None, "garbled", None, "overlong")
+
+
+def make_rollouts(learner: rl.Learner, noise: float = 0.3) -> Rollouts:
+    """Uneven responses to prompts that hold the stop token; `noise` moves the policy away from what it was when it
+    sampled, so that some ratios are clipped."""
+    generator = torch.Generator().manual_seed(3)
+    examples, completions = [], []
+    for i, length in enumerate(LENGTHS):
+        prompt = [STOP, 5 + i // 4, STOP] * (1 + i // 4)
+        tokens = torch.randint(0, STOP, (length - 1,), generator=generator).tolist() + [STOP]
+        examples.append(Example(prompt + tokens, [(len(prompt), len(prompt) + length)]))
+        logprob = token_logprobs(learner.policy.model, examples[-1], 1.2)[0].detach()
+        drift = noise * torch.randn(length, generator=generator)
+        completions.append(Completion(tokens, (logprob + drift).tolist(), "stop"))
+    problems = [Problem(str(i // 4), "") for i in range(len(LENGTHS))]
+    verdicts = [Verdict("correct" if right else "wrong") for right in RIGHT]
+    return Rollouts(problems, examples, completions, [""] * len(LENGTHS), verdicts, list(PATTERNS))
+
+
+def token_logprobs(model, example: Example, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log-probs, entropies) of the response's tokens, from the whole table of logits."""
+    start, end = example.spans[0]
+    table = (model.logits(model(torch.tensor([example.tokens]))[0]) / temperature).log_softmax(-1)[start - 1 : end - 1]
+    return table[range(end - start), example.tokens[start:end]], -(table.exp() * table).sum(-1)
+
+
+def train_once(learner: rl.Learner, rollouts: Rollouts, **flags) -> tuple[dict[str, Tensor], dict, list[Tensor]]:
+    """(gradient by parameter, metrics, the weights before) of one step with `flags`."""
+    flags = {"recipe": "t1", "temperature": 1.2, "max_grad_norm": math.inf, "samples": 4, "max_tokens": 12} | flags
+    config = rl.Config(model="", out="", task="countdown", **flags)
+    recipe = rl.resolve(config)
+    before = copy.deepcopy(learner.policy.model)
+    batch, metrics = rl.prepare(learner, rollouts, config, recipe)
+    metrics |= rl.update(learner, batch, config, recipe, 1, parallel.Guard())
+    after = dict(learner.policy.model.named_parameters())
+    return {name: old.detach() - after[name].detach() for name, old in before.named_parameters()}, metrics, before
+
+
+def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], relative: float = 1e-6) -> None:
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert value.norm() > 0, name
+        assert (got[name] - value).norm() <= relative * value.norm(), name
+
+
+def straight_line(recipe: str, model, anchor, rollouts: Rollouts) -> Tensor:
+    """The loss of `recipe` as its paper writes it: one response and one token at a time, in float64."""
+    rewards = [float(right) for right in RIGHT]
+    if recipe == "t1":
+        rewards = [-1.0 if pattern else reward for reward, pattern in zip(rewards, PATTERNS)]
+    if recipe == "dapo":  # limit 12, buffer 12 // 5 = 2
+        rewards = [r + min(0.0, max(-1.0, (12 - 2 - length) / 2)) for r, length in zip(rewards, LENGTHS)]
+    groups = [range(4 * p, 4 * p + 4) for p in range(3)]
+    if recipe != "reinforce":
+        groups = [group for group in groups if len({rewards[i] for i in group}) > 1]
+    kept = [i for group in groups for i in group]
+
+    scores = {i: token_logprobs(model, rollouts.examples[i], 1.2) for i in kept}
+    references = {i: token_logprobs(anchor, rollouts.examples[i], 1.2)[0].detach() for i in kept}
+    olds = {i: torch.tensor(rollouts.completions[i].logprobs, dtype=torch.float64) for i in kept}
+    if recipe == "t1":
+        kls = {i: float((olds[i] - references[i]).sum()) for i in kept}
+        for i in kept:
+            rewards[i] -= 2e-4 * (kls[i] - sum(kls.values()) / len(kls))
+
+    loss = torch.zeros((), dtype=torch.float64)
+    total_tokens = sum(LENGTHS[i] for i in kept)
+    for group in groups:
+        for i in group:
+            mean = sum(rewards[j] for j in group) / 4
+            deviation = math.sqrt(sum((rewards[j] - mean) ** 2 for j in group) / 3)
+            advantage = {
+                "t1": rewards[i] - sum(rewards[j] for j in group if j != i) / 3,
+                "grpo": (rewards[i] - mean) / (deviation + 1e-4),
+                "dr_grpo": rewards[i] - mean,
+                "dapo": (rewards[i] - mean) / (deviation + 1e-4),
+                "reinforce": rewards[i] - sum(rewards) / 12,
+            }[recipe]
+            scale = {"grpo": 1 / (len(kept) * LENGTHS[i]), "dr_grpo": 1 / (len(kept) * 12)}.get(
+                recipe, 1 / total_tokens
+            )
+            logprobs, entropies = scores[i]
+            for t in range(LENGTHS[i]):
+                ratio = (logprobs[t] - olds[i][t]).exp()
+                clipped = ratio.clamp(0.8, 1.28 if recipe == "dapo" else 1.2)
+                loss = loss - scale * torch.minimum(ratio * advantage, clipped * advantage)
+                if recipe == "t1":
+                    loss = loss - 1e-3 * scale * entropies[t]
+                if recipe == "grpo":
+                    upside = (references[i][t] - logprobs[t]).exp()
+                    loss = loss + 0.04 * scale * (upside - (references[i][t] - logprobs[t]) - 1)
+    return loss
+
+
+@pytest.mark.parametrize("recipe", ["t1", "grpo", "dr_grpo", "dapo", "reinforce"])
+def test_recipe_is_its_papers_formula(recipe):
+    """Bug: any piece of a recipe (reward, baseline, clipping, average, KL, entropy) that is not what its paper says."""
+    learner = make_learner()
+    rollouts = make_rollouts(learner)
+    gradient, metrics, before = train_once(learner, rollouts, recipe=recipe)
+    loss = straight_line(recipe, before, learner.anchor.model, rollouts)
+    wanted = dict(zip(dict(before.named_parameters()), torch.autograd.grad(loss, list(before.parameters()))))
+    assert metrics["clip_fraction"] > 0.1  # or the clipping is not put to the test
+    assert metrics["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_close(gradient, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("recipe", ["t1", "grpo", "dr_grpo", "dapo", "reinforce"])
+def test_gradients_do_not_depend_on_micro_batches(recipe):
+    """Bug: a loss divided by each micro-batch's own tokens, so that a short one weighs as much as a long one."""
+    wanted, metrics, _ = train_once(make_learner(), make_rollouts(make_learner()), recipe=recipe)
+    for micro_tokens in (1, 40):
+        got, others, _ = train_once(
+            make_learner(), make_rollouts(make_learner()), recipe=recipe, micro_tokens=micro_tokens
+        )
+        assert_close(got, wanted)
+        assert others == pytest.approx(metrics, rel=1e-5)
+
+
+def test_one_minibatch_of_one_epoch_is_on_policy():
+    """Bug: the PPO loop does not reduce to T1's gradient, that of -1/M sum A log pi, when nothing is reused."""
+    learner = make_learner()
+    rollouts = make_rollouts(learner, noise=0.0)
+    gradient, metrics, before = train_once(learner, rollouts, kl_coef=0.0, entropy_coef=0.0)
+    advantages = rl.leave_one_out(rl.penalise(tensor(*RIGHT), list(PATTERNS)).view(3, 4)).flatten()
+    kept = [i for i in range(12) if i // 4 != 1]
+    loss = sum(-advantages[i] * token_logprobs(before, rollouts.examples[i], 1.2)[0].sum() for i in kept)
+    loss = loss / sum(LENGTHS[i] for i in kept)
+    wanted = dict(zip(dict(before.named_parameters()), torch.autograd.grad(loss, list(before.parameters()))))
+    assert_close(gradient, wanted, 1e-5)
+    assert metrics["clip_fraction"] == 0 and metrics["mismatch_max"] < 1e-5
+
+
+def test_importance_weights_where_the_sampler_differs():
+    """Bug: in bf16 the ratio is taken to the sampler's log-probs, or the correction is not truncated. Here the sampler
+    is off by 0.1 and by 2 nats: ratios to the trainer's own old log-probs are 1, weights exp(-0.1) and 2."""
+    learner = make_learner()
+    learner.exact = False
+    rollouts = make_rollouts(learner, noise=0.0)
+    for i, completion in enumerate(rollouts.completions):
+        shift = 0.1 if i % 2 else -2.0
+        rollouts.completions[i] = Completion(completion.tokens, [v + shift for v in completion.logprobs], "stop")
+    gradient, metrics, before = train_once(learner, rollouts, recipe="reinforce")
+    loss = 0.0
+    for i, right in enumerate(RIGHT):
+        weight = math.exp(-0.1) if i % 2 else 2.0
+        loss = loss - weight * (right - sum(RIGHT) / 12) * token_logprobs(before, rollouts.examples[i], 1.2)[0].sum()
+    gradients = torch.autograd.grad(loss / sum(LENGTHS), list(before.parameters()))
+    assert_close(gradient, dict(zip(dict(before.named_parameters()), gradients)), 1e-5)
+    assert metrics["clip_fraction"] == 0
+    assert metrics["mismatch_max"] == pytest.approx(2, rel=1e-5)
+
+
+def test_sampler_and_trainer_agree():
+    """Bug: a temperature, position, mask or cache that differs between sampler and trainer makes every ratio wrong.
+    Ragged prompts, temperature 1.4, responses that ended and responses that were cut off."""
+    model = random_init(SHAPE, 0)
+    for parameter in model.parameters():
+        parameter.data *= 2 if parameter.ndim > 1 else 1  # logits far from uniform
+    prompts = [list(range(1, 2 + 3 * i)) for i in range(6)]
+    done = sample.Sampler(model, TOKENIZER, max_batch=7, eos_ids=list(range(40))).generate(
+        prompts, 4, SamplingParams(16, 1.4, seed=1)
+    )
+    pairs = [(p, c) for p, group in zip(prompts, done) for c in group]
+    assert {c.finish_reason for _, c in pairs} == {"stop", "length"}
+    examples = [Example(p + c.tokens, [(len(p), len(p) + len(c.tokens))]) for p, c in pairs]
+    scored = rl.response_logprobs(parallel.shard(model, ALONE), examples, 1.4, 64, ALONE)
+    for (_, completion), logprob in zip(pairs, scored):
+        torch.testing.assert_close(logprob, torch.tensor(completion.logprobs), rtol=0, atol=1e-4)
+
+
+class Scripted:
+    """A tokenizer whose chat prompt is full of stop tokens, and a sampler that answers with what it was told."""
+
+    eos_ids = (STOP,)
+
+    def chat(self, messages, add_generation_prompt=True):
+        return [STOP, 3, STOP, STOP]
+
+    def decode(self, tokens):
+        return TOKENIZER.decode(tokens)
+
+    def generate(self, prompts, n, params, keys=None):
+        self.keys = keys
+        ended, cut = Completion([65, STOP], [-1.0, -2.0], "stop"), Completion([66, 67], [-3.0, -4.0], "length")
+        return [[ended, cut] for _ in prompts]
+
+
+def test_masks_come_from_lengths():
+    """Bug: a mask made from token values stops at the first stop token, which may stand in the prompt; or the sampled
+    stop token is dropped, and stopping is never trained."""
+    scripted, watch = Scripted(), rollout.Stopwatch()
+    numbered = [(17, Problem("q", "22 from 3 5 7 with +-*", "countdown"))]
+    rollouts = rollout.roll_out(scripted, scripted, numbered, 2, SamplingParams(2), ALONE, watch)
+    assert scripted.keys == [17]
+    assert rollouts.examples == [
+        Example([STOP, 3, STOP, STOP, 65, STOP], [(4, 6)]),
+        Example([STOP, 3, STOP, STOP, 66, 67], [(4, 6)]),
+    ]
+    assert rollouts.patterns == [None, "overlong"]
+    packed = parallel.pack(rollouts.examples)
+    assert packed.mask.sum(dim=1).tolist() == [2, 2]
+    assert packed.targets[packed.mask].tolist() == [65, STOP, 66, 67]
+
+
+def test_the_stop_token_is_trained():
+    """Bug: stopping never gets gradient. A response that is only the stop token, with a positive advantage, must become
+    likelier, and with a negative one less likely."""
+    for advantage in (1.0, -1.0):
+        learner = make_learner(lr=0.1)
+        example = Example([STOP, 5, STOP], [(2, 3)])
+        before = token_logprobs(learner.policy.model, example, 1.2)[0].detach()
+        batch = rl.Batch([example], [before.float()], [], [advantage], [torch.ones(1)])
+        config = rl.Config(model="", out="", temperature=1.2)
+        rl.update(learner, batch, config, rl.resolve(config), 1, parallel.Guard())
+        after = token_logprobs(learner.policy.model, example, 1.2)[0].detach()
+        assert (after - before) * advantage > 1e-3
+
+
+class Counting(nn.Module):
+    """Passes calls on and counts the sequences' tokens that went through."""
+
+    def __init__(self, scorer):
+        super().__init__()
+        self.scorer, self.tokens = scorer, 0
+
+    def forward(self, tokens, *rest):
+        self.tokens += int((tokens != 0).sum())
+        return self.scorer(tokens, *rest)
+
+
+def test_equal_groups_are_dropped_before_any_forward():
+    """Bug: groups without gradient are dropped after the anchor has scored them, or not at all."""
+    learner = make_learner()
+    rollouts = make_rollouts(learner)
+    learner.anchor = Counting(learner.anchor)
+    config = rl.Config(model="", out="", samples=4, max_tokens=12)
+    batch, metrics = rl.prepare(learner, rollouts, config, rl.resolve(config))
+    assert len(batch.examples) == 8 and metrics["dropped"] == pytest.approx(1 / 3)
+    kept = rollouts.examples[:4] + rollouts.examples[8:]
+    assert learner.anchor.tokens <= sum(len(example.tokens) for example in kept)
+    learner.anchor.tokens = 0
+    batch, metrics = rl.prepare(learner, rollouts.select(range(4, 8)), config, rl.resolve(config))
+    assert not batch.examples and metrics["dropped"] == 1 and learner.anchor.tokens == 0
+
+
+def test_metrics_by_hand():
+    """Bug: a share taken of the kept responses instead of all, or accuracy after the penalties."""
+    learner = make_learner()
+    _, metrics, _ = train_once(learner, make_rollouts(learner), recipe="t1")
+    assert metrics["accuracy"] == pytest.approx(5 / 12)
+    assert metrics["pass_at_k"] == pytest.approx(2 / 3)
+    assert metrics["penalised"] == pytest.approx(3 / 12)
+    assert metrics["truncated"] == pytest.approx(1 / 12)
+    assert metrics["reward"] == pytest.approx((2 - 1 + 2 - 1 - 1) / 12)
+    assert metrics["length"] == pytest.approx(sum(LENGTHS) / 12)
+
+
+def test_nothing_finite_nothing_moved():
+    """Bug: one NaN in a reward or log-prob, and the weights are NaN for good."""
+    learner = make_learner()
+    rollouts = make_rollouts(learner)
+    rollouts.completions[0] = Completion(rollouts.completions[0].tokens, [math.nan] * LENGTHS[0], "stop")
+    guard = parallel.Guard()
+    config = rl.Config(model="", out="", samples=4, max_tokens=12)
+    batch, _ = rl.prepare(learner, rollouts, config, rl.resolve(config))
+    before = copy.deepcopy(learner.policy.model)
+    rl.update(learner, batch, config, rl.resolve(config), 1, guard)
+    assert guard.skipped == 1
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), learner.policy.model.parameters()))
+
+
+# --- bad input: one line, exit code 2, before any rollout -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_pretrained(random_init(SHAPE, 0), folder, TOKENIZER)
+    return folder
+
+
+@pytest.fixture
+def command(tiny, tmp_path, monkeypatch, capsys):
+    """Runs rl.py with flags that must be refused; returns the line that says why."""
+
+    def forbidden(*_, **__):
+        raise AssertionError("a rollout was begun")
+
+    monkeypatch.setattr(sample.Sampler, "generate", forbidden)
+
+    def run(*flags: str, model: Path = tiny) -> str:
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(rl.main, rl.Config, ["--model", str(model), "--out", str(tmp_path / "run"), *flags])
+        assert stopped.value.code == 2
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+        return capsys.readouterr().err.rstrip("\n")
+
+    return run
+
+
+COUNTDOWN = ("--task", "countdown", "--max-tokens", "32")
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ((), "--task"),
+        ((*COUNTDOWN, "--data", "x.jsonl"), "--task"),
+        ((*COUNTDOWN, "--samples", "1"), "--samples 1"),
+        ((*COUNTDOWN, "--prompts", "0"), "--prompts"),
+        ((*COUNTDOWN, "--temperature", "0"), "--temperature"),
+        ((*COUNTDOWN, "--resume"), "no run in"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--task", "countdown", "--max-tokens", "120"), "context of 128"),
+    ],
+)
+def test_bad_flags(command, flags, complaint):
+    """Bug: a mistake that shows after the first rollout, an hour later, as a traceback."""
+    line = command(*flags)
+    assert complaint in line and line.startswith("error: ") and "\n" not in line
+
+
+def test_unknown_flag(command):
+    """Bug: a misspelt flag is ignored, and the run trains with the default."""
+    assert "--tempreature" in command(*COUNTDOWN, "--tempreature", "1.0")
+
+
+@pytest.mark.parametrize(
+    ("lines", "complaint"),
+    [
+        ("", "holds no problems"),
+        ('{"problem": "1+1", "answer": "2"}\n{"problem": ', "line 2"),
+        ('{"problem": "1+1"}', "no `answer`"),
+        ('{"problem": "1+1", "answer": "2"}\n' + json.dumps({"problem": "1 " * 80, "answer": "2"}), "problem 2"),
+    ],
+)
+def test_bad_data(command, tmp_path, lines, complaint):
+    """Bug: a bad line skipped in silence; a prompt too long for the model stops the run when it is first drawn."""
+    (tmp_path / "data.jsonl").write_text(lines)
+    line = command("--data", str(tmp_path / "data.jsonl"), "--max-tokens", "8")
+    assert complaint in line and "data.jsonl" in line and "\n" not in line
+
+
+def test_bad_folders(command, tmp_path):
+    """Bug: a run's folder overwritten by the next; a half-written one taken for a whole one."""
+    assert "no such folder" in command(*COUNTDOWN, model=tmp_path / "nowhere")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{}")
+    assert "holds no model" in command(*COUNTDOWN, model=tmp_path / "half")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    assert "exists already" in command(*COUNTDOWN)
+    assert "only half of one" in command(*COUNTDOWN, "--resume")
