@@ -36,20 +36,11 @@ from cli import UserError
 FAMILIES = ("llama", "qwen2", "qwen3", "glm", "glm4")  # Hugging Face's `model_type`
 GLM = ("glm", "glm4")
 HF_NAMES = {  # our fields that config.json holds as they are
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "mlp_dim": "intermediate_size",
-    "context": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "tied": "tie_word_embeddings",
-    "qkv_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-    "bos_id": "bos_token_id",
-}
+    "vocab_size": "vocab_size", "dim": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads", "head_dim": "head_dim", "mlp_dim": "intermediate_size", "bos_id": "bos_token_id",
+    "norm_eps": "rms_norm_eps", "context": "max_position_embeddings", "tied": "tie_word_embeddings",
+    "qkv_bias": "attention_bias", "mlp_bias": "mlp_bias", "pad_id": "pad_token_id",
+}  # fmt: skip
 ROPE_KEYS = {  # what each `rope_type` is parametrised by, beside its theta
     "default": (),
     "linear": ("factor",),
@@ -82,10 +73,8 @@ class Config:
     qk_norm: bool = False  # RMSNorm on each head's query and key (Qwen3)
     post_norms: bool = False  # RMSNorm on what each half of a block adds to the stream (glm4)
     bos_id: int | None = None
+    pad_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-
-
-# The network
 
 
 class RMSNorm(nn.Module):
@@ -196,7 +185,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def document_starts(documents: Tensor) -> Tensor:
-    """[B, T]: where the run of equal document numbers that holds each token begins, for documents [B, T]."""
+    """[B, T]: for each token of documents [B, T], where its run of equal numbers begins."""
     place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=False)
     return torch.where(begins, place, 0).cummax(dim=1).values
@@ -225,7 +214,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 @lru_cache
 def inverse_frequencies(config: Config, device: torch.device) -> Tensor:
-    """[rope_dim / 2] radians per position, fp32, in the same operations as transformers so that they agree bitwise."""
+    """[rope_dim / 2] radians per position, fp32, in transformers' order of operations."""
     dim = config.rope_dim or config.head_dim
     frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     scaling = dict(config.rope_scaling)
@@ -233,8 +222,7 @@ def inverse_frequencies(config: Config, device: torch.device) -> Tensor:
         frequencies = frequencies / scaling["factor"]
     elif scaling.get("rope_type") == "llama3":  # slow waves are stretched, fast ones kept, those between blended
         factor, low, high = scaling["factor"], scaling["low_freq_factor"], scaling["high_freq_factor"]
-        wavelength = 2 * math.pi / frequencies
-        turns = scaling["original_max_position_embeddings"] / wavelength  # within the context of pretraining
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in pretraining's context
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = (1 - keep) * frequencies / factor + keep * frequencies
     return frequencies.to(device)
@@ -254,9 +242,6 @@ def random_init(config: Config, seed: int, dtype: torch.dtype = torch.float32) -
                 std /= math.sqrt(2 * config.layers)
             parameter.normal_(0.0, std, generator=generator)
     return model
-
-
-# Hugging Face folders
 
 
 def model_folder(path: str | Path) -> Path:
@@ -289,13 +274,13 @@ def read_config(folder: Path) -> Config:
         raise UserError(f"{folder}: model_type {family!r} is not supported (only {', '.join(FAMILIES)})")
     refuse_unsupported(raw, folder)
     fields = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
-    if family == "llama" and {"dim", "heads"} <= fields.keys():
-        fields.setdefault("kv_heads", fields["heads"])
+    if family == "llama":
+        fields = {"kv_heads": fields.get("heads")} | fields
     if family in ("llama", "qwen2") and {"dim", "heads"} <= fields.keys():
         fields.setdefault("head_dim", fields["dim"] // fields["heads"])
     for ours in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "norm_eps"):
-        if not isinstance(fields.get(ours), int if ours != "norm_eps" else float) or fields[ours] <= 0:
-            raise UserError(f"{folder}/config.json: {HF_NAMES[ours]} is {fields.get(ours)!r}")
+        if not isinstance(fields.get(ours), float if ours == "norm_eps" else int) or fields[ours] <= 0:
+            raise UserError(f"{folder}/config.json: {HF_NAMES[ours]} is {fields.get(ours, 'missing')}")
 
     rope = read_rope(raw, folder)
     fields["rope_theta"] = rope.pop("rope_theta")
@@ -337,7 +322,7 @@ def read_rope(raw: dict, folder: Path) -> dict:
 
     transformers 5 keeps them all in `rope_parameters`; older folders have `rope_scaling` and the rest beside it.
     """
-    glm = raw["model_type"] in GLM
+    glm, where = raw["model_type"] in GLM, f"{folder}/config.json"
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
     rope.setdefault("rope_theta", raw.get("rope_theta", 10_000.0))
@@ -347,13 +332,13 @@ def read_rope(raw: dict, folder: Path) -> dict:
         rope["original_max_position_embeddings"] = trained or raw.get("max_position_embeddings", 2048)
     if rope["rope_type"] not in ROPE_KEYS:
         raise UserError(
-            f"{folder}/config.json: rope_type {rope['rope_type']!r} is not supported (only {list(ROPE_KEYS)})"
+            f"{folder}/config.json: rope_type {rope['rope_type']} is not supported (only {list(ROPE_KEYS)})"
         )
     expected = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS[rope["rope_type"]]}
     if rope.keys() != expected:
-        raise UserError(f"{folder}/config.json: rope parameters {sorted(rope)}, expected {sorted(expected)}")
+        raise UserError(f"{where}: rope parameters {sorted(rope)}, expected {sorted(expected)}")
     if rope["partial_rotary_factor"] != 1.0 and not glm:
-        raise UserError(f"{folder}/config.json: partial_rotary_factor is not supported for {raw['model_type']}")
+        raise UserError(f"{where}: partial_rotary_factor is not supported for {raw['model_type']}")
     return rope
 
 
@@ -385,9 +370,8 @@ class Piece:
 
     def from_disk(self, tensor: Tensor) -> Tensor:
         """Rows of each head from (all first members of the pairs, all second members) to pair after pair."""
-        if not self.pair_heads:
-            return tensor
-        return tensor.unflatten(0, (self.pair_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        heads = self.pair_heads
+        return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else tensor
 
     def to_disk(self, tensor: Tensor) -> Tensor:
         """The inverse of `from_disk`, in memory of its own."""
@@ -406,26 +390,24 @@ def layout(config: Config) -> dict[str, list[Piece]]:
 
     dim, head_dim, mlp_dim = config.dim, config.head_dim, config.mlp_dim
     q, kv = config.heads * head_dim, config.kv_heads * head_dim
-    # GLM pairs neighbours, as we do.
+    # heads with pairs to bring together in q, k and their norms; GLM has them together on disk as well
     q_pairs, k_pairs, norm_pairs = (0, 0, 0) if config.family in GLM else (config.heads, config.kv_heads, 1)
     add("embed", ("model.embed_tokens", config.vocab_size))
     for layer in range(config.layers):
         block, hf = f"blocks.{layer}", f"model.layers.{layer}"
-        attention = f"{hf}.self_attn"
-        q_piece, k_piece = (f"{attention}.q_proj", q, q_pairs), (f"{attention}.k_proj", kv, k_pairs)
+        attention, mlp = f"{hf}.self_attn", f"{hf}.mlp"
+        heads = (f"{attention}.q_proj", q, q_pairs), (f"{attention}.k_proj", kv, k_pairs), (f"{attention}.v_proj", kv)
         add(f"{block}.attention_norm", (f"{hf}.input_layernorm", dim))
-        add(f"{block}.qkv", q_piece, k_piece, (f"{attention}.v_proj", kv), bias=config.qkv_bias)
+        add(f"{block}.qkv", *heads, bias=config.qkv_bias)
         if config.qk_norm:
             add(f"{block}.q_norm", (f"{attention}.q_norm", head_dim, norm_pairs))
             add(f"{block}.k_norm", (f"{attention}.k_norm", head_dim, norm_pairs))
         add(f"{block}.out", (f"{attention}.o_proj", dim), bias=config.out_bias)
         add(f"{block}.mlp_norm", (f"{hf}.post_attention_layernorm", dim))  # their name: it follows attention
-        if config.family in GLM:
-            add(f"{block}.gate_up", (f"{hf}.mlp.gate_up_proj", 2 * mlp_dim))
-        else:
-            gate_and_up = (f"{hf}.mlp.gate_proj", mlp_dim), (f"{hf}.mlp.up_proj", mlp_dim)
-            add(f"{block}.gate_up", *gate_and_up, bias=config.mlp_bias)
-        add(f"{block}.down", (f"{hf}.mlp.down_proj", dim), bias=config.mlp_bias)
+        gate_up = [(f"{mlp}.gate_proj", mlp_dim), (f"{mlp}.up_proj", mlp_dim)]
+        gate_up = [(f"{mlp}.gate_up_proj", 2 * mlp_dim)] if config.family in GLM else gate_up
+        add(f"{block}.gate_up", *gate_up, bias=config.mlp_bias)
+        add(f"{block}.down", (f"{mlp}.down_proj", dim), bias=config.mlp_bias)
         if config.post_norms:
             add(f"{block}.post_attention_norm", (f"{hf}.post_self_attn_layernorm", dim))
             add(f"{block}.post_mlp_norm", (f"{hf}.post_mlp_layernorm", dim))
@@ -436,9 +418,7 @@ def layout(config: Config) -> dict[str, list[Piece]]:
 
 
 @torch.no_grad()
-def load_pretrained(
-    path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
-) -> Transformer:
+def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Transformer:
     """The model in a Hugging Face folder or a finished run. UserError for a folder that is not whole and understood."""
     folder = model_folder(path)
     config = read_config(folder)
@@ -446,9 +426,7 @@ def load_pretrained(
     wanted = {piece.name for pieces in table.values() for piece in pieces}
     if missing := sorted(wanted - tensors.keys()):
         raise UserError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
-    extra = {
-        name for name in tensors if not name.endswith("rotary_emb.inv_freq")
-    } - wanted  # a constant, in old folders
+    extra = {name for name in tensors.keys() - wanted if not name.endswith("rotary_emb.inv_freq")}  # a constant
     if config.tied and "lm_head.weight" in extra:  # harmless if it is what the model is tied to
         head, embedding = (tensors[name].get_tensor(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
         extra -= {"lm_head.weight"} if torch.equal(head, embedding) else set()
@@ -470,11 +448,9 @@ def load_pretrained(
 def open_tensors(folder: Path) -> dict[str, safe_open]:
     """For every tensor in a folder the open safetensors file that holds it (nothing is read before `get_tensor`)."""
     index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    names = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
     tensors = {}
-    for name in names:
+    for name in sorted(set(names)):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing (weights are read from safetensors files only)")
         try:
@@ -485,12 +461,7 @@ def open_tensors(folder: Path) -> dict[str, safe_open]:
     return tensors
 
 
-def save_pretrained(
-    model: Transformer,
-    path: str | Path,
-    tokenizer: "Tokenizer | None" = None,  # noqa: F821 (tokenizer.py comes after this file)
-    weights: dict[str, Tensor] | None = None,
-) -> None:
+def save_pretrained(model: Transformer, path: str | Path, tokenizer=None, weights: dict | None = None) -> None:
     """Write a Hugging Face folder, whole or not at all: until it is complete and on disk it is called PATH.partial.
 
     tokenizer: its files are put beside the weights. weights: the full parameters by name, if the model's own are
@@ -498,8 +469,8 @@ def save_pretrained(
     """
     path = Path(path)
     partial_path, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-    for stale in (partial_path, old):
-        shutil.rmtree(stale, ignore_errors=True)
+    shutil.rmtree(partial_path, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     partial_path.mkdir(parents=True)
 
     weights = dict(model.named_parameters()) if weights is None else weights
@@ -515,7 +486,7 @@ def save_pretrained(
         tensors = {piece.name: piece.to_disk(part) for piece, part in shard.items()}  # one shard in memory at a time
         save_file(tensors, partial_path / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
-    raw = config_to_hf(model.config, next(iter(weights.values())).dtype)
+    raw = config_to_hf(model.config, weights["norm.weight"].dtype)
     texts = {"config.json": raw, "generation_config.json": {key: raw[key] for key in ("bos_token_id", "eos_token_id")}}
     if len(shards) > 1:
         texts["model.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
