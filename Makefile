@@ -13,7 +13,7 @@ help:
 	@echo "make gpu     the tests and benchmarks that need a GPU"
 
 demo: $(READY)
-	$(PYTHON) demo.py --out runs/demo $(if $(wildcard runs/demo),--resume)
+	$(PYTHON) demo.py --out runs/demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest
