@@ -7,6 +7,7 @@ move tiles between device memory and registers, with a mask for the part of the 
 `TRITON_INTERPRET=1` runs the same kernels on the CPU, as numpy: slow, but it needs no GPU and can be debugged.
 """
 
+import math
 import os
 
 import torch
@@ -15,15 +16,29 @@ try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
+    from triton.language.extra import libdevice
 except ImportError:
     triton = tl = constexpr = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FAST = triton and constexpr(not INTERPRETED)
+LOG2_E = math.log2(math.e)  # exp(z / T) = exp2(z * LOG2_E / T)
 
 
 def jit(function):
     """`triton.jit`, if there is a Triton."""
     return triton.jit(function) if triton else function
+
+
+@jit
+def exp2(x):
+    """2^x: a GPU's powers are binary. Triton's own spends three more instructions on results below 2^-126."""
+    return libdevice.exp2(x) if FAST else tl.exp2(x)
+
+
+@jit
+def log2(x):
+    return libdevice.fast_log2f(x) if FAST else tl.log2(x)
 
 
 def use_triton(tensor: torch.Tensor) -> bool:

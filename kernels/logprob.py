@@ -25,7 +25,7 @@ tile is the whole vocabulary, linear_logprob.py calls them tile by tile.
 
 import torch
 
-from .jit import constexpr, jit, launch_shape, tl, triton, use_triton, wide
+from .jit import LOG2_E, constexpr, exp2, jit, launch_shape, tl, triton, use_triton, wide
 
 CPU_TILE = 1 << 18  # elements: 1 MiB of fp32, so that a tile's passes find it in the cache
 
@@ -67,7 +67,7 @@ class _LogprobEntropy(torch.autograd.Function):
 
 
 def new_state(rows: torch.Tensor) -> torch.Tensor:
-    """[4, N]: m (of the logits, before 1 / T), s, t of the columns seen so far, and the target's logit once seen."""
+    """[4, N]: m, s, t of the columns seen so far, the target's logit once seen; m and t in logits, not yet 1 / T."""
     state = torch.zeros(4, rows.shape[0], dtype=wide(rows.dtype), device=rows.device)
     state[0] = -1e30  # below every logit, yet finite: -inf - -inf would be NaN
     return state
@@ -79,7 +79,7 @@ def finish(state: torch.Tensor, targets: torch.Tensor, temperature: float) -> tu
     ignored = targets < 0
     log_sum = total.log().masked_fill(ignored, float("inf"))  # in the backward pass: p = 0, so no gradient
     logprob = ((picked - largest) / temperature - log_sum).masked_fill(ignored, 0.0)
-    entropy = (log_sum - moment / total).masked_fill(ignored, 0.0)
+    entropy = (log_sum - moment / total / temperature).masked_fill(ignored, 0.0)
     return logprob, entropy, largest, log_sum
 
 
@@ -96,18 +96,19 @@ def accumulate(tile, targets, start: int, state, temperature: float) -> None:
     if use_triton(tile):
         lanes, deep, warps = launch_shape(columns)
         accumulate_kernel[(rows,)](
-            tile, targets, state, tile.stride(0), state.stride(0), columns, start, 1 / temperature,
+            tile, targets, state, tile.stride(0), state.stride(0), columns, start, LOG2_E / temperature,
             DEEP=deep, LANES=lanes, num_warps=warps,
         )  # fmt: skip
         return
     largest, total, moment, picked = state
     new = torch.maximum(largest, tile.amax(1).to(state.dtype))
-    fall = (largest - new) / temperature
-    z = torch.sub(tile, new[:, None]).div_(temperature).clamp_(min=-1e4)
-    e = z.exp()
+    fall = largest - new
+    shrink = (fall / temperature).exp()
+    z = torch.sub(tile, new[:, None]).clamp_(min=-1e30)
+    e = z.mul(1 / temperature).exp_()
     largest.copy_(new)
-    moment.add_(fall * total).mul_(fall.exp()).add_((z.mul_(e)).sum(1))
-    total.mul_(fall.exp()).add_(e.sum(1))
+    moment.add_(fall * total).mul_(shrink).add_(z.mul_(e).sum(1))
+    total.mul_(shrink).add_(e.sum(1))
     column, here = locate(targets, start, columns)
     picked.copy_(torch.where(here, tile.gather(1, column)[:, 0].to(state.dtype), picked))
 
@@ -119,7 +120,8 @@ def logits_gradient(tile, targets, start, largest, log_sum, entropy, grad_logpro
         block = min(4096, max(128, triton.next_power_of_2(columns)))
         gradient_kernel[(rows, triton.cdiv(columns, block))](
             tile, targets, largest, log_sum, entropy, grad_logprob, grad_entropy, out,
-            tile.stride(0), out.stride(0), columns, start, 1 / temperature, BLOCK=block, num_warps=max(1, block // 512),
+            tile.stride(0), out.stride(0), columns, start, LOG2_E / temperature,
+            BLOCK=block, num_warps=max(1, block // 512),
         )  # fmt: skip
         return
     logp = torch.sub(tile, largest[:, None]).div_(temperature).sub_(log_sum[:, None]).clamp_(min=-1e4)
@@ -155,17 +157,17 @@ def accumulate_kernel(
         z = tl.load(logits + row * stride + offset + tile, offset + tile < columns, -1e30).to(tl.float32)
         z = tl.maximum(z, -1e30)
         new = tl.maximum(m, tl.max(z, 0))
-        fall = (m - new) * scale
-        z = (z - new[None, :]) * scale
-        e = tl.exp(z)
-        t = (t + fall * s) * tl.exp(fall) + tl.sum(e * z, 0)
-        s = s * tl.exp(fall) + tl.sum(e, 0)
+        shrink = exp2((m - new) * scale)
+        z -= new[None, :]
+        e = exp2(z * scale)
+        t = (t + (m - new) * s) * shrink + tl.sum(e * z, 0)
+        s = s * shrink + tl.sum(e, 0)
         m = new
     top = tl.max(m, 0)
-    fall = (m - top) * scale
+    shrink = exp2((m - top) * scale)
     tl.store(state + row, top)
-    tl.store(state + state_stride + row, tl.sum(s * tl.exp(fall), 0))
-    tl.store(state + 2 * state_stride + row, tl.sum((t + fall * s) * tl.exp(fall), 0))
+    tl.store(state + state_stride + row, tl.sum(s * shrink, 0))
+    tl.store(state + 2 * state_stride + row, tl.sum((t + (m - top) * s) * shrink, 0))
     column = target - start
     here = (column >= 0) & (column < columns)
     picked = tl.load(logits + row * stride + column, here, 0.0).to(tl.float32)
@@ -184,6 +186,11 @@ def gradient_kernel(
     g = tl.load(grad_logprob + row)
     h = tl.load(grad_entropy + row)
     z = tl.load(logits + row * stride + column, here, 0.0).to(tl.float32)
-    logp = tl.maximum((z - tl.load(largest + row)) * scale - tl.load(log_sum + row), -1e4)
-    grad = tl.where(column == target, g, 0.0) - tl.exp(logp) * (g + h * (logp + tl.load(entropy + row)))
-    tl.store(out + row * out_stride + column, (grad * scale).to(out.dtype.element_ty), here)
+    logp = tl.maximum(
+        (z - tl.load(largest + row)) * scale - tl.load(log_sum + row) * 1.4426950408889634, -1e4
+    )  # base 2
+    constant = g + h * tl.load(entropy + row)
+    slope = h * 0.6931471805599453
+    grad = tl.where(column == target, g, 0.0) - exp2(logp) * (constant + slope * logp)
+    grad *= scale * 0.6931471805599453  # 1 / T
+    tl.store(out + row * out_stride + column, grad.to(out.dtype.element_ty), here)

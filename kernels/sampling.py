@@ -24,7 +24,7 @@ the host, and no shape depends on data: a CUDA graph can hold them all.
 import numpy as np
 import torch
 
-from .jit import constexpr, jit, launch_shape, tl, use_triton, wide
+from .jit import LOG2_E, constexpr, exp2, jit, launch_shape, log2, tl, use_triton, wide
 
 CPU_TILE = 1 << 16  # elements that are drawn from at a time: they stay in the cache
 WEYL = -1640531535  # 2^32 / golden ratio (as int32): neighbouring tokens start the hash far apart
@@ -64,7 +64,7 @@ def sample_token(
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
     lanes, _, warps = launch_shape(vocabulary)
     sample_kernel[(rows,)](
-        logits, seeds, positions, token, logprob, logits.stride(0), vocabulary, 1 / temperature, min_p,
+        logits, seeds, positions, token, logprob, logits.stride(0), vocabulary, LOG2_E / temperature, min_p,
         CUT=min_p > 0, LANES=lanes, num_warps=warps,
     )  # fmt: skip
     return token, logprob
@@ -151,28 +151,32 @@ def sample_kernel(
             m = tl.maximum(m, tl.load(logits + offset + lane, offset + lane < columns, -1e30).to(tl.float32))
         m = tl.zeros([LANES], tl.float32) + tl.max(m, 0)
     s = tl.zeros([LANES], tl.float32)
-    lead = tl.zeros([LANES], tl.float32)  # the leader's p / E, with p relative to m like s
+    lead_p = tl.zeros([LANES], tl.float32)  # the lane's leader: its p (relative to m, like s), its E, and who it is
+    lead_e = tl.full([LANES], 1.0, tl.float32)
     leader = tl.zeros([LANES], tl.int32)
     for offset in range(0, columns, LANES):
         column = offset + lane
-        z = tl.maximum(tl.load(logits + column, column < columns, -1e30).to(tl.float32), -1e30)
-        new = tl.maximum(m, z)
-        fall = tl.exp((m - new) * scale)
-        p = tl.exp((z - new) * scale)
+        z = tl.load(logits + column, column < columns, float("-inf")).to(tl.float32)
+        rise = (z - m) * scale
+        power = exp2(-tl.abs(rise))  # one exponential serves both cases: a new maximum, or not
+        p = tl.where(rise > 0, 1.0, power)
+        shrink = tl.where(rise > 0, power, 1.0)
+        m = tl.maximum(m, z)
         if CUT:
             p = tl.where(p < min_p, 0.0, p)
         w = scramble_jit(column * -1640531535 ^ low, high).to(tl.float32) * -4.6566123e-10
-        # -log(1 - w); for small w, where 1 - w would round it away, by its series
-        e = tl.where(w < 0.0625, w * (1 + w * (0.5 + w * (1 / 3 + w * (0.25 + w * 0.2)))), -tl.log(1 - w))
-        ahead = p / e > lead * fall
-        lead = tl.where(ahead, p / e, lead * fall)
+        series = w * (1 + w * (1 / 2 + w * (1 / 3 + w * (1 / 4 + w * (1 / 5)))))  # 1 - w would round a small w away
+        e = tl.where(w < 0.0625, series, log2(1 - w) * -0.6931471805599453)
+        s = s * shrink + p
+        lead_p *= shrink
+        ahead = p * lead_e > lead_p * e  # p / e > lead_p / lead_e
+        lead_p = tl.where(ahead, p, lead_p)
+        lead_e = tl.where(ahead, e, lead_e)
         leader = tl.where(ahead, column, leader)
-        s = s * fall + p
-        m = new
     top = tl.max(m, 0)
-    fall = tl.exp((m - top) * scale)
-    lead *= fall
+    shrink = exp2((m - top) * scale)
+    lead = lead_p * shrink / lead_e
     winner = tl.min(tl.where(lead == tl.max(lead, 0), leader, columns - 1), 0)
     z = tl.load(logits + winner).to(tl.float32)
     tl.store(token + row, winner.to(tl.int64))
-    tl.store(logprob + row, (z - top) * scale - tl.log(tl.sum(s * fall, 0)))
+    tl.store(logprob + row, ((z - top) * scale - tl.log2(tl.sum(s * shrink, 0))) * 0.6931471805599453)

@@ -16,7 +16,7 @@ finds the row in the L2 cache: a row of 150k bf16 logits is 0.3 MB, an H200 work
 
 import torch
 
-from .jit import constexpr, jit, launch_shape, tl, use_triton, wide
+from .jit import LOG2_E, constexpr, exp2, jit, launch_shape, tl, use_triton, wide
 
 
 def softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -43,7 +43,7 @@ class _Softmax(torch.autograd.Function):
         lanes, deep, warps = launch_shape(rows.shape[1])
         if out.numel():
             softmax_kernel[(rows.shape[0],)](
-                rows, out, rows.shape[1], 1 / temperature, LOG=log, DEEP=deep, LANES=lanes, num_warps=warps
+                rows, out, rows.shape[1], LOG2_E / temperature, LOG=log, DEEP=deep, LANES=lanes, num_warps=warps
             )
         out = out.view(logits.shape)
         ctx.save_for_backward(out)
@@ -73,14 +73,14 @@ def softmax_kernel(
         here = offset + tile < columns
         z = tl.load(logits + start + offset + tile, here, float("-inf"), eviction_policy="evict_last").to(tl.float32)
         new = tl.maximum(m, tl.max(z, 0))
-        s = s * tl.exp((m - new) * scale) + tl.sum(tl.exp((z - new[None, :]) * scale), 0)
+        s = s * exp2((m - new) * scale) + tl.sum(exp2((z - new[None, :]) * scale), 0)
         m = new
     top = tl.max(m, 0)
-    total = tl.sum(s * tl.exp((m - top) * scale), 0)
-    log_total = tl.log(total)
+    total = tl.sum(s * exp2((m - top) * scale), 0)
+    log_total = tl.log2(total)
     for offset in range(0, columns, DEEP * LANES):
         here = offset + tile < columns
         z = tl.load(logits + start + offset + tile, here, 0.0, eviction_policy="evict_first").to(tl.float32)
-        z = (z - top) * scale
-        y = z - log_total if LOG else tl.exp(z) / total
+        y = (z - top) * scale - log_total
+        y = y * 0.6931471805599453 if LOG else exp2(y)
         tl.store(out + start + offset + tile, y.to(out.dtype.element_ty), here)
