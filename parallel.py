@@ -180,15 +180,19 @@ class Scorer(nn.Module):
 
 
 def shard(
-    model: Transformer, world: World, dtype: torch.dtype | None = None, checkpoint_activations: bool = False
-) -> Scorer:
-    """Wrap `model` (fp32 master weights, the same on every rank) for training on `world`, in place.
+    model: Transformer,
+    world: World,
+    dtype: torch.dtype | None = None,
+    checkpoint_activations: bool = False,
+    wrap: Callable[[Transformer], nn.Module] = Scorer,
+) -> Any:
+    """Wrap `model` (fp32 master weights, the same on every rank) for training on `world`, in place; returns `wrap`'s.
 
     More than one rank: FSDP2, one group of parameters per block and one for the rest; parameters become DTensors, and
     gradients come out as the SUM over ranks, sharded alike. `dtype` (bf16) is what the matrix products run in; the
     masters, the gradients' sum and AdamW stay fp32, because an Adam step of 1e-5 vanishes in a bf16 weight.
     """
-    scorer = Scorer(model)
+    scorer = wrap(model)
     model.checkpoint_blocks = checkpoint_activations
     mixed = dtype is not None and dtype != model.embed.weight.dtype
     if world.size == 1 and not mixed:
