@@ -22,12 +22,14 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
+# Every benchmark measures the GPU where there is one, else the CPU.
 bench: $(READY)
 	set -e; for file in benchmarks/*_bench.py; do echo "== $$file"; $(PYTHON) $$file; done
 
 gpu: $(READY)
+	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
 	$(PYTHON) -m pytest -m gpu
-	set -e; for file in benchmarks/*_bench.py; do echo "== $$file"; $(PYTHON) $$file --gpu; done
+	$(MAKE) bench PYTHON=$(PYTHON)
 
 # The stamp is touched last: an installation that was interrupted is done again, a finished one is not.
 $(VENV)/ready: requirements.txt requirements-dev.txt
