@@ -495,10 +495,10 @@ def check_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str,
             first = json.loads((out / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             raise UserError(f"--resume: {out} is no run, or only half of one: no readable config.json in it") from None
-        for name in sorted(flags.keys() | first.keys()):
-            if name not in may_change and flags.get(name) != first.get(name):
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"--resume: {out} was started with {flag} {first.get(name)}, not {flags.get(name)}")
+        names = [name for name in flags if name not in may_change and flags[name] != first.get(name)]
+        if names:
+            changes = (f"--{name.replace('_', '-')} {first.get(name)} (now {flags[name]})" for name in names)
+            raise UserError(f"--resume: {out} was started with other flags: {', '.join(changes)}")
 
     on_main(world, lambda: check(Path(out)))
     return flags

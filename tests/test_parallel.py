@@ -343,7 +343,7 @@ def test_run_folders_are_never_overwritten(tmp_path):
     with pytest.raises(UserError, match="exists already: --resume"):
         parallel.open_run(out, Flags(), False, ("steps",), ALONE)
     parallel.open_run(out, Flags(steps=20), True, ("steps",), ALONE)
-    with pytest.raises(UserError, match=r"was started with --lr 0.1, not 0.2"):
+    with pytest.raises(UserError, match=r"was started with other flags: --lr 0.1 \(now 0.2\)$"):
         parallel.open_run(out, Flags(lr=0.2), True, ("steps",), ALONE)
     with pytest.raises(UserError, match="there is no run in"):
         parallel.open_run(tmp_path / "other", Flags(), True, ("steps",), ALONE)
