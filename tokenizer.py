@@ -37,7 +37,7 @@ PLAIN_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['r
 {% elif message['role'] == 'assistant' %}Answer: {{ message['content'] }}{{ eos_token }}
 {% else %}{{ message['content'] }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"""
-QUOTE = "\ufdd0"  # a code point that Unicode keeps out of all text: see `Tokenizer.chat`
+QUOTE = "\ufdd0"  # a code point that stands for nothing in Unicode: see `Tokenizer.chat`
 
 
 class Tokenizer:
@@ -56,7 +56,7 @@ class Tokenizer:
         self.prefix, self.suffix = read_post_processor(raw.get("post_processor"), source)
         names = {key: token_text(value) for key, value in settings.items() if key.endswith("_token")}
         self.special_texts = {key: text for key, text in names.items() if text is not None}
-        eos = self.added.get(self.special_texts.get("eos_token"))
+        eos = (raw["model"]["vocab"] | self.added).get(self.special_texts.get("eos_token"))
         self.eos_ids = sorted({*eos_ids, *([] if eos is None else [eos])})
         self.vocab_size = max(self.pieces) + 1
         self.chat_template = read_chat_template(files, settings)
@@ -68,12 +68,15 @@ class Tokenizer:
                 raise self._refuse(f"added token {token['content']!r} with single_word, lstrip or rstrip")
         self.added = {token["content"]: token["id"] for token in tokens}
         self.special = {token["content"] for token in tokens if token.get("special")}
-        # The library looks for tokens marked `normalized` in the normalised text, for the others before.
-        self.before = {token["content"] for token in tokens if not token.get("normalized")}
+        # Tokens marked `normalized` are looked for in the normalised text, the others before. [allow_special] -> both.
+        late = {token["content"] for token in tokens if token.get("normalized")}
+        every, ordinary = self.added.keys(), self.added.keys() - self.special
+        self.cuts = {True: (any_of(every - late), any_of(every & late))}
+        self.cuts[False] = any_of(ordinary - late), any_of(ordinary & late)
 
     def _read_model(self, raw: dict) -> None:
         """Ranks for tiktoken. A rank is the order of merging, which an id need not be: `ids` maps one to the other."""
-        model = raw.get("model", {})
+        model = raw.get("model") or {}
         if (
             model.get("type") != "BPE"
             or model.get("byte_fallback")
@@ -89,7 +92,7 @@ class Tokenizer:
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         texts = [left + right for left, right in merges]
         if model.get("ignore_merges"):  # a whole word in the vocabulary is taken as it is; tiktoken always does so
-            texts += [text for text in vocab if all(char in alphabet for char in text)]
+            texts += [text for text in vocab if all(char in alphabet for char in text) and text not in self.added]
         for text in texts:
             piece = bytes(alphabet[char] for char in text)
             if piece not in ranks:
@@ -113,24 +116,29 @@ class Tokenizer:
             cannot end its turn); True reads them as the tokens, as transformers does.
         add_bos: True adds what the tokenizer's post-processor puts around a whole text (Llama 3's first token).
         """
-        wanted = set(self.added) if allow_special else set(self.added) - self.special
-        ids = list(self.prefix) if add_bos else []
-        for part in split_on(text, wanted & self.before):
-            if part in wanted:
+        ids = self._encode(text, allow_special)
+        return [*self.prefix, *ids, *self.suffix] if add_bos else ids
+
+    def _encode(self, text: str, allow_special: bool, drop: str = "") -> list[int]:
+        """The cuts give text, token, text, token, ..., text; `drop` is taken out of the texts."""
+        ids: list[int] = []
+        raw_cut, normal_cut = self.cuts[allow_special]
+        for i, part in enumerate(raw_cut.split(text)):
+            if i % 2:
                 ids.append(self.added[part])
                 continue
             for form in self.normal_forms:
                 part = unicodedata.normalize(form, part)
-            for piece in split_on(part, wanted - self.before):
-                ids += [self.added[piece]] if piece in wanted else self._encode_plain(piece)
-        return ids + list(self.suffix) if add_bos else ids
+            for j, plain in enumerate(normal_cut.split(part)):
+                ids += [self.added[plain]] if j % 2 else self._encode_plain(plain.replace(drop, "") if drop else plain)
+        return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        raw = text.replace(QUOTE, "").encode("utf-8", errors="replace")
-        if self.absent and len(raw.translate(None, self.absent)) < len(raw):
-            words = (word.encode().translate(None, self.absent) for word in regex.findall(self.pattern, raw.decode()))
-            return [self.ids[rank] for word in words if word for rank in self.bpe._encode_single_piece(word)]
-        return [self.ids[rank] for rank in self.bpe.encode_ordinary(raw.decode())]
+        raw = text.encode("utf-8", errors="replace")  # half a surrogate pair is no text: it becomes "?"
+        if len(raw.translate(None, self.absent)) == len(raw):
+            return [self.ids[rank] for rank in self.bpe.encode_ordinary(raw.decode())]
+        words = (word.encode().translate(None, self.absent) for word in regex.findall(self.pattern, raw.decode()))
+        return [self.ids[rank] for word in words if word for rank in self.bpe._encode_single_piece(word)]
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of some ids. Bytes that are not UTF-8, and ids beyond the vocabulary, become U+FFFD."""
@@ -145,19 +153,18 @@ class Tokenizer:
             template = compile_template(self.chat_template)
             variables = self.special_texts | variables
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError) as error:
             raise UserError(f"{self.source}: the chat template refuses this conversation: {error}") from None
 
     def chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
-        """Token ids of a conversation. Special tokens count where the template writes them, not in a message."""
-        found = re.compile("|".join(map(re.escape, longest_first(self.special))) or "(?!)")
+        """Token ids of a conversation. Special tokens count where the template writes them, not inside a message."""
+        specials = any_of(self.special)
         quoted = []
-        for message in messages:  # a quoted token is no longer one; `_encode_plain` takes the mark out again
-            content = message.get("content")
-            if isinstance(content, str):
-                content = found.sub(lambda match: match[0][0] + QUOTE + match[0][1:], content.replace(QUOTE, ""))
+        for message in messages:  # a mark inside a token makes it plain text; `_encode` takes the mark out again
+            if isinstance(content := message.get("content"), str):
+                content = specials.sub(lambda match: match[0][0] + QUOTE + match[0][1:], content.replace(QUOTE, ""))
             quoted.append(message | {"content": content})
-        return self.encode(self.render(quoted, add_generation_prompt, **variables), allow_special=True)
+        return self._encode(self.render(quoted, add_generation_prompt, **variables), allow_special=True, drop=QUOTE)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files, byte for byte as they were read, into a folder that exists."""
@@ -195,15 +202,9 @@ def token_text(value: str | dict | None) -> str | None:
     return value.get("content") if isinstance(value, dict) else value
 
 
-def longest_first(texts: Iterable[str]) -> list[str]:
-    return sorted(texts, key=len, reverse=True)
-
-
-def split_on(text: str, tokens: set[str]) -> list[str]:
-    """The text cut before and after every token in it (leftmost first, longest at one place), empty parts left out."""
-    if not tokens:
-        return [text] if text else []
-    return [part for part in re.split("(" + "|".join(map(re.escape, longest_first(tokens))) + ")", text) if part]
+def any_of(texts: Iterable[str]) -> re.Pattern:
+    """A regex that finds, leftmost first, the longest of some texts (and nothing, if there are none)."""
+    return re.compile("(" + ("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)") + ")")
 
 
 @lru_cache
@@ -319,7 +320,7 @@ def demo_tokenizer(words: list[str]) -> Tokenizer:
     ]
     specials = ["<|user|>", "<|assistant|>", "<|end|>"]
     escape = lambda word: re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", word)  # noqa: E731
-    pattern = "|".join([*map(escape, longest_first(words)), "[0-9]{1,2}", r"[\s\S]"])
+    pattern = "|".join([*map(escape, sorted(words, key=len, reverse=True)), "[0-9]{1,2}", r"[\s\S]"])
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
