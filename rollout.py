@@ -11,8 +11,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
 import parallel
 import tasks
+from cli import UserError
 from parallel import Example, World
 from sample import Completion, Sampler, SamplingParams
 from tasks import Problem
@@ -34,6 +39,20 @@ class Rollouts:
     def select(self, rows: Iterable[int]) -> "Rollouts":
         return Rollouts(*([getattr(self, f.name)[i] for i in rows] for f in fields(self)))
 
+    def outcomes(self) -> Tensor:
+        """1 for a right response, 0 for any other, [N]."""
+        return torch.tensor([float(verdict.correct) for verdict in self.verdicts])
+
+    def lengths(self) -> Tensor:
+        """Tokens of each response, the stop token included, [N]."""
+        return torch.tensor([float(len(completion.tokens)) for completion in self.completions])
+
+    def show(self, number: int) -> str:
+        """One response, word for word: people want to read what the policy says."""
+        i = number % len(self.texts)
+        verdict = self.patterns[i] or self.verdicts[i].outcome
+        return f"--- {self.problems[i].question}\n{self.texts[i]}\n--- {verdict}"
+
     def __add__(self, other: "Rollouts") -> "Rollouts":
         return Rollouts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
@@ -45,6 +64,17 @@ def unexpected_pattern(completion: Completion, text: str, question: str) -> str 
     if tasks.repeats(completion.tokens):
         return "repeated"
     return "garbled" if tasks.garbled(text, question) else None
+
+
+def check_room(problems: list[Problem], tokenizer: Tokenizer, max_tokens: int, context: int, source: str) -> None:
+    """UserError naming the first problem whose prompt leaves no room for `max_tokens` in the model's context."""
+    for number, problem in enumerate(tqdm(problems, "prompts", leave=False, delay=2), start=1):
+        length = len(tasks.prompt_ids(problem, tokenizer))
+        if length + max_tokens > context:
+            raise UserError(
+                f"{source}, problem {number}: its prompt's {length} tokens and the --max-tokens {max_tokens} of a "
+                f"response do not fit into the model's context of {context}"
+            )
 
 
 def nth_problem(problems: list[Problem], number: int, seed: int) -> Problem:

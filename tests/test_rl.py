@@ -4,6 +4,8 @@ What needs more than one process, or a process killed half-way, is in test_rl_ru
 """
 
 import copy
+import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,9 +19,11 @@ from torch import Tensor, nn
 import cli
 import cot
 import parallel
+import relatives
 import rl
 import rollout
 import sample
+import tasks
 from cli import UserError
 from kernels import logprob_entropy
 from model import Config as ModelConfig
@@ -183,15 +187,15 @@ def test_every_epoch_draws_every_problem_once(size, seed):
 def test_baselines_of_the_relatives():
     """Bug: Dr. GRPO dividing by the deviation, GRPO by the biased one, or a baseline over the wrong axis."""
     rewards = tensor(1, 0, 0, 0, 1, 1, 1, 0).view(2, 4)
-    same(rl.group_mean(rewards)[0], 0.75, -0.25, -0.25, -0.25)
-    same(rl.group_normalised(rewards)[0], *(value / 0.5001 for value in (0.75, -0.25, -0.25, -0.25)))
-    same(rl.batch_mean(rewards)[1], 0.5, 0.5, 0.5, -0.5)
+    same(relatives.group_mean(rewards)[0], 0.75, -0.25, -0.25, -0.25)
+    same(relatives.group_normalised(rewards)[0], *(value / 0.5001 for value in (0.75, -0.25, -0.25, -0.25)))
+    same(relatives.batch_mean(rewards)[1], 0.5, 0.5, 0.5, -0.5)
 
 
 def test_k3_is_zero_at_the_anchor_and_never_negative():
     """Bug: the ratio upside down. At r = anchor / policy = 2 it is 1 - ln 2; its gradient by log policy, 1 - r."""
     logprob = torch.zeros(1, 2, dtype=torch.float64, requires_grad=True)
-    value = rl.k3_kl(logprob, tensor(math.log(2), 0).view(1, 2), torch.ones(1, 2), 1)
+    value = relatives.k3_kl(logprob, tensor(math.log(2), 0).view(1, 2), torch.ones(1, 2), 1)
     value.backward()
     same(value, 1 - math.log(2))
     same(logprob.grad, -1, 0)
@@ -199,20 +203,123 @@ def test_k3_is_zero_at_the_anchor_and_never_negative():
 
 def test_soft_overlong_by_hand():
     """Bug: the penalty begins at the limit, or falls below -1. Limit 100, buffer 20: from 80 down to -1 at 100."""
-    same(rl.soft_overlong(tensor(10, 80, 90, 100, 120), 100, 20), 0, 0, -0.5, -1, -1)
+    same(relatives.soft_overlong(tensor(10, 80, 90, 100, 120), 100, 20), 0, 0, -0.5, -1, -1)
 
 
 def test_token_weights_by_hand():
     """Bug: a loss averaged otherwise than its paper says. Weights times losses, summed, over the 6 tokens."""
     lengths, mask = torch.tensor([2, 4]), torch.tensor([[1.0, 1, 0, 0], [1, 1, 1, 1]])
-    same(rl.token_weights(lengths, mask, "token", 10) / 6, *(mask.flatten() / 6).tolist())
-    same(rl.token_weights(lengths, mask, "sequence", 10)[0] / 6, 1 / 4, 1 / 4, 0, 0)  # 1 / (2 responses * 2 tokens)
-    same(rl.token_weights(lengths, mask, "constant", 10)[1] / 6, *[1 / 20] * 4)  # 1 / (2 responses * 10)
+    same(relatives.token_weights(lengths, mask, "token", 10) / 6, *(mask.flatten() / 6).tolist())
+    same(
+        relatives.token_weights(lengths, mask, "sequence", 10)[0] / 6, 1 / 4, 1 / 4, 0, 0
+    )  # 1 / (2 responses * 2 tokens)
+    same(relatives.token_weights(lengths, mask, "constant", 10)[1] / 6, *[1 / 20] * 4)  # 1 / (2 responses * 10)
 
 
 def test_truncated_importance_by_hand():
     """Bug: sampler over trainer, or truncated from below: one token with a huge weight then rules the step."""
     same(rl.truncated_importance(tensor(-1, -1, -3), tensor(-1, -3, -1), most=2.0), 1, 2, math.exp(-2))
+
+
+# --- RLSP -------------------------------------------------------------------------------------------------------------
+
+
+def test_exploration_reward_by_hand():
+    """Bug: a missing box scored as a wrong answer, or thinking longer made to cost more."""
+    verdicts, lengths = (
+        [Verdict(o) for o in ("correct", "wrong", "no_answer", "timeout")],
+        tensor(500, 1000, 2000, 4000),
+    )
+    same(relatives.exploration_reward(verdicts, lengths, 1000), 1 - 2, 0 - 1, -0.5 - 0.5, 0 - 0.25)
+    same(relatives.exploration_reward(verdicts, lengths, 1000, tensor(1, 0.5, 0, 0.2)), 1, 0.1, -0.4, 0.04)
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"), [("7", 0.7), ("Score: 8.5/10", 0.85), ("0", 0), ("100", 1), ("very creative", 0), ("", 0)]
+)
+def test_judges_replies(reply, score):
+    """Bug: a judge that does not answer as asked crashes the run, or pays more than 1."""
+    assert relatives.parse_score(reply) == pytest.approx(score)
+
+
+def test_judge_cuts_what_is_too_long_for_it():
+    """Bug: one long response, and the judge's context is exceeded after an hour of training."""
+    tight = dataclasses.replace(SHAPE, context=560)
+    problems = [Problem("1+1", "2"), Problem("2+2", "4")]
+    scores = relatives.judge(
+        sample.Sampler(random_init(tight, 0), TOKENIZER), TOKENIZER, problems, ["a" * 2000, "4"], ALONE
+    )
+    assert scores.shape == (2,) and ((scores >= 0) & (scores <= 1)).all()
+
+
+def test_gae_closed_forms():
+    """Bug: the sum runs on into the padding, or the wrong way. trace 0: one step ahead; trace 1: return less value."""
+    rewards, values = tensor(0, 1, 2, 9).view(1, 4), tensor(0.5, 1.5, -1, 7).view(1, 4)
+    mask = tensor(1, 1, 1, 0).view(1, 4)
+    same(relatives.gae(rewards, values, mask, 0.9, 0.0), 0.9 * 1.5 - 0.5, 1 - 0.9 - 1.5, 2 + 1, 0)
+    same(relatives.gae(rewards, values, mask, 0.9, 1.0), 0.9 + 0.81 * 2 - 0.5, 1 + 0.9 * 2 - 1.5, 2 + 1, 0)
+    deltas = [0.9 * 1.5 - 0.5, 1 - 0.9 - 1.5, 3.0]
+    wanted = [sum((0.9 * 0.8) ** (j - i) * deltas[j] for j in range(i, 3)) for i in range(3)]
+    same(relatives.gae(rewards, values, mask, 0.9, 0.8), *wanted, 0)
+
+
+def test_critic_advantages_by_hand():
+    """Bug: the reward paid at the padding instead of the last token; the KL subtracted twice; returns normalised."""
+    mask = tensor(1, 1, 0, 1, 1, 1).view(2, 3)
+    kl, values = tensor(0.1, 0.2, 9, 0, 0, 0).view(2, 3), tensor(0.5, 0.5, 0, 0, 0, 0).view(2, 3)
+    advantages, returns = relatives.critic_advantages(tensor(1, 0), kl, values, mask, trace=1.0)
+    same(returns * mask, 1 - 0.3, 1 - 0.2, 0, 0, 0, 0)
+    raw = tensor(0.2, 0.3, 0, 0, 0)
+    wanted = (raw - raw.mean()) / raw.std(unbiased=False)
+    same(advantages, *wanted[:2], 0, *wanted[2:])
+
+
+def test_critic_learns_the_returns():
+    """Bug: the value head reads the position after the token, is left out of the optimizer, or gets the policy's
+    gradient. Its first gradient, at values of 0, is -(sum of returns) / M for the bias."""
+    learner = make_learner()
+    rollouts = make_rollouts(learner)
+    flags = {"recipe": "rlsp", "samples": 4, "max_tokens": 12, "temperature": 1.2, "max_grad_norm": math.inf}
+    config = rl.Config(model="", out="", **flags)
+    batch, _ = rl.prepare(learner, rollouts, config, rl.resolve(config))
+    metrics = rl.update(learner, batch, config, rl.resolve(config), 1, parallel.Guard())
+    returns = torch.cat(batch.returns)
+    same(learner.critic.value.bias, returns.mean().item(), tolerance=1e-5)
+    assert metrics["value_loss"] == pytest.approx(0.5 * (returns**2).mean().item(), rel=1e-5)
+
+
+# --- watching over a run ----------------------------------------------------------------------------------------------
+
+
+def run_of(**series: list[float]) -> list[dict]:
+    steady = {"accuracy": 0.5, "entropy": 1.0, "truncated": 0.05, "skipped": 0}
+    length = max(map(len, series.values()), default=12)
+    return [steady | {name: values[i] for name, values in series.items()} for i in range(length)]
+
+
+def test_alarms_name_what_goes_wrong():
+    """Bug: an alarm that never rings, or rings in a healthy run; rows without entropy (nothing trained) crash it."""
+    assert rl.alarms([]) == rl.alarms(run_of()) == rl.alarms(run_of(accuracy=[0.1 * i for i in range(10)])) == []
+    collapse = [0.6] * 8 + [0.2] * 5
+    for series, name in [
+        ({"accuracy": collapse}, "reward collapse"),
+        ({"entropy": [1.0] * 8 + [0.1] * 5}, "entropy collapse"),
+        ({"truncated": [0.05] * 8 + [0.4] * 5}, "length run-away"),
+        ({"skipped": [0] * 8 + [1]}, "not finite"),
+    ]:
+        (alarm,) = rl.alarms(run_of(**series))
+        assert alarm.startswith(name) and "--" in alarm
+    silent = run_of(accuracy=collapse)
+    for row in silent:
+        del row["entropy"]
+    assert len(rl.alarms(silent)) == 1
+
+
+def test_entropy_coefficient_moves_towards_its_target():
+    """Bug: the sign, or steps that grow with the distance until the coefficient is off by orders of magnitude."""
+    assert rl.adapt_entropy_coef(1e-3, 0.5, 1.0) == pytest.approx(1e-3 * math.exp(0.025))
+    assert rl.adapt_entropy_coef(1e-3, 1.0, 1.0) == 1e-3
+    assert rl.adapt_entropy_coef(1e-3, 99.0, 1.0) == pytest.approx(1e-3 * math.exp(-0.05))
 
 
 # --- from responses to a gradient -------------------------------------------------------------------------------------
@@ -222,8 +329,10 @@ def make_learner(seed: int = 0, dtype: torch.dtype = torch.float64, lr: float = 
     """Plain gradient descent at rate 1: the change of the weights *is* the gradient."""
     policy = parallel.shard(random_init(SHAPE, seed, dtype), ALONE)
     anchor = parallel.shard(random_init(SHAPE, seed + 1, dtype), ALONE)
+    critic = parallel.shard(random_init(SHAPE, seed + 2, dtype), ALONE, wrap=relatives.Critic).to(dtype)
+    optimizer = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr)
     sampler = sample.Sampler(policy.model, TOKENIZER)
-    return rl.Learner(policy, anchor, torch.optim.SGD(policy.parameters(), lr), sampler, TOKENIZER, ALONE, True)
+    return rl.Learner(policy, anchor, optimizer, sampler, TOKENIZER, ALONE, True, critic)
 
 
 LENGTHS = (3, 9, 1, 5, 12, 2, 7, 4, 6, 8, 3, 10)  # of 3 prompts * 4 responses
@@ -244,7 +353,7 @@ def make_rollouts(learner: rl.Learner, noise: float = 0.3) -> Rollouts:
         drift = noise * torch.randn(length, generator=generator)
         completions.append(Completion(tokens, (logprob + drift).tolist(), "stop"))
     problems = [Problem(str(i // 4), "") for i in range(len(LENGTHS))]
-    verdicts = [Verdict("correct" if right else "wrong") for right in RIGHT]
+    verdicts = [Verdict("correct" if right else "no_answer" if i == 11 else "wrong") for i, right in enumerate(RIGHT)]
     return Rollouts(problems, examples, completions, [""] * len(LENGTHS), verdicts, list(PATTERNS))
 
 
@@ -255,9 +364,17 @@ def token_logprobs(model, example: Example, temperature: float) -> tuple[Tensor,
     return table[range(end - start), example.tokens[start:end]], -(table.exp() * table).sum(-1)
 
 
-def train_once(learner: rl.Learner, rollouts: Rollouts, **flags) -> tuple[dict[str, Tensor], dict, list[Tensor]]:
-    """(gradient by parameter, metrics, the weights before) of one step with `flags`."""
-    flags = {"recipe": "t1", "temperature": 1.2, "max_grad_norm": math.inf, "samples": 4, "max_tokens": 12} | flags
+def train_once(learner: rl.Learner, rollouts: Rollouts, **given) -> tuple[dict[str, Tensor], dict, list[Tensor]]:
+    """(gradient by parameter, metrics, the weights before) of one step with the flags `given`."""
+    flags = {
+        "recipe": "t1",
+        "temperature": 1.2,
+        "max_grad_norm": math.inf,
+        "samples": 4,
+        "max_tokens": 12,
+        "length_cost": 2.0,
+    }
+    flags |= given
     config = rl.Config(model="", out="", task="countdown", **flags)
     recipe = rl.resolve(config)
     before = copy.deepcopy(learner.policy.model)
@@ -282,8 +399,8 @@ def straight_line(recipe: str, model, anchor, rollouts: Rollouts) -> Tensor:
     if recipe == "dapo":  # limit 12, buffer 12 // 5 = 2
         rewards = [r + min(0.0, max(-1.0, (12 - 2 - length) / 2)) for r, length in zip(rewards, LENGTHS)]
     groups = [range(4 * p, 4 * p + 4) for p in range(3)]
-    if recipe != "reinforce":
-        groups = [group for group in groups if len({rewards[i] for i in group}) > 1]
+    if recipe not in ("reinforce", "rlsp"):  # the second prompt's answers are all wrong
+        groups = [groups[0], groups[2]]
     kept = [i for group in groups for i in group]
 
     scores = {i: token_logprobs(model, rollouts.examples[i], 1.2) for i in kept}
@@ -293,6 +410,14 @@ def straight_line(recipe: str, model, anchor, rollouts: Rollouts) -> Tensor:
         kls = {i: float((olds[i] - references[i]).sum()) for i in kept}
         for i in kept:
             rewards[i] -= 2e-4 * (kls[i] - sum(kls.values()) / len(kls))
+
+    if recipe == "rlsp":  # no boxed answer: the overlong one; a cost of 2 / length; the critic says 0; returns are sums
+        rewards = [r - (0.5 if i == 11 else 0) - 2 / LENGTHS[i] for i, r in enumerate(rewards)]
+        spent = {i: 0.05 * (olds[i] - references[i]) for i in kept}
+        returns = {i: [rewards[i] - float(spent[i][t:].sum()) for t in range(LENGTHS[i])] for i in kept}
+        table = [value for i in kept for value in returns[i]]
+        middle = sum(table) / len(table)
+        spread = math.sqrt(sum((value - middle) ** 2 for value in table) / len(table))
 
     loss = torch.zeros((), dtype=torch.float64)
     total_tokens = sum(LENGTHS[i] for i in kept)
@@ -306,12 +431,15 @@ def straight_line(recipe: str, model, anchor, rollouts: Rollouts) -> Tensor:
                 "dr_grpo": rewards[i] - mean,
                 "dapo": (rewards[i] - mean) / (deviation + 1e-4),
                 "reinforce": rewards[i] - sum(rewards) / 12,
+                "rlsp": 0.0,
             }[recipe]
             scale = {"grpo": 1 / (len(kept) * LENGTHS[i]), "dr_grpo": 1 / (len(kept) * 12)}.get(
                 recipe, 1 / total_tokens
             )
             logprobs, entropies = scores[i]
             for t in range(LENGTHS[i]):
+                if recipe == "rlsp":
+                    advantage = (returns[i][t] - middle) / spread
                 ratio = (logprobs[t] - olds[i][t]).exp()
                 clipped = ratio.clamp(0.8, 1.28 if recipe == "dapo" else 1.2)
                 loss = loss - scale * torch.minimum(ratio * advantage, clipped * advantage)
@@ -323,7 +451,7 @@ def straight_line(recipe: str, model, anchor, rollouts: Rollouts) -> Tensor:
     return loss
 
 
-@pytest.mark.parametrize("recipe", ["t1", "grpo", "dr_grpo", "dapo", "reinforce"])
+@pytest.mark.parametrize("recipe", ["t1", "rlsp", "grpo", "dr_grpo", "dapo", "reinforce"])
 def test_recipe_is_its_papers_formula(recipe):
     """Bug: any piece of a recipe (reward, baseline, clipping, average, KL, entropy) that is not what its paper says."""
     learner = make_learner()
@@ -336,7 +464,7 @@ def test_recipe_is_its_papers_formula(recipe):
     assert_close(gradient, wanted, 1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["t1", "grpo", "dr_grpo", "dapo", "reinforce"])
+@pytest.mark.parametrize("recipe", ["t1", "rlsp", "grpo", "dr_grpo", "dapo", "reinforce"])
 def test_gradients_do_not_depend_on_micro_batches(recipe):
     """Bug: a loss divided by each micro-batch's own tokens, so that a short one weighs as much as a long one."""
     wanted, metrics, _ = train_once(make_learner(), make_rollouts(make_learner()), recipe=recipe)
@@ -395,7 +523,8 @@ def test_sampler_and_trainer_agree():
     pairs = [(p, c) for p, group in zip(prompts, done) for c in group]
     assert {c.finish_reason for _, c in pairs} == {"stop", "length"}
     examples = [Example(p + c.tokens, [(len(p), len(p) + len(c.tokens))]) for p, c in pairs]
-    scored = rl.response_logprobs(parallel.shard(model, ALONE), examples, 1.4, 64, ALONE)
+    scorer = parallel.shard(model, ALONE)
+    scored = rl.per_token(lambda packed: parallel.score(scorer, packed, 1.4)[0], examples, 64, ALONE)
     for (_, completion), logprob in zip(pairs, scored):
         torch.testing.assert_close(logprob, torch.tensor(completion.logprobs), rtol=0, atol=1e-4)
 
@@ -501,6 +630,21 @@ def test_nothing_finite_nothing_moved():
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), learner.policy.model.parameters()))
 
 
+def test_dynamic_sampling_without_a_mixed_group(tmp_path):
+    """Bug: DAPO draws and draws where nothing is ever solved; or an empty batch crashes the metrics."""
+    learner = make_learner(dtype=torch.float32)
+    config = rl.Config(
+        model="", out="", task="countdown", recipe="dapo", prompts=2, samples=3, max_tokens=4, show_every=0
+    )
+    problems = list(itertools.islice(tasks.countdown(0), 6))
+    state = {"cursor": 0, "entropy_coef": 0.0}
+    for group in learner.optimizer.param_groups:
+        group["initial_lr"] = 1.0
+    metrics, rollouts = rl.train_step(1, learner, problems, state, config, parallel.Guard())
+    assert state["cursor"] == 6 and len(rollouts.texts) == 18
+    assert metrics["dropped"] == 1 and metrics["accuracy"] == 0 and metrics["loss"] == 0
+
+
 # --- bad input: one line, exit code 2, before any rollout -------------------------------------------------------------
 
 
@@ -542,6 +686,9 @@ COUNTDOWN = ("--task", "countdown", "--max-tokens", "32")
         ((*COUNTDOWN, "--samples", "1"), "--samples 1"),
         ((*COUNTDOWN, "--prompts", "0"), "--prompts"),
         ((*COUNTDOWN, "--temperature", "0"), "--temperature"),
+        ((*COUNTDOWN, "--judge", "somewhere"), "--judge"),
+        ((*COUNTDOWN, "--entropy-target", "1", "--entropy-coef", "0"), "--entropy-target"),
+        ((*COUNTDOWN, "--export", "somewhere"), "no whole checkpoint"),
         ((*COUNTDOWN, "--resume"), "no run in"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--task", "countdown", "--max-tokens", "120"), "context of 128"),
