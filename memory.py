@@ -1,0 +1,99 @@
+"""Will it fit? What each GPU holds in a training run, from a model's config.json alone: `--plan` of sft.py and rl.py.
+
+    print(table(read_config(model_folder("path/to/Qwen2.5-32B")), [8, 16, 64], sequence_length=8192, rl=True))
+
+Counted on meta tensors, which have shapes and no memory: parameters from the model itself, activations from what
+autograd would really save in one block. What is divided by the number of GPUs and what is not follows parallel.py
+(FSDP2: masters, gradients, AdamW and anchor are divided; the sampler's copy is whole on every GPU) and sample.py.
+"""
+
+import torch
+from torch import Tensor
+
+from model import Block, Config, Transformer, rotations
+
+GB = 10**9
+USABLE = 0.9  # of a GPU's memory: the CUDA context, NCCL's buffers and fragmentation take the rest
+
+
+def plan(
+    config: Config,
+    gpus: int,
+    sequence_length: int,
+    rl: bool,
+    sequences: int = 64,
+    micro_tokens: int | None = None,
+    checkpoint_activations: bool = True,
+) -> dict[str, int]:
+    """Bytes per GPU by what they are for, and their "peak" (training and sampling take turns).
+
+    sequences: completions that one GPU decodes at once (RL). micro_tokens: tokens of one forward and backward on one
+    GPU, in rows of `sequence_length`; default one such row.
+    """
+    model = Transformer(config, device="meta")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+    outside = parameters - config.layers * block  # embedding, head, final norm: FSDP's root group
+    tokens = micro_tokens or sequence_length
+    stream = 4 * tokens * config.dim
+    working = saved_bytes(config, tokens)
+    # The mask of packed documents: bool, and in bf16 for the attention kernel.
+    activations = 3 * tokens * sequence_length + 4 * stream
+    activations += config.layers * stream + working if checkpoint_activations else config.layers * working
+    held = {
+        "fp32 masters": 4 * parameters // gpus,
+        "AdamW, two moments": 8 * parameters // gpus,
+        "EMA anchor, fp32": 4 * parameters // gpus if rl else 0,
+        "inference copy, bf16": 2 * parameters if rl else 0,
+    }
+    training = {
+        "gradients, fp32": 4 * parameters // gpus,
+        # bf16 weights and fp32 gradients, of the block at work, of the next one, and of the root group
+        "gathered by FSDP": 6 * (2 * block + outside),
+        "activations": activations,
+    }
+    kv_bytes = 2 * 2 * config.layers * config.kv_heads * config.head_dim
+    sampling = {"KV cache, bf16": sequences * sequence_length * kv_bytes if rl else 0}
+    peak = sum(held.values()) + max(sum(training.values()), sum(sampling.values()))
+    return held | training | sampling | {"peak": peak}
+
+
+def table(config: Config, gpus: list[int], sequence_length: int, rl: bool, gpu_gb: float = 80.0, **options) -> str:
+    """`plan` for several numbers of GPUs side by side, and whether each fits GPUs of `gpu_gb` GB."""
+    columns = [plan(config, number, sequence_length, rl, **options) for number in gpus]
+    parameters = columns[0]["fp32 masters"] * gpus[0] / 4 / GB
+    lines = [f"{parameters:.2f}B parameters, sequences of {sequence_length} tokens; GB on each GPU"]
+    lines.append(f"{'GPUs':22}" + "".join(f"{number:>9}" for number in gpus))
+    for name in columns[0]:
+        if any(column[name] for column in columns):
+            lines.append(f"{name:22}" + "".join(f"{column[name] / GB:9.1f}" for column in columns))
+    fits = ["yes" if column["peak"] <= USABLE * gpu_gb * GB else "no" for column in columns]
+    lines.append(f"{f'fits {gpu_gb:g} GB ({USABLE:.0%})':22}" + "".join(f"{answer:>9}" for answer in fits))
+    return "\n".join(lines)
+
+
+class Flash(torch.autograd.Function):
+    """What a fused attention keeps for its backward pass: inputs, output, and one number per query and head."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+
+def saved_bytes(config: Config, tokens: int) -> int:
+    """Bytes that autograd keeps of one block's forward over `tokens` tokens, in bf16 with an fp32 stream."""
+    block = Block(config, 0, dtype=torch.bfloat16, device="meta")
+    weights = {parameter.untyped_storage()._cdata for parameter in block.parameters()}
+    saved: dict[int, Tensor] = {}  # by storage, so that views count once; holding them keeps the keys unique
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    x = torch.empty(1, tokens, config.dim, device="meta", requires_grad=True)
+    rotation = rotations(config, torch.arange(tokens, device="meta")[None])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x, rotation, lambda layer, q, k, v: Flash.apply(q, k, v))
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in weights)

@@ -1,0 +1,67 @@
+"""memory.py: the plan of a training run adds up, and its activations are those that a real block keeps."""
+
+import torch
+
+import memory
+from memory import GB, plan, saved_bytes, table
+from model import Block, Config, causal_attention, rotations
+
+QWEN_32B = Config(152064, 5120, 64, 40, 8, 128, 27648, family="qwen2", qkv_bias=True)
+SMALL = Config(vocab_size=64, dim=64, layers=3, heads=4, kv_heads=2, head_dim=16, mlp_dim=160)
+
+
+def test_what_is_divided_and_what_is_whole():
+    """Sixteen bytes per parameter are divided among the GPUs; the sampler's copy, two bytes, is not."""
+    parameters = 32_763_876_352
+    for gpus in (8, 16, 64):
+        held = plan(QWEN_32B, gpus, 8192, rl=False)
+        assert held["fp32 masters"] == held["gradients, fp32"] == 4 * parameters // gpus
+        assert held["AdamW, two moments"] == 8 * parameters // gpus
+        assert held["inference copy, bf16"] == held["KV cache, bf16"] == held["EMA anchor, fp32"] == 0
+        rl = plan(QWEN_32B, gpus, 8192, rl=True, sequences=10)
+        assert rl["inference copy, bf16"] == 2 * parameters
+        assert rl["EMA anchor, fp32"] == 4 * parameters // gpus
+        # 64 layers, keys and values of 8 heads of 128, 2 bytes each: 256 KiB per position
+        assert rl["KV cache, bf16"] == 10 * 8192 * 262144
+
+
+def test_training_and_sampling_take_turns():
+    """The peak is the larger phase, not their sum: the cache is freed before the backward pass needs memory."""
+    short, long = (plan(QWEN_32B, 64, 1024, rl=True, sequences=count) for count in (1, 1000))
+    always = ("fp32 masters", "AdamW, two moments", "EMA anchor, fp32", "inference copy, bf16")
+    training = ("gradients, fp32", "gathered by FSDP", "activations")
+    assert short["peak"] == sum(short[name] for name in (*always, *training))
+    assert long["peak"] == sum(long[name] for name in always) + long["KV cache, bf16"]
+
+
+def test_saved_bytes_are_those_of_a_real_block():
+    """The meta pass must see what a real one keeps (a stand-in attention that saved T x T scores would not)."""
+    tokens, seen = 256, {}
+    block = Block(SMALL, 0, dtype=torch.bfloat16)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+
+    def keep(tensor):
+        seen[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    x = torch.randn(1, tokens, SMALL.dim, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        block(x, rotations(SMALL, torch.arange(tokens)[None]), lambda *args: causal_attention(None, *args))
+    real = sum(tensor.untyped_storage().nbytes() for key, tensor in seen.items() if key not in weights)
+    assert abs(saved_bytes(SMALL, tokens) / real - 1) < 0.1
+
+
+def test_checkpointing_saves_activations():
+    """With checkpointing a block keeps only its input: a plan without that would refuse runs that fit."""
+    kept = plan(QWEN_32B, 8, 8192, rl=False, checkpoint_activations=False)["activations"]
+    assert kept > 10 * plan(QWEN_32B, 8, 8192, rl=False)["activations"]
+
+
+def test_table_says_whether_it_fits():
+    """Qwen2.5-32B by supervised fine-tuning: not on 8 GPUs of 80 GB, but on 16. The line that a user reads."""
+    text = table(QWEN_32B, [8, 16], 8192, rl=False)
+    assert text.startswith("32.76B parameters")
+    assert text.splitlines()[-1].split()[-2:] == ["no", "yes"]
+    assert "KV cache" not in text
+    assert plan(QWEN_32B, 8, 8192, rl=False)["peak"] > memory.USABLE * 80 * GB
+    assert table(QWEN_32B, [8], 8192, rl=False, gpu_gb=141).splitlines()[-1].endswith("yes")
