@@ -237,7 +237,7 @@ def random_init(config: Config, seed: int, dtype: torch.dtype = torch.float32) -
             if parameter.ndim == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
-            std = 0.02 if name in ("embed.weight", "head.weight") else parameter.shape[1] ** -0.5
+            std = parameter.shape[1] ** -0.5
             if name.endswith(("out.weight", "down.weight")):
                 std /= math.sqrt(2 * config.layers)
             parameter.normal_(0.0, std, generator=generator)
