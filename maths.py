@@ -9,7 +9,7 @@ digits are bounded here; values are computed, within further bounds, by `verify.
 
 A tree is a tuple ("op", child, ...). Leaves: ("num", "1.50"), ("name", "x"), ("text", "even"), ("base", "101", "2").
 Inner nodes: "+", "*", "^" (a - b is a + -1*b, a/b is a * b^-1), "call", "unit", "%", ":" (a ratio or time), "tuple"
-with its brackets, "list" and "or", "matrix" of "row"s, "chain" (of relations) with its signs, and the sets' "∪", "∩", "∖".
+(with its brackets), "list", "or", "matrix" of "row"s, "chain" (of relations, with their signs), and "∪", "∩", "∖".
 """
 
 import hashlib
@@ -54,7 +54,7 @@ _synonyms = r"""\cdot * \times * \ast * \div / \le <= \leq <= \leqslant <= \ge >
 _units = """degree deg|dollar usd|cent|euro|inch in inches|foot ft feet|yard yd|mile mi|mm millimeter millimetre|
     meter m metre|cm centimeter centimetre|km kilometer kilometre|gram g|kg kilogram|mg milligram|pound lb|ounce oz|
     ml milliliter|gallon|liter l litre|second s sec|minute min|hour h hr|day|week|month|year yr|am|pm|percent|per|of|
-    square sq|cubic cu|unit|mph|radian rad|newton n|joule j|watt w|volt v|people person|child children|man men"""
+    square sq|cubic cu|unit|radian rad|newton n|joule j|watt w|volt v|people person|child children|man men"""
 FUNCTIONS = set(_functions.split())
 WORDS = FUNCTIONS - {"int"} | set(_letters.split())
 SYNONYMS = dict(zip(_synonyms.split()[::2], _synonyms.split()[1::2]))
@@ -70,7 +70,9 @@ def unit_of(phrase: str) -> str:
     A plural that we do not know ("marbles") is what was counted; "is", "plus", "less", "guess" do not look like one.
     """
     words = []
-    for word in phrase.lower().replace(".", "").replace(",", " ").replace("/", " per ").split():
+    for word in (
+        phrase.lower().replace(".", "").replace(",", " ").replace("/", " per ").replace("mph", "mile per hour").split()
+    ):
         name = UNITS.get(word) or UNITS.get(word.removesuffix("s"))
         if name is None and (word in NOT_COUNTED or not re.fullmatch(r"[a-z]+[^aiusz\W]s", word)):
             return ""
@@ -91,12 +93,24 @@ def read_words(found: re.Match) -> str:
 
 
 NAME = re.compile("|".join(sorted(WORDS, key=len, reverse=True)))
+
+
+def read_period(found: re.Match) -> str:
+    r"""`0.1\overline{6}` as the fraction 15/90."""
+    whole, fixed, period = found.groups()
+    above = int(whole + fixed + period) - int(whole + fixed or 0)
+    return rf"{{\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}}}}"
+
+
 REWRITES = [  # other spellings, in order, before tokens are read
     (r"\\(?:left|right)(?![a-z])\s*\.?|\\[bB]igg?[lrm]?(?![a-z])|\\(?:displaystyle|limits|q?quad)(?![a-z])", " "),
     (r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\,|\\ )(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234
     (r"(?<!\\)\\[,;:>! ()\[\]]|~|(?<!\\)\$", " "),
     (r"\\\$\s*([0-9.,]*[0-9])|\\\$", r' \1 "dollar" '),
     (r"\^\s*\{?\s*(\\circ|\\prime)(?![a-z])\s*\}?", r" \1 "),
+    (r"([0-9]*)\.([0-9]*)\\overline\s*\{?([0-9]+)\}?", read_period),
+    (r"(?<=[0-9])\s*\^?\s*\{?\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\}?", ""),
+    (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|:|\|)", r"\\{"),  # {x : x > 2}
     (r"(?:\||\\[lr]?vert)([^|]*?)(?:\||\\[lr]?vert)", r" \\abs{\1} "),
     (r"\\l(floor|ceil)(.*?)\\r(?:floor|ceil)", r"\\\1{\2}"),
     (r"\\mathbb\s*\{?R\}?", "ℝ"),
@@ -185,7 +199,7 @@ class Parser:
                 self.tokens.pop()
                 unit += "^" + str(self.operand()[1]) if self.take("^") else ""
                 left, token = ("%", left) if unit == "percent" else ("unit", left, unit), self.tokens[-1]
-            implicit = re.match(r"[\w({\[ℝ]", token) and token not in ("and", "or")
+            implicit = re.match(r"[\w({\[ℝ]|\\begin", token) and token not in ("and", "or")
             op = "*" if implicit else token
             if LEVEL.get(op, 0) < level:
                 return left
@@ -283,7 +297,7 @@ def members(node: Node) -> tuple[Node, ...]:
 
 def read(text: str, loose: bool = True) -> Node:
     """The tree of an answer, ("text", words) if it is words; ± as the list of all that it may stand for."""
-    tokens = tokenise(re.sub(r"[.,;\s]+$", "", text), loose)
+    tokens = tokenise(re.sub(r"(?<!\\)[.,;\s]+$", "", text), loose)
     if all(token[:1] in ('"', ",", "") for token in tokens):
         return ("text", " ".join(tokens))
     signs = [k for k, token in enumerate(tokens) if token in ("±", "∓")]
@@ -309,6 +323,8 @@ def names(*nodes: Node) -> set[str]:
 def is_label(node: Node) -> bool:
     """May this stand for the value on the other side: x, a_2, f(2), P(x), AB, |AB|, a:b, (x, y)?"""
     match node:
+        case ("text", word):
+            return word.isalpha()
         case ("name", _):
             return bool(names(node))
         case ("call", "index" | "apply" | "prime", *_):
@@ -331,13 +347,6 @@ def as_vector(node: Node) -> Node:
     if node[0] != "matrix" or 2 not in (len(node), len(node[1])):
         return node
     return ("tuple", "()", *(cell for row in node[1:] for cell in row[1:]))
-
-
-def plain(text: str) -> str:
-    """The words of an answer, without fonts, brackets and articles; a single letter keeps its case."""
-    text = re.sub(r"\\(?:text\w*|mbox|math\w\w|operatorname|left|right)(?![a-z])|[\\${}()~]|[.,:;]+(?=\s|$)", " ", text)
-    words = [word for word in text.split() if word.lower() not in ("an", "the")]
-    return " ".join(words) if len(words) == 1 and len(words[0]) == 1 else " ".join(words).lower()
 
 
 def show(node: Node | str) -> str:
@@ -385,6 +394,8 @@ class Evaluator:
         op, *children = node
         if op == "name":
             x = self.name(*children)
+        elif op == "*" and len(children) == 2 and children[0] == MINUS_ONE:  # of infinity, too
+            x = -self.value(children[1])
         elif op == "frozen":  # the value at point 0, whatever the point
             point, self.point = self.point, 0
             x, self.point = self.value(*children), point
