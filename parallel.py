@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=4 sft.py ...             # gloo on CPU, NCCL on GPUs; several nodes: --nnodes
 
 Read in this order: the ranks and what they tell each other; the `Scorer` (the model and the head's log-probs as one
-module that FSDP2 can shard); packing of sequences into rows; checkpoints; the run folder and its metrics.
+module that FSDP2 can shard); how work is spread; checkpoints; the run folder and its metrics.
 
 One rule makes every number independent of how the work was cut: *a step's loss is divided once, by the number of
 tokens of the whole step*. So gradients are summed (never averaged) over micro-batches and over ranks, and a rank with
@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from cli import UserError, write_text
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
+from packing import Packed
 from tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of every save by one process alone
@@ -74,11 +75,6 @@ def start(device: str = "auto") -> World:
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @contextlib.contextmanager
 def session(device: str = "auto") -> Iterator[World]:
     """`with session() as world:` around a command. A UserError on any rank ends all of them, and is printed once.
@@ -92,6 +88,7 @@ def session(device: str = "auto") -> Iterator[World]:
     except Exception as error:
         if world.size == 1:
             raise
+        # Leaving without a goodbye (destroy_process_group), which could wait for ranks that are stuck.
         notes = dist.distributed_c10d._get_default_store()  # the one private call: rendezvous hands out no store
         if isinstance(error, UserError):
             if notes.add("failed", 1) == 1:
@@ -99,8 +96,8 @@ def session(device: str = "auto") -> Iterator[World]:
         elif notes.add("failed", 0) == 0:
             raise  # nobody's bad input: a bug of ours, with its traceback
         raise SystemExit(2) from None
-    finally:
-        stop()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -124,20 +121,6 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def on_main(world: World, function: Callable[[], Any]) -> Any:
-    """Run `function` on rank 0 alone; its result, or its UserError, reaches every rank."""
-    result, complaint = None, None
-    if world.main:
-        try:
-            result = function()
-        except UserError as error:
-            complaint = str(error)
-    result, complaint = gather_objects((result, complaint))[0]
-    if complaint is not None:
-        raise UserError(complaint)
-    return result
 
 
 def same_on_all_ranks(config: dict[str, Any]) -> None:
@@ -209,7 +192,7 @@ def shard(
     return scorer
 
 
-def score(scorer: Scorer, packed: "Packed", temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def score(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(logprob[R, T], entropy[R, T]), fp32: of the next token, and of the whole distribution it came from.
 
     Zero wherever `packed.mask` is false: only response positions ever meet the vocabulary.
@@ -262,98 +245,7 @@ def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -
     barrier()
 
 
-# --- sequences into rows ----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A sequence to train on: `spans` are the [start, end) token ranges to be predicted (responses, stop included).
-
-    A mask made from token values (`token != pad`) breaks as soon as the stop token is the padding, or stands in the
-    prompt; spans are counted when prompt and response are put together.
-    """
-
-    tokens: list[int]
-    spans: list[tuple[int, int]]
-
-    @property
-    def targets(self) -> int:
-        """How many tokens are trained on. The first token of a sequence cannot be predicted from anything."""
-        return sum(end - max(start, 1) for start, end in self.spans)
-
-
-@dataclasses.dataclass(frozen=True)
-class Packed:
-    """Sequences packed into R rows of T tokens. Position t of a document predicts its token t + 1.
-
-    tokens[R, T] int64; documents[R, T] int64, the number of the document in its row (padding: one more document), or
-    None where every row holds one document; targets[R, T] int64, the next token of the document (0 where there is
-    none); mask[R, T] bool, true where the target is trained on; index[N] int64, the same positions in flattened form,
-    sequence after sequence in the order in which they were given; counts[i], how many of them are sequence i's.
-    """
-
-    tokens: Tensor
-    documents: Tensor | None
-    targets: Tensor
-    mask: Tensor
-    index: Tensor
-    counts: list[int]
-
-    def place(self, values: list[float | Tensor]) -> Tensor:
-        """fp32[R, T] from one entry per sequence: a number (its advantage), or one per trained token."""
-        grid = torch.zeros(self.mask.shape, device=self.index.device)
-        if len(self.index):
-            flat = [torch.as_tensor(v, dtype=torch.float32).expand(n) for v, n in zip(values, self.counts, strict=True)]
-            grid.view(-1)[self.index] = torch.cat(flat).to(grid.device)
-        return grid
-
-    def extract(self, grid: Tensor) -> list[Tensor]:
-        """The inverse of `place`: from [R, T], each sequence's values at its trained tokens."""
-        return list(grid.flatten()[self.index].split(self.counts))
-
-    def to(self, device: torch.device) -> "Packed":
-        tensors = {
-            f.name: v.to(device) for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **tensors)
-
-
-def pack(examples: list[Example], row_length: int = 0) -> Packed:
-    """Fill rows of `row_length` tokens (at least the longest sequence) by first-fit decreasing."""
-    lengths = [len(example.tokens) for example in examples]
-    capacity = max([row_length, *lengths])
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(examples)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, room in enumerate(free) if room >= lengths[i]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(capacity)
-        rows[row].append(i)
-        free[row] -= lengths[i]
-    height, width = max(len(rows), 1), capacity - min(free) if rows else 1
-    tokens = torch.zeros(height, width, dtype=torch.long)
-    targets = torch.zeros_like(tokens)
-    documents = torch.zeros_like(tokens)
-    positions: list[list[int]] = [[]] * len(examples)
-    for r, row in enumerate(rows):
-        column = 0
-        for number, i in enumerate(row):
-            end = column + lengths[i]
-            tokens[r, column:end] = torch.tensor(examples[i].tokens)
-            targets[r, column : end - 1] = tokens[r, column + 1 : end]
-            documents[r, column:] = number
-            origin = r * width + column - 1  # the position before a token is the one that predicts it
-            positions[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
-            column = end
-        documents[r, column:] = len(row)
-    index = torch.tensor([p for sequence in positions for p in sequence], dtype=torch.long)
-    mask = torch.zeros(height * width, dtype=torch.bool)
-    mask[index] = True
-    # One document per row: causal attention alone keeps it from the padding, which comes after it. No mask to build.
-    alone = all(len(row) == 1 for row in rows)
-    counts = [len(sequence) for sequence in positions]
-    return Packed(tokens, None if alone else documents, targets, mask.view(height, width), index, counts)
+# --- work over ranks --------------------------------------------------------------------------------------------------
 
 
 def balance(lengths: list[int], bins: int) -> list[list[int]]:
@@ -478,29 +370,26 @@ def load_checkpoint(path: Path, parts: dict[str, Any], world: World) -> dict[str
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 
-def check_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...], world: World) -> dict[str, Any]:
-    """UserError if this run cannot be started in, or resumed from, the folder `out`. Writes nothing; for the first
-    second of a command. Arguments as for `open_run`; returns the flags as JSON holds them."""
+def check_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...]) -> dict[str, Any]:
+    """UserError if this run cannot be started in, or resumed from, the folder `out`. Writes nothing, and takes no time:
+    for the first second of a command. Arguments as for `open_run`; returns the flags as JSON holds them."""
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     same_on_all_ranks(flags)
-
-    def check(out: Path) -> None:
-        if not resume:
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise UserError(f"{out} exists already: --resume to continue the run in it, or choose another --out")
-            return
-        if not out.is_dir():
-            raise UserError(f"--resume: there is no run in {out}")
-        try:
-            first = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise UserError(f"--resume: {out} is no run, or only half of one: no readable config.json in it") from None
-        names = [name for name in flags if name not in may_change and flags[name] != first.get(name)]
-        if names:
-            changes = (f"--{name.replace('_', '-')} {first.get(name)} (now {flags[name]})" for name in names)
-            raise UserError(f"--resume: {out} was started with other flags: {', '.join(changes)}")
-
-    on_main(world, lambda: check(Path(out)))
+    out = Path(out)
+    if not resume:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists already: --resume to continue the run in it, or choose another --out")
+        return flags
+    if not out.is_dir():
+        raise UserError(f"--resume: there is no run in {out}")
+    try:
+        first = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"--resume: {out} is no run, or only half of one: no readable config.json in it") from None
+    names = [name for name in flags if name not in may_change and flags[name] != first.get(name)]
+    if names:
+        changes = (f"--{name.replace('_', '-')} {first.get(name)} (now {flags[name]})" for name in names)
+        raise UserError(f"--resume: {out} was started with other flags: {', '.join(changes)}")
     return flags
 
 
@@ -510,7 +399,8 @@ def open_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, 
     config: the command's dataclass. may_change: its fields that may differ from the first start (`steps`, `resume`).
     Call it when all inputs have been read: a run whose data does not exist should leave no folder behind.
     """
-    out, flags = Path(out), check_run(out, config, resume, may_change, world)
+    out, flags = Path(out), check_run(out, config, resume, may_change)
+    barrier()  # all have looked before anything is there
     if world.main and not resume:
         (out / "checkpoints").mkdir(parents=True)
         write_text(out / "config.json", json.dumps(flags, indent=2) + "\n")

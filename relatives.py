@@ -23,7 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 
 import parallel
 from model import Transformer
-from parallel import Packed, World
+from packing import Packed
+from parallel import World
 from sample import Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer

@@ -48,7 +48,8 @@ import relatives
 import tasks
 from cli import UserError
 from model import load_pretrained, model_folder, read_config
-from parallel import Example, Packed, Scorer, World
+from packing import Example, Packed, pack
+from parallel import Scorer, World
 from recipes import MAY_CHANGE, Config, Recipe, check, resolve
 from relatives import Critic
 from rollout import Rollouts, Stopwatch, check_room, nth_problem, roll_out
@@ -182,7 +183,7 @@ def per_token(function: Callable[[Packed], Tensor], examples: list[Example], tok
     """What `function` (packed rows -> [R, T]) says of every response token: a tensor per example, on every rank."""
     found = {}
     for rows in parallel.micro_batches([len(example.tokens) for example in examples], tokens, world):
-        packed = parallel.pack([examples[i] for i in rows])
+        packed = pack([examples[i] for i in rows])
         found |= dict(zip(rows, packed.extract(function(packed).cpu())))
     merged = {i: values for share in parallel.gather_objects(found) for i, values in share.items()}
     return [merged[i] for i in range(len(examples))]
@@ -288,7 +289,7 @@ def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step:
         lengths = [len(batch.examples[i].tokens) for i in rows]
         for part in parallel.micro_batches(lengths, config.micro_tokens, learner.world):
             chosen = [rows[j] for j in part]
-            packed = parallel.pack([batch.examples[i] for i in chosen]).to(learner.world.device)
+            packed = pack([batch.examples[i] for i in chosen]).to(learner.world.device)
             old, advantage, weight = (
                 packed.place([values[i] for i in chosen]) for values in (batch.old, batch.advantages, batch.weights)
             )
@@ -446,7 +447,7 @@ PANELS = {
 def train(config: Config, world: World) -> None:
     recipe = resolve(config)
     check(config, recipe)
-    parallel.check_run(config.out, config, config.resume, MAY_CHANGE, world)
+    parallel.check_run(config.out, config, config.resume, MAY_CHANGE)
     problems = read_problems(config, recipe)
     learner = make_learner(config, recipe, world)
     out = parallel.open_run(config.out, config, config.resume, MAY_CHANGE, world)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 import parallel
 import tasks
 from cli import UserError
-from parallel import Example, World
+from packing import Example
+from parallel import World
 from sample import Completion, Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer

@@ -45,7 +45,8 @@ import tasks
 from cli import UserError
 from model import Config as ModelConfig
 from model import Transformer, load_pretrained, random_init
-from parallel import Example, Scorer, World
+from packing import Example, pack
+from parallel import Scorer, World
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
 MAY_CHANGE = ("resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every", "keep", "log")
@@ -236,7 +237,7 @@ def loss_of(
     count = sum(example.targets for example in examples)
     total = torch.zeros((), device=world.device)
     for indices in parallel.micro_batches([len(example.tokens) for example in examples], micro_tokens, world):
-        packed = parallel.pack([examples[i] for i in indices])
+        packed = pack([examples[i] for i in indices])
         logprob, _ = parallel.score(scorer, packed)
         loss = -logprob.sum() / count
         if backward:
@@ -277,7 +278,7 @@ def check(config: Config) -> None:
 
 def train(config: Config, world: World) -> None:
     check(config)
-    parallel.check_run(config.out, config, config.resume, MAY_CHANGE, world)
+    parallel.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
     max_length = config.max_length or model.config.context
     examples = read_examples(config, tokenizer, max_length, world)

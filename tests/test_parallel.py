@@ -24,7 +24,8 @@ import parallel  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, random_init  # noqa: E402
-from parallel import Example, World  # noqa: E402
+from packing import Example, pack  # noqa: E402
+from parallel import World  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
 STOP = 7
@@ -52,7 +53,7 @@ def loss_and_gradients(scorer, batch: list[Example], micro_tokens: int, world: W
     count = sum(example.targets for example in batch)
     total = 0.0
     for indices in parallel.micro_batches([len(e.tokens) for e in batch], micro_tokens, world):
-        packed = parallel.pack([batch[i] for i in indices])
+        packed = pack([batch[i] for i in indices])
         logprob, entropy = parallel.score(scorer, packed, temperature=1.2)
         loss = -(logprob + 0.1 * entropy).sum() / count
         loss.backward()
@@ -173,7 +174,7 @@ def test_gradients_do_not_depend_on_micro_batches(micro_tokens):
 def test_score_is_the_plain_computation():
     """Bug: targets off by one, temperature forgotten, or values scattered to other positions than they came from."""
     scorer, batch, temperature = make_scorer(ALONE), examples(5), 1.7
-    packed = parallel.pack(batch, row_length=64)
+    packed = pack(batch, row_length=64)
     logprob, entropy = parallel.score(scorer, packed, temperature)
     got = zip(batch, packed.extract(logprob), packed.extract(entropy))
     for example, example_logprob, example_entropy in got:
@@ -194,20 +195,20 @@ def test_documents_in_a_row_do_not_see_each_other():
     changed = Example([40, 41, 42, 43, 44], [(2, 5)])
 
     def score(*batch):
-        packed = parallel.pack(list(batch), row_length=16)
+        packed = pack(list(batch), row_length=16)
         assert packed.tokens.shape[0] == 1  # in one row, or the test shows nothing
         return packed.extract(parallel.score(scorer, packed)[0])
 
     assert torch.equal(score(first, second)[1], score(changed, second)[1])
     assert not torch.equal(score(first, second)[0], score(changed, second)[0])
-    alone = parallel.pack([second])
+    alone = pack([second])
     torch.testing.assert_close(score(first, second)[1], alone.extract(parallel.score(scorer, alone)[0])[0])
 
 
 def test_mask_comes_from_lengths_not_from_values():
     """Bug: a mask made by comparing tokens (with padding, or with the stop token) loses the response's stop token, or
     trains on the prompt's: the prompt here holds the stop token, which is also the padding's id."""
-    packed = parallel.pack([Example([0, 5, 0, 6, 0], [(3, 5)]), Example([1, 2], [(1, 2)])], row_length=9)
+    packed = pack([Example([0, 5, 0, 6, 0], [(3, 5)]), Example([1, 2], [(1, 2)])], row_length=9)
     assert packed.tokens.tolist() == [[0, 5, 0, 6, 0, 1, 2]]
     assert packed.targets.tolist() == [[5, 0, 6, 0, 0, 2, 0]]
     assert packed.mask.tolist() == [[False, False, True, True, False, True, False]]
@@ -217,7 +218,7 @@ def test_mask_comes_from_lengths_not_from_values():
 def test_stop_token_has_gradient():
     """Bug (nanochat): the stop token is dropped when the response is stored, and stopping is never learned."""
     scorer = make_scorer(ALONE)
-    packed = parallel.pack([Example([3, 4, 5, STOP], [(3, 4)])])  # the stop token is all that is trained on
+    packed = pack([Example([3, 4, 5, STOP], [(3, 4)])])  # the stop token is all that is trained on
     before, _ = parallel.score(scorer, packed)
     (-before.sum()).backward()
     with torch.no_grad():
@@ -235,7 +236,7 @@ lengths_strategy = st.lists(st.integers(2, 60), min_size=0, max_size=40)
 def test_packing_loses_and_repeats_nothing(lengths, row_length):
     """Bug: a sequence left out or cut when rows are full, a target from the next document, waste nobody noticed."""
     batch = [Example([100 * i + t for t in range(n)], [(1 + i % (n - 1), n)]) for i, n in enumerate(lengths)]
-    packed = parallel.pack(batch, row_length)
+    packed = pack(batch, row_length)
     values = [[float(t) for t in range(*example.spans[0])] for example in batch]
     grid = packed.place([torch.tensor(v) for v in values])
     assert [v.tolist() for v in packed.extract(grid)] == values

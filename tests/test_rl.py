@@ -28,7 +28,8 @@ from cli import UserError
 from kernels import logprob_entropy
 from model import Config as ModelConfig
 from model import random_init, save_pretrained
-from parallel import Example, World
+from packing import Example, pack
+from parallel import World
 from rollout import Rollouts
 from sample import Completion, SamplingParams
 from tasks import Problem
@@ -279,10 +280,9 @@ def test_critic_learns_the_returns():
     gradient. Its first gradient, at values of 0, is -(sum of returns) / M for the bias."""
     learner = make_learner()
     rollouts = make_rollouts(learner)
-    flags = {"recipe": "rlsp", "samples": 4, "max_tokens": 12, "temperature": 1.2, "max_grad_norm": math.inf}
-    config = rl.Config(model="", out="", **flags)
-    batch, _ = rl.prepare(learner, rollouts, config, rl.resolve(config))
-    metrics = rl.update(learner, batch, config, rl.resolve(config), 1, parallel.Guard())
+    config, recipe = step_config(recipe="rlsp")
+    batch, _ = rl.prepare(learner, rollouts, config, recipe)
+    _, metrics = descend(learner, batch, config, recipe)
     returns = torch.cat(batch.returns)
     same(learner.critic.value.bias, returns.mean().item(), tolerance=1e-5)
     assert metrics["value_loss"] == pytest.approx(0.5 * (returns**2).mean().item(), rel=1e-5)
@@ -325,14 +325,14 @@ def test_entropy_coefficient_moves_towards_its_target():
 # --- from responses to a gradient -------------------------------------------------------------------------------------
 
 
-def make_learner(seed: int = 0, dtype: torch.dtype = torch.float64, lr: float = 1.0) -> rl.Learner:
+def make_learner(dtype: torch.dtype = torch.float64, lr: float = 1.0, world: World = ALONE) -> rl.Learner:
     """Plain gradient descent at rate 1: the change of the weights *is* the gradient."""
-    policy = parallel.shard(random_init(SHAPE, seed, dtype), ALONE)
-    anchor = parallel.shard(random_init(SHAPE, seed + 1, dtype), ALONE)
-    critic = parallel.shard(random_init(SHAPE, seed + 2, dtype), ALONE, wrap=relatives.Critic).to(dtype)
+    policy = parallel.shard(random_init(SHAPE, 0, dtype), world)
+    anchor = parallel.shard(random_init(SHAPE, 1, dtype), world)
+    critic = parallel.shard(random_init(SHAPE, 2, dtype), world, wrap=lambda model: relatives.Critic(model).to(dtype))
     optimizer = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr)
     sampler = sample.Sampler(policy.model, TOKENIZER)
-    return rl.Learner(policy, anchor, optimizer, sampler, TOKENIZER, ALONE, True, critic)
+    return rl.Learner(policy, anchor, optimizer, sampler, TOKENIZER, world, True, critic)
 
 
 LENGTHS = (3, 9, 1, 5, 12, 2, 7, 4, 6, 8, 3, 10)  # of 3 prompts * 4 responses
@@ -364,24 +364,34 @@ def token_logprobs(model, example: Example, temperature: float) -> tuple[Tensor,
     return table[range(end - start), example.tokens[start:end]], -(table.exp() * table).sum(-1)
 
 
-def train_once(learner: rl.Learner, rollouts: Rollouts, **given) -> tuple[dict[str, Tensor], dict, list[Tensor]]:
-    """(gradient by parameter, metrics, the weights before) of one step with the flags `given`."""
-    flags = {
-        "recipe": "t1",
-        "temperature": 1.2,
-        "max_grad_norm": math.inf,
-        "samples": 4,
-        "max_tokens": 12,
-        "length_cost": 2.0,
-    }
-    flags |= given
-    config = rl.Config(model="", out="", task="countdown", **flags)
-    recipe = rl.resolve(config)
+def step_config(**given) -> tuple[rl.Config, rl.Recipe]:
+    few = {"samples": 4, "max_tokens": 12, "temperature": 1.2, "max_grad_norm": math.inf, "length_cost": 2.0}
+    config = rl.Config(model="", out="", task="countdown", **few | given)
+    return config, rl.resolve(config)
+
+
+def descend(learner: rl.Learner, batch: rl.Batch, config: rl.Config, recipe: rl.Recipe) -> tuple[dict, dict]:
+    """(gradient by parameter of the policy and the critic, metrics) of one pass over the batch."""
+    parts = {"policy": learner.policy.model, "critic": learner.critic}
+    before = {(part, name): whole(p) for part, module in parts.items() for name, p in module.named_parameters()}
+    metrics = rl.update(learner, batch, config, recipe, 1, parallel.Guard())
+    after = {(part, name): whole(p) for part, module in parts.items() for name, p in module.named_parameters()}
+    changes = {key: before[key] - after[key] for key in before}
+    return {" ".join(key): change for key, change in changes.items() if change.any()}, metrics
+
+
+def whole(parameter: Tensor) -> Tensor:
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach().clone()
+
+
+def train_once(learner: rl.Learner, rollouts: Rollouts, **given) -> tuple[dict[str, Tensor], dict, nn.Module]:
+    """(the policy's gradient by parameter, metrics, the policy before) of one step with the flags `given`."""
+    config, recipe = step_config(**given)
     before = copy.deepcopy(learner.policy.model)
     batch, metrics = rl.prepare(learner, rollouts, config, recipe)
-    metrics |= rl.update(learner, batch, config, recipe, 1, parallel.Guard())
-    after = dict(learner.policy.model.named_parameters())
-    return {name: old.detach() - after[name].detach() for name, old in before.named_parameters()}, metrics, before
+    gradient, others = descend(learner, batch, config, recipe)
+    policy = {name.removeprefix("policy "): value for name, value in gradient.items() if name.startswith("policy ")}
+    return policy, metrics | others, before
 
 
 def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], relative: float = 1e-6) -> None:
@@ -558,7 +568,7 @@ def test_masks_come_from_lengths():
         Example([STOP, 3, STOP, STOP, 66, 67], [(4, 6)]),
     ]
     assert rollouts.patterns == [None, "overlong"]
-    packed = parallel.pack(rollouts.examples)
+    packed = pack(rollouts.examples)
     assert packed.mask.sum(dim=1).tolist() == [2, 2]
     assert packed.targets[packed.mask].tolist() == [65, STOP, 66, 67]
 
