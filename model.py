@@ -175,8 +175,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., V] for hidden [..., D]. Training never calls this: see kernels.linear_logprob_entropy."""
-        weight = self.head_weight
-        return F.linear(hidden.to(weight.dtype), weight)
+        return F.linear(hidden.to(self.head_weight.dtype), self.head_weight)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -228,18 +227,17 @@ def inverse_frequencies(config: Config, device: torch.device) -> Tensor:
     return frequencies.to(device)
 
 
+@torch.no_grad()
 def random_init(config: Config, seed: int, dtype: torch.dtype = torch.float32) -> Transformer:
     """A fresh model: normal weights of variance 1 / fan-in, smaller where a block writes to the residual stream."""
     model = Transformer(config, dtype)
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-                continue
-            std = parameter.shape[1] ** -0.5
-            if name.endswith(("out.weight", "down.weight")):
-                std /= math.sqrt(2 * config.layers)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            adds = name.endswith(("out.weight", "down.weight"))  # 2 * layers of them, to one stream
+            std = parameter.shape[1] ** -0.5 / (math.sqrt(2 * config.layers) if adds else 1.0)
             parameter.normal_(0.0, std, generator=generator)
     return model
 
@@ -249,8 +247,7 @@ def model_folder(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no such folder: {path}")
-    for folder in (path / "model", path):
-        # A run's own config.json, its flags, has no model_type.
+    for folder in (path / "model", path):  # a run's own config.json, its flags, has no model_type
         if (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json"):
             return folder
     raise UserError(f"{path} holds no model: neither a Hugging Face config.json nor a finished run's model/config.json")
@@ -268,11 +265,11 @@ def read_json(path: Path) -> dict:
 
 def read_config(folder: Path) -> Config:
     """The Config of a Hugging Face folder. UserError for anything in it that would be computed differently here."""
-    raw = read_json(folder / "config.json")
+    where, raw = f"{folder}/config.json", read_json(folder / "config.json")
     family = raw.get("model_type")
     if family not in FAMILIES:
-        raise UserError(f"{folder}: model_type {family!r} is not supported (only {', '.join(FAMILIES)})")
-    refuse_unsupported(raw, folder)
+        raise UserError(f"{where}: model_type {family!r} is not supported (only {', '.join(FAMILIES)})")
+    refuse_unsupported(raw, where)
     fields = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
     if family == "llama":
         fields = {"kv_heads": fields.get("heads")} | fields
@@ -280,16 +277,16 @@ def read_config(folder: Path) -> Config:
         fields.setdefault("head_dim", fields["dim"] // fields["heads"])
     for ours in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "norm_eps"):
         if not isinstance(fields.get(ours), float if ours == "norm_eps" else int) or fields[ours] <= 0:
-            raise UserError(f"{folder}/config.json: {HF_NAMES[ours]} is {fields.get(ours, 'missing')}")
+            raise UserError(f"{where}: {HF_NAMES[ours]} is {fields.get(ours, 'missing')}")
 
-    rope = read_rope(raw, folder)
+    rope = read_rope(raw, where)
     fields["rope_theta"] = rope.pop("rope_theta")
     fields["rope_dim"] = int(fields["head_dim"] * rope.pop("partial_rotary_factor"))
     if fields["heads"] % fields["kv_heads"] or fields["rope_dim"] % 2:
-        raise UserError(f"{folder}/config.json: key/value heads must divide the heads, and rotary dimensions be even")
+        raise UserError(f"{where}: key/value heads must divide the heads, and rotary dimensions be even")
     fields["qkv_bias"] = family == "qwen2" or fields.get("qkv_bias", family in GLM)
     generation = folder / "generation_config.json"
-    eos = (read_json(generation) if generation.is_file() else {}).get("eos_token_id", raw.get("eos_token_id"))
+    eos = (raw | (read_json(generation) if generation.is_file() else {})).get("eos_token_id")
     return Config(
         **fields | {"mlp_bias": family == "llama" and fields.get("mlp_bias", False)},
         family=family,
@@ -301,7 +298,7 @@ def read_config(folder: Path) -> Config:
     )
 
 
-def refuse_unsupported(raw: dict, folder: Path) -> None:
+def refuse_unsupported(raw: dict, where: str) -> None:
     """UserError if an option that these families read, and this file does not, is set to change the result."""
     windows = raw.get("layer_types") or []
     if not windows and raw.get("use_sliding_window") and raw.get("sliding_window"):
@@ -314,15 +311,15 @@ def refuse_unsupported(raw: dict, folder: Path) -> None:
     }
     for what, present in problems.items():
         if present:
-            raise UserError(f"{folder}/config.json: {what} is not supported")
+            raise UserError(f"{where}: {what} is not supported")
 
 
-def read_rope(raw: dict, folder: Path) -> dict:
+def read_rope(raw: dict, where: str) -> dict:
     """Rotary parameters: rope_theta, partial_rotary_factor, rope_type and the keys of ROPE_KEYS for that type.
 
     transformers 5 keeps them all in `rope_parameters`; older folders have `rope_scaling` and the rest beside it.
     """
-    glm, where = raw["model_type"] in GLM, f"{folder}/config.json"
+    glm = raw["model_type"] in GLM
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
     rope.setdefault("rope_theta", raw.get("rope_theta", 10_000.0))
@@ -331,9 +328,7 @@ def read_rope(raw: dict, folder: Path) -> dict:
         trained = raw.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
         rope["original_max_position_embeddings"] = trained or raw.get("max_position_embeddings", 2048)
     if rope["rope_type"] not in ROPE_KEYS:
-        raise UserError(
-            f"{folder}/config.json: rope_type {rope['rope_type']} is not supported (only {list(ROPE_KEYS)})"
-        )
+        raise UserError(f"{where}: rope_type {rope['rope_type']} is not supported (only {list(ROPE_KEYS)})")
     expected = {"rope_type", "rope_theta", "partial_rotary_factor", *ROPE_KEYS[rope["rope_type"]]}
     if rope.keys() != expected:
         raise UserError(f"{where}: rope parameters {sorted(rope)}, expected {sorted(expected)}")
@@ -447,9 +442,8 @@ def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32, device
 
 def open_tensors(folder: Path) -> dict[str, safe_open]:
     """For every tensor in a folder the open safetensors file that holds it (nothing is read before `get_tensor`)."""
-    index = folder / "model.safetensors.index.json"
+    index, tensors = folder / "model.safetensors.index.json", {}
     names = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
-    tensors = {}
     for name in sorted(set(names)):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing (weights are read from safetensors files only)")
@@ -487,7 +481,8 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer=None, weight
         save_file(tensors, partial_path / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, name)
     raw = config_to_hf(model.config, weights["norm.weight"].dtype)
-    texts = {"config.json": raw, "generation_config.json": {key: raw[key] for key in ("bos_token_id", "eos_token_id")}}
+    ids = {key: value for key, value in raw.items() if key.endswith("_token_id")}
+    texts = {"config.json": raw, "generation_config.json": ids}
     if len(shards) > 1:
         texts["model.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
     for name, value in texts.items():
@@ -495,11 +490,11 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer=None, weight
     if tokenizer is not None:
         tokenizer.save(partial_path)
 
-    for file in (*partial_path.iterdir(), partial_path):
+    for file in (*partial_path.iterdir(), partial_path):  # on disk before the name says so
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    if path.exists():
+    if path.exists():  # a rename cannot replace a folder that holds files
         path.rename(old)
     partial_path.rename(path)
     shutil.rmtree(old, ignore_errors=True)
