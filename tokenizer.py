@@ -30,7 +30,7 @@ from cli import UserError
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_AFTER_DIGITS = r"%s|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # For a folder without a template (a base model). No space ends the prompt: it belongs to the answer's first token.
 PLAIN_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}Question: \
 {{ message['content'] }}
@@ -47,15 +47,14 @@ class Tokenizer:
         """files: the contents of FILES (all but the first may be absent). eos_ids: known from elsewhere."""
         self.files, self.source = files, source
         raw = parse_json(files["tokenizer.json"], f"{source}/tokenizer.json")
-        settings = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            settings |= parse_json(files.get(name, b"{}"), f"{source}/{name}")
+        settings = parse_json(files.get("tokenizer_config.json", b"{}"), f"{source}/tokenizer_config.json")
         self._read_added_tokens(raw)
         self._read_model(raw)
         self.normal_forms = read_normalizer(raw.get("normalizer"), source)
         self.prefix, self.suffix = read_post_processor(raw.get("post_processor"), source)
-        names = {key: token_text(value) for key, value in settings.items() if key.endswith("_token")}
-        self.special_texts = {key: text for key, text in names.items() if text is not None}
+        names = {key: value for key, value in settings.items() if key.endswith("_token") and value}
+        # a token is given by its text, or by an object that holds it
+        self.special_texts = {key: text["content"] if isinstance(text, dict) else text for key, text in names.items()}
         eos = (raw["model"]["vocab"] | self.added).get(self.special_texts.get("eos_token"))
         self.eos_ids = sorted({*eos_ids, *([] if eos is None else [eos])})
         self.vocab_size = max(self.pieces) + 1
@@ -75,15 +74,15 @@ class Tokenizer:
         self.cuts[False] = any_of(ordinary - late), any_of(ordinary & late)
 
     def _read_model(self, raw: dict) -> None:
-        """Ranks for tiktoken. A rank is the order of merging, which an id need not be: `ids` maps one to the other."""
-        model = raw.get("model") or {}
-        if (
-            model.get("type") != "BPE"
-            or model.get("byte_fallback")
-            or (raw.get("decoder") or {}).get("type") != "ByteLevel"
-        ):
+        """Ranks for tiktoken. A rank is the order of merging, which an id need not be: `ids` maps one to the other.
+
+        tiktoken merges any two tokens whose bytes make a third, the library only the pairs that the file lists. With
+        merges as BPE training leaves them, or with all such pairs listed (Llama 3), that comes to the same.
+        """
+        model, decoder = raw.get("model") or {}, raw.get("decoder") or {}
+        if model.get("type") != "BPE" or model.get("byte_fallback") or decoder.get("type") != "ByteLevel":
             raise self._refuse(f"a {model.get('type')} model that is not byte-level BPE (SentencePiece, for one)")
-        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token", "fuse_unk"):
+        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(option):
                 raise self._refuse(f"model option {option} = {model[option]!r}")
         vocab, alphabet = model["vocab"], byte_alphabet()
@@ -101,6 +100,8 @@ class Tokenizer:
         self.ids = ids
         # Bytes that the vocabulary lacks (some never occur in UTF-8): the library drops them from the text.
         self.absent = bytes(byte for byte in range(256) if ids[byte] < 0)
+        if self.absent and model.get("unk_token"):
+            raise self._refuse("an unknown token for bytes that the vocabulary lacks")
         self.pieces = {token: piece for piece, rank in ranks.items() if (token := ids[rank]) >= 0}
         self.pieces |= {token: text.encode() for text, token in self.added.items()}
         self.pattern = read_pattern(raw.get("pre_tokenizer"), self.source)
@@ -184,7 +185,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if (folder / name).is_file():
             eos = parse_json((folder / name).read_bytes(), str(folder / name)).get("eos_token_id")
             eos_ids |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
-    return Tokenizer(files, str(folder), eos_ids)
+    try:
+        return Tokenizer(files, str(folder), eos_ids)
+    except (KeyError, TypeError) as error:  # a part is missing or of another kind
+        raise UserError(f"{folder}/tokenizer.json is not whole, or not byte-level BPE ({error!r})") from None
 
 
 def parse_json(content: bytes, where: str) -> dict:
@@ -195,11 +199,6 @@ def parse_json(content: bytes, where: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, found {type(value).__name__}")
     return value
-
-
-def token_text(value: str | dict | None) -> str | None:
-    """A token in tokenizer_config.json is its text, or an object that holds it."""
-    return value.get("content") if isinstance(value, dict) else value
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern:
@@ -326,12 +325,8 @@ def demo_tokenizer(words: list[str]) -> Tokenizer:
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     raw = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": [{"id": len(vocab) + i, "content": text, **flags} for i, text in enumerate(specials)],
-        "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": None,
         "decoder": byte_level,
         "model": {
             "type": "BPE",

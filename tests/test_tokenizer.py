@@ -309,6 +309,12 @@ def test_every_end_of_turn_is_known(tmp_path, corpus):
         ({"post_processor": {"type": "BertProcessing"}}, "post-processor BertProcessing"),
         ({"added_tokens": [{"id": 0, "content": "<mask>", "lstrip": True}]}, "added token '<mask>'"),
         ({"model": None}, "not byte-level BPE"),
+        ({"model": {"type": "BPE", "merges": []}}, r"is not whole.*vocab"),
+        ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "a"}}, "unknown token"),
+        (
+            {"model": {"type": "BPE", "vocab": {"\u2581a": 0}, "merges": [["\u2581", "a"]]}},
+            "not byte-level BPE .*\u2581",
+        ),
     ],
 )
 def test_what_would_differ_is_refused(tmp_path, corpus, change, message):
