@@ -134,7 +134,7 @@ MAY_CHANGE = (
     "max_batch",
     "device",
 )
-"""Flags that --resume accepts with another value. All others would make it a different run."""
+"""Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
 
 
 def resolve(config: Config) -> Recipe:

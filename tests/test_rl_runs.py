@@ -1,0 +1,303 @@
+"""rl.py as a run: on several ranks, killed half-way, resumed, exported. The numbers must not know of any of it.
+
+The file is also the program that the tests start under torchrun (`worker`, at the end). Runs that are to be killed are
+forked, which saves the imports; they are processes of their own, and die by SIGKILL.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for the worker; pytest has them already
+
+import test_rl as hand  # noqa: E402
+
+import parallel  # noqa: E402
+import rl  # noqa: E402
+import tasks  # noqa: E402
+from cli import UserError  # noqa: E402
+from model import load_pretrained, random_init, save_pretrained  # noqa: E402
+from packing import Example, pack  # noqa: E402
+from parallel import World  # noqa: E402
+
+ALONE = World(0, 1, torch.device("cpu"))
+STEPS = 4
+CASES = {"whole": (10**6, range(12)), "split": (1, range(12)), "lonely": (10**6, [0])}  # micro_tokens, responses
+TIMINGS = ("seconds_sampling", "seconds_verifying", "seconds_training", "tokens_per_second")
+
+
+def flags(model: Path | str, out: Path | str, **more) -> rl.Config:
+    few = {"prompts": 4, "samples": 6, "max_tokens": 24, "minibatches": 2, "checkpoint_every": 2, "show_every": 0}
+    chosen = few | {"task": "countdown", "steps": STEPS, "lr": 1e-3, "length_cost": 2.0, "device": "cpu"} | more
+    return rl.Config(model=str(model), out=str(out), **chosen)
+
+
+def save_babbler(folder: Path) -> None:
+    """A model that has seen some arithmetic: its responses end now and then, and are not all garbled."""
+    model, rng = random_init(hand.SHAPE, 0), random.Random(0)
+    scorer = parallel.shard(model, ALONE)
+    optimizer = parallel.adamw(scorer, 1e-2)
+    for _ in range(60):
+        batch = []
+        for problem, _ in zip(tasks.countdown(rng.randrange(10**6)), range(16)):
+            x, y = rng.randrange(40), rng.randrange(40)
+            prompt = tasks.prompt_ids(problem, hand.TOKENIZER)
+            tokens = prompt + hand.TOKENIZER.encode(f"{x}+{y}={x + y} no\n" * rng.randrange(3)) + [hand.STOP]
+            batch.append(Example(tokens, [(len(prompt), len(tokens))]))
+        optimizer.zero_grad()
+        logprob, _ = parallel.score(scorer, pack(batch))
+        (-logprob.sum() / sum(example.targets for example in batch)).backward()
+        optimizer.step()
+    save_pretrained(model, folder, hand.TOKENIZER)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_pretrained(folder).named_parameters())
+
+
+def metrics(run: Path) -> list[dict]:
+    """All of metrics.jsonl but the timings, which differ by nature."""
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in parallel.read_metrics(run / "metrics.jsonl")]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Bit for bit: the final policy and every metric."""
+    assert metrics(one) == metrics(other) and len(metrics(one)) == STEPS
+    pairs = weights(one).items(), weights(other).items()
+    assert all(torch.equal(a, b) and name == same for (name, a), (same, b) in zip(*pairs))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "babbler"
+    save_babbler(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> tuple[Path, float]:
+    """(a run that nothing disturbed, the seconds it took)."""
+    began, out = time.perf_counter(), tmp_path_factory.mktemp("runs") / "whole"
+    rl.main(flags(model, out))
+    return out, time.perf_counter() - began
+
+
+# --- many ranks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, model, tmp_path_factory) -> dict:
+    """What `worker` left behind on 2 and on 4 ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={request.param}", __file__]
+    done = subprocess.run(
+        [sys.executable, *command, str(model), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(folder / "found.pt") | {"folder": folder, "size": request.param}
+
+
+@lru_cache
+def gradients(world: World, case: str, recipe: str) -> dict[str, torch.Tensor]:
+    """The change of the (float64) policy's and critic's weights by one step of plain gradient descent."""
+    micro_tokens, rows = CASES[case]
+    learner, rollouts = hand.make_learner(world=world), hand.make_rollouts(hand.make_learner())
+    config, recipe = hand.step_config(recipe=recipe, micro_tokens=micro_tokens)
+    batch, _ = rl.prepare(learner, rollouts, config, recipe)
+    batch = rl.Batch(*([values[i] for i in rows if i < len(values)] for values in vars(batch).values()))
+    return hand.descend(learner, batch, config, recipe)[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("recipe", ["t1", "rlsp"])
+def test_gradients_do_not_depend_on_ranks(ranks, case, recipe):
+    """Bug: gradients averaged over ranks or micro-batches; a rank with nothing to train on ("lonely") hangs or adds."""
+    hand.assert_close(ranks[f"{case} {recipe}"], gradients(ALONE, case, recipe))
+
+
+@pytest.fixture(scope="module", params=["t1", "rlsp"])
+def alone(request, model, tmp_path_factory) -> Path:
+    """Three steps of a recipe in one process, to compare with."""
+    out = tmp_path_factory.mktemp("alone") / request.param
+    rl.main(flags(model, out, recipe=request.param, steps=3))
+    return out
+
+
+def test_first_updates_do_not_depend_on_ranks(ranks, alone, model):
+    """Bug: anything in the loop that knows its rank: draws, the order of responses, clipping, Adam's moments, the
+    anchor, the sampler's copy of the weights. Real rollouts, three steps of two updates, fp32."""
+    start, one, many = weights(model), weights(alone), weights(ranks["folder"] / alone.name)
+    for name in start:
+        assert (one[name] - start[name]).norm() > 1e-3 * start[name].norm()  # it did learn something
+        assert (many[name] - one[name]).norm() <= 1e-6 * one[name].norm(), name
+    for row, other in zip(metrics(alone), metrics(ranks["folder"] / alone.name), strict=True):
+        assert other == pytest.approx(row, rel=1e-4, abs=2e-6)
+        assert row["dropped"] < 1
+
+
+def test_checkpoint_of_several_ranks_resumes_on_one(ranks, model, tmp_path):
+    """Bug: a checkpoint that only the same number of ranks can read; or a resumed sampler with the starting weights."""
+    run = tmp_path / "run"
+    shutil.copytree(ranks["folder"] / "t1", run)
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-000003")
+    flagged = json.loads((run / "config.json").read_text())
+    rl.main(dataclasses.replace(rl.Config(**flagged), out=str(run), steps=3, resume=True))
+    one, many = weights(run), weights(ranks["folder"] / "t1")
+    for name in one:
+        assert (many[name] - one[name]).norm() <= 1e-6 * one[name].norm(), name
+
+
+def test_resumed_ranks_sample_from_the_resumed_weights(ranks):
+    """Bug: after --resume the sampler of a run of several ranks still has the weights that the run began with."""
+    assert ranks["resumed"] == metrics(ranks["folder"] / "t1")[2]
+
+
+# --- one process ------------------------------------------------------------------------------------------------------
+
+
+def test_same_seed_same_run(whole, model, tmp_path):
+    """Bug: something random that no seed governs."""
+    rl.main(flags(model, tmp_path / "again"))
+    assert_same_run(tmp_path / "again", whole[0])
+    assert any(row["dropped"] < 1 and row["loss"] != 0 for row in metrics(whole[0]))
+
+
+def fork(config: rl.Config) -> int:
+    """Start a run in a process of its own; its id."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            rl.main(config)
+            code = 0
+        finally:
+            os._exit(code)
+    return process
+
+
+def kill_during(process: int, out: Path, moment: float | str) -> None:
+    """SIGKILL after `moment` seconds, or while a checkpoint is being written."""
+    began = time.perf_counter()
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        writing = moment == "write" and any(out.glob("checkpoints/*.partial"))
+        if writing or (moment != "write" and time.perf_counter() - began > moment):
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            return
+        time.sleep(0.0005)
+
+
+MOMENTS = ["write", *((i + 0.5) / 19 for i in range(19))] if os.environ.get("NANOT1_SLOW") else ["write", 0.35, 0.8]
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_kill_9_loses_nothing(whole, model, tmp_path, moment):
+    """Bug: anything that a checkpoint forgets (moments, anchor, data position, counters), a half-written one that is
+    taken for whole, or metrics written twice. Killed at a share of the run's time, and once more after resuming."""
+    reference, seconds = whole
+    out = tmp_path / "run"
+    rng = random.Random(str(moment))
+    for attempt in range(2):
+        if not (out / "config.json").exists():
+            shutil.rmtree(out, ignore_errors=True)  # killed before it began: no run to resume
+        when = "write" if moment == "write" else seconds * (moment if attempt == 0 else rng.random())
+        kill_during(fork(flags(model, out, resume=out.exists())), out, when)
+    if not (out / "config.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+    rl.main(flags(model, out, resume=out.exists()))
+    assert_same_run(out, reference)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, model, tmp_path):
+    """Bug: one more step at every --resume; and a longer run must begin as the shorter one did."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    rl.main(flags(model, tmp_path / "run", resume=True))
+    assert_same_run(tmp_path / "run", whole[0])
+    rl.main(flags(model, tmp_path / "short", steps=3))
+    rl.main(flags(model, tmp_path / "short", resume=True))
+    assert_same_run(tmp_path / "short", whole[0])
+
+
+def test_rlsp_resumes_bitwise(model, tmp_path):
+    """Bug: the critic, its head or its moments are not in the checkpoint."""
+    rl.main(flags(model, tmp_path / "straight", recipe="rlsp", samples=1, prompts=8))
+    rl.main(flags(model, tmp_path / "broken", recipe="rlsp", samples=1, prompts=8, steps=2))
+    rl.main(flags(model, tmp_path / "broken", recipe="rlsp", samples=1, prompts=8, resume=True))
+    assert_same_run(tmp_path / "broken", tmp_path / "straight")
+    assert metrics(tmp_path / "straight")[-1]["value_loss"] > 0
+
+
+def test_checkpoint_without_a_critic_is_refused(whole, model, tmp_path):
+    """Bug: a run goes on with a value head that nothing has trained."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    changed = json.loads((tmp_path / "run" / "config.json").read_text()) | {"recipe": "rlsp"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"does not hold critic\."):
+        rl.main(flags(model, tmp_path / "run", recipe="rlsp", resume=True))
+
+
+def test_other_flags_are_refused_on_resume(whole, model, tmp_path):
+    """Bug: a resumed run is silently another run."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    with pytest.raises(UserError, match="--lr"):
+        rl.main(flags(model, tmp_path / "run", lr=2e-3, resume=True))
+
+
+def test_export_writes_the_newest_policy(whole, model, tmp_path):
+    """Bug: the exported folder holds the starting weights, or overwrites something."""
+    rl.main(flags(model, whole[0], export=str(tmp_path / "exported")))
+    exported, final = weights(tmp_path / "exported"), weights(whole[0])
+    assert all(torch.equal(exported[name], final[name]) for name in final)
+    with pytest.raises(UserError, match="exists already"):
+        rl.main(flags(model, whole[0], export=str(tmp_path / "exported")))
+
+
+def test_adaptive_entropy_is_resumed(model, tmp_path):
+    """Bug: the adapted coefficient starts anew at every --resume."""
+    more = {"entropy_target": 2.0, "steps": 3}
+    rl.main(flags(model, tmp_path / "straight", **more))
+    rl.main(flags(model, tmp_path / "broken", **more | {"steps": 2}))
+    rl.main(flags(model, tmp_path / "broken", **more, resume=True))
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "straight")
+    assert len({row["entropy_coef"] for row in metrics(tmp_path / "straight")}) > 1
+
+
+# --- the program that torchrun starts ---------------------------------------------------------------------------------
+
+
+def worker(model: Path, folder: Path) -> None:
+    torch.set_num_threads(1)
+    found = {}
+    with parallel.session("cpu") as world:
+        for case in CASES:
+            for recipe in ("t1", "rlsp"):
+                found[f"{case} {recipe}"] = gradients(world, case, recipe)
+        for recipe in ("t1", "rlsp"):
+            rl.train(flags(model, folder / recipe, recipe=recipe, steps=3), world)
+        rl.train(flags(model, folder / "resumed", steps=2), world)
+        rl.train(flags(model, folder / "resumed", steps=3, resume=True), world)
+        if world.main:
+            torch.save(found | {"resumed": metrics(folder / "resumed")[2]}, folder / "found.pt")
+
+
+if __name__ == "__main__":
+    worker(Path(sys.argv[1]), Path(sys.argv[2]))
