@@ -17,6 +17,7 @@ import heapq
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -206,10 +207,9 @@ def score(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple[Ten
 
 def adamw(scorer: Scorer, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)):
     """AdamW; matrices decay, vectors (norms, biases) do not: shrinking a norm's gain rescales a whole layer."""
-    matrices = [p for p in scorer.parameters() if p.ndim >= 2]
-    vectors = [p for p in scorer.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    matrices = {"params": [p for p in scorer.parameters() if p.ndim >= 2], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in scorer.parameters() if p.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=lr, betas=betas)
 
 
 def clip_grad_norm(scorer: nn.Module, max_norm: float) -> float:
@@ -223,11 +223,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-@torch.no_grad()
 def whole_parameters(scorer: Scorer) -> Iterator[tuple[str, Tensor]]:
     """The transformer's parameters, gathered one at a time. Every rank has to walk through all of them."""
     for name, parameter in scorer.model.named_parameters():
-        yield name, parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+        yield name, (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
 
 
 @torch.no_grad()
@@ -270,7 +269,7 @@ def micro_batches(lengths: list[int], tokens: int, world: World) -> list[list[in
         bins = balance(lengths, count * world.size)
         if all(len(b) <= 1 or sum(lengths[i] for i in b) <= tokens for b in bins):
             return bins[world.rank :: world.size]
-        count += 1
+        count += 1 + count // 16  # not by ones: where two sequences never fit together, it has to double
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -328,8 +327,7 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], state: dict[
         partial.rename(final)
         sync_folder(folder)
         for old in complete_checkpoints(folder)[:-keep]:
-            doomed = old.rename(old.with_suffix(".partial"))  # a half-removed one must not look complete
-            shutil.rmtree(doomed)
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # a half-removed one must not look complete
 
 
 def sync_folder(folder: Path) -> None:
@@ -353,7 +351,7 @@ def load_checkpoint(path: Path, parts: dict[str, Any], world: World) -> dict[str
     try:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"checkpoint {path} is damaged: {error}") from None
     for name, tensor in tensors.items():
         if name not in stored:
@@ -371,8 +369,8 @@ def load_checkpoint(path: Path, parts: dict[str, Any], world: World) -> dict[str
 
 
 def check_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...]) -> dict[str, Any]:
-    """UserError if this run cannot be started in, or resumed from, the folder `out`. Writes nothing, and takes no time:
-    for the first second of a command. Arguments as for `open_run`; returns the flags as JSON holds them."""
+    """UserError if this run cannot be started in, or resumed from, the folder `out`. Writes nothing: for the first
+    second of a command. Arguments as for `open_run`; returns the flags as JSON holds them."""
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     same_on_all_ranks(flags)
     out = Path(out)
@@ -402,9 +400,10 @@ def open_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, 
     out, flags = Path(out), check_run(out, config, resume, may_change)
     barrier()  # all have looked before anything is there
     if world.main and not resume:
-        (out / "checkpoints").mkdir(parents=True)
-        write_text(out / "config.json", json.dumps(flags, indent=2) + "\n")
-    barrier()
+        staging = out.with_name(out.name + ".partial")  # so that no kill leaves a folder without its config.json
+        (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
+        staging.rename(out)
     return out
 
 
@@ -450,26 +449,21 @@ class MetricsLog:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
     rows = []
-    if Path(path).exists():
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         for line in Path(path).read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+            rows.append(json.loads(line))
     return rows
 
 
 def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) -> None:
     """Draw a metrics.jsonl: one panel per title, with a line for each of its metrics over the steps."""
-    import matplotlib  # here, not above: a second of importing that the other ranks need not pay
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # here, not above: a second of importing that the other ranks need not pay
 
     rows = read_metrics(metrics)
     columns = min(3, len(panels))
     height = math.ceil(len(panels) / columns)
-    figure, axes = pyplot.subplots(height, columns, figsize=(4.2 * columns, 2.8 * height), squeeze=False)
+    figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout="constrained")
+    axes = figure.subplots(height, columns, squeeze=False)
     for axis, (title, names) in zip(axes.flat, panels.items()):
         for name in names:
             points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
@@ -480,10 +474,8 @@ def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) ->
             axis.legend(fontsize=7)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_visible(False)
-    figure.tight_layout()
     partial = Path(path).with_suffix(".partial")
     figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
     os.replace(partial, path)
 
 
