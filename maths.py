@@ -24,8 +24,8 @@ import mpmath
 
 MAX_CHARS, MAX_DEPTH = 2_000, 25  # of an answer (the longest reference of five benchmarks has 59), of its brackets
 
-MAX_BITS, MAX_LOG = 20_000, 100_000  # of an exact rational; |log2| of any value: 2^65536 has one, 9^{9^9} is too large
-MAX_WORK = 30_000  # evaluation steps in one verdict: about half a second
+MAX_BITS, MAX_LOG = 6_000, 100_000  # of an exact rational; |log2| of any value: 2^65536 has one, 9^{9^9} is too large
+MAX_WORK = 15_000  # evaluation steps in one verdict: about half a second
 RANGES = [(0, 1), (1, 4), (-3, 0), (-1, 1), (20, 5000), (-5000, -3)]  # of the values that names take, point by point
 RANGES += [(4, 20), (-20, -3), (0, 3), (-9, 9), (0, 2), (0, 1)]  # for expressions that are not defined at some of those
 DIGITS = 60  # working precision; the digits written in the two answers are added to it
@@ -218,13 +218,14 @@ class Parser:
 
     def operand(self) -> Node:
         """Signs, one atom, and what is attached to it."""
+        depth = self.depth
+        self.deeper()
         if sign := self.take("+", "-"):
-            return times(MINUS_ONE, self.operand()) if sign == "-" else self.operand()
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ParseError("nested too deeply")
-        node = self.atom()
-        while mark := self.take("^", "**", "!", "!!", "%", "°", "'", "_"):
+            node = times(MINUS_ONE, self.operand()) if sign == "-" else self.operand()
+        else:
+            node = self.atom()
+        while not sign and (mark := self.take("^", "**", "!", "!!", "%", "°", "'", "_")):
+            self.deeper()
             if mark in ("^", "**"):
                 node = ("^", node, self.operand())
             elif mark in "°%":
@@ -233,8 +234,13 @@ class Parser:
                 node = ("call", "index", node, self.atom())
             else:
                 node = ("call", {"!": "factorial", "!!": "fac2", "'": "prime"}[mark], node)
-        self.depth -= 1
+        self.depth = depth
         return node
+
+    def deeper(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise ParseError("nested too deeply")
 
     def atom(self) -> Node:
         token = self.tokens.pop() or "the end"
@@ -342,13 +348,6 @@ def relations(node: Node) -> list[Node]:
     return [("chain", s.replace(">", "<"), *((b, a) if ">" in s else (a, b))) for s, a, b in pairs]
 
 
-def as_vector(node: Node) -> Node:
-    """A row or a column as a tuple."""
-    if node[0] != "matrix" or 2 not in (len(node), len(node[1])):
-        return node
-    return ("tuple", "()", *(cell for row in node[1:] for cell in row[1:]))
-
-
 def show(node: Node | str) -> str:
     """A tree in prefix notation: +(1, ^(2, -1))."""
     if isinstance(node, str) or node[0] in ("num", "name", "text"):
@@ -364,7 +363,7 @@ class Evaluator:
 
     def __init__(self, digits: int, deadline: float):
         self.mp, self.digits, self.deadline = mpmath.mp.clone(), digits, deadline
-        self.work, self.point, self.real, self.known = 0, 0, False, {}
+        self.work, self.point, self.real, self.known, self.memo = 0, 0, False, {}, {}
         self.compute = {
             "num": Fraction,
             "base": lambda digits, base: Fraction(int(digits, int(base))),
@@ -380,8 +379,10 @@ class Evaluator:
     def at(self, node: Node, point: int = 0, real: bool = False, precision: int = 1, **known):
         """The value of a tree, names drawn from the sample of that number. `real`: Undefined outside of the reals."""
         self.mp.dps, self.point, self.real, self.known = precision * self.digits, point, real, known
+        key = (node, point, real, precision, *known.values())
         try:
-            return self.value(node)
+            self.memo[key] = self.memo[key] if key in self.memo else self.value(node)
+            return self.memo[key]
         except (ArithmeticError, ValueError, TypeError, NotImplementedError, KeyError) as error:
             raise Undefined(str(error)) from None
 
@@ -460,7 +461,7 @@ class Evaluator:
             raise Undefined(f"{function} of a large number")
         if function == "factorial" and isinstance(x, Fraction) and x.denominator == 1 and 0 <= x < 2000:
             return Fraction(math.factorial(x.numerator))
-        self.work += 10
+        self.work += self.mp.dps // 2  # a function costs as much as many sums, the more the more digits
         return getattr(self.mp, function)(*arguments)
 
 
