@@ -92,6 +92,7 @@ def test_bf16_is_no_worse_than_transformers(reference):
     theirs = AutoModelForCausalLM.from_config(theirs.config)  # the same rounded weights, computed with in fp32
     theirs.load_state_dict(rounded.state_dict())
     tokens = torch.randint(0, 99, (4, 100))
+    assert all(stream.dtype == torch.float32 for stream in layers_of(ours, tokens))
     truth = theirs.float()(tokens).logits
     our_error = (ours.logits(ours(tokens)).float() - truth).square().mean().sqrt()
     assert our_error <= 1.02 * (rounded(tokens).logits.float() - truth).square().mean().sqrt()
@@ -147,6 +148,12 @@ def test_packed_documents_do_not_see_each_other():
     for row, start, end in [(0, 0, 1), (0, 1, 10), (0, 10, 20), (1, 0, 13), (1, 13, 16), (1, 16, 20)]:
         alone = ours(tokens[row : row + 1, start:end])
         torch.testing.assert_close(packed[row : row + 1, start:end], alone)
+
+
+def test_document_starts():
+    """Rotary positions are relative, so that a wrong start hardly shows in a result: here the numbers themselves."""
+    documents = torch.tensor([[5, 3, 3, 4, 4, 4], [0, 0, 1, 0, 0, 0]])
+    assert model.document_starts(documents).tolist() == [[0, 1, 1, 3, 3, 3], [0, 0, 2, 3, 3, 3]]
 
 
 def test_future_tokens_have_no_gradient():
