@@ -113,6 +113,8 @@ class Config:
     """Go on from the newest checkpoint in --out."""
     export: str = ""
     """Do not train: write the policy of the newest checkpoint in --out to this Hugging Face folder."""
+    plan: int = 0
+    """Do not train: print what each of this many GPUs would have to hold."""
     max_batch: int = 1024
     """Sequences decoded at once, at most."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
@@ -124,16 +126,9 @@ class Config:
 
 
 MAY_CHANGE = (
-    "steps",
-    "resume",
-    "export",
-    "log",
-    "show_every",
-    "checkpoint_every",
-    "micro_tokens",
-    "max_batch",
+    "out", "steps", "resume", "export", "plan", "log", "show_every", "checkpoint_every", "micro_tokens", "max_batch",
     "device",
-)
+)  # fmt: skip
 """Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
 
 

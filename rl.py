@@ -43,6 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
+import memory
 import parallel
 import relatives
 import tasks
@@ -276,11 +277,8 @@ def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe
 
 def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step: int, guard: parallel.Guard) -> dict:
     """The PPO loop over one batch: one optimizer step per minibatch."""
-    losses, norms, sums = (
-        [],
-        [],
-        dict.fromkeys(("tokens", "entropy", "clipped", "value_loss", "gap", "gap_tokens"), 0.0),
-    )
+    sums = dict.fromkeys(("tokens", "entropy", "clipped", "value_loss", "gap", "gap_tokens"), 0.0)
+    losses, norms = [], []
     widest = 0.0  # largest |log pi - log pi_old| of the first update, before the policy has moved
     for number, rows in enumerate(minibatches(len(batch.examples), config, step)):
         learner.optimizer.zero_grad()
@@ -303,9 +301,8 @@ def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step:
             total += loss.item()
             if batch.returns:
                 returns = packed.place([batch.returns[i] for i in chosen])
-                missed = relatives.value_loss(
-                    relatives.values_of(learner.critic, packed), returns, packed.mask, token_count
-                )
+                values = relatives.values_of(learner.critic, packed)
+                missed = relatives.value_loss(values, returns, packed.mask, token_count)
                 missed.backward()
                 sums["value_loss"] += missed.item() * token_count
             with torch.no_grad():
@@ -484,6 +481,10 @@ def train(config: Config, world: World) -> None:
 
 
 def main(config: Config) -> None:
+    if config.plan:
+        shape = read_config(model_folder(config.model))
+        print(memory.table(shape, [config.plan], config.max_tokens, rl=True, checkpoint_activations=config.recompute))
+        return
     with parallel.session(config.device) as world:
         (export if config.export else train)(config, world)
 

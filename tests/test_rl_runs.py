@@ -34,7 +34,7 @@ from parallel import World  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 4
-CASES = {"whole": (10**6, range(12)), "split": (1, range(12)), "lonely": (10**6, [0])}  # micro_tokens, responses
+CASES = {"whole": (10**6, range(12)), "split": (40, range(12)), "lonely": (10**6, [0])}  # micro_tokens, responses
 TIMINGS = ("seconds_sampling", "seconds_verifying", "seconds_training", "tokens_per_second")
 
 
@@ -108,7 +108,7 @@ def ranks(request, model, tmp_path_factory) -> dict:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=290,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "found.pt") | {"folder": folder, "size": request.param}
@@ -167,7 +167,9 @@ def test_checkpoint_of_several_ranks_resumes_on_one(ranks, model, tmp_path):
 
 def test_resumed_ranks_sample_from_the_resumed_weights(ranks):
     """Bug: after --resume the sampler of a run of several ranks still has the weights that the run began with."""
-    assert ranks["resumed"] == metrics(ranks["folder"] / "t1")[2]
+    if ranks["size"] == 4:
+        pytest.skip("the worker does it on two ranks")
+    assert metrics(ranks["folder"] / "resumed") == metrics(ranks["folder"] / "t1")
 
 
 # --- one process ------------------------------------------------------------------------------------------------------
@@ -293,10 +295,11 @@ def worker(model: Path, folder: Path) -> None:
                 found[f"{case} {recipe}"] = gradients(world, case, recipe)
         for recipe in ("t1", "rlsp"):
             rl.train(flags(model, folder / recipe, recipe=recipe, steps=3), world)
-        rl.train(flags(model, folder / "resumed", steps=2), world)
-        rl.train(flags(model, folder / "resumed", steps=3, resume=True), world)
+        if world.size == 2:
+            rl.train(flags(model, folder / "resumed", steps=2), world)
+            rl.train(flags(model, folder / "resumed", steps=3, resume=True), world)
         if world.main:
-            torch.save(found | {"resumed": metrics(folder / "resumed")[2]}, folder / "found.pt")
+            torch.save(found, folder / "found.pt")
 
 
 if __name__ == "__main__":
