@@ -476,7 +476,8 @@ def exact_arithmetic(text: str, operators: str = "+-*") -> tuple[Fraction, list[
     tokens = tokenise(text, loose=False)[:-1]
     numbers = [int(token) for token in tokens if re.fullmatch("[0-9]{1,12}", token)]
     shape = "".join("n" if re.fullmatch("[0-9]{1,12}", t) else "o" if t in operators else t[:1] for t in tokens)
-    while (smaller := re.sub(r"f\{n\}\{n\}" * ("/" in operators) + r"|\(n\)|non", "n", shape)) != shape:
+    smallest = r"\(n\)|non" + r"|f\{n\}\{n\}" * ("/" in operators)
+    while (smaller := re.sub(smallest, "n", shape)) != shape:
         shape = smaller
     if shape != "n":
         raise ParseError(f"not just whole numbers, brackets and {operators}")
