@@ -12,8 +12,9 @@ Rollouts are most of RL's cost, and T1 takes many per prompt (K = 64, temperatur
   The last token goes through the ordinary decode step of each row, so there is no second way to draw a token.
 - The cache grows in blocks with the longest live row, and never past its budget: there are then fewer rows instead.
 - Each token is drawn from a counter, not from a stream: the draw depends on (seed, key, sample index, position) and on
-  the logits, and so on nobody else in the batch. (Matrix products do round differently for different batch sizes, by
-  about 1e-6 of a logit. In fp32 that flips about one draw in a million, and in bf16 many more.)
+  the logits, and so on nobody else in the batch. (Matrix products round differently for different batch sizes. In fp32
+  that can change a draw only where two tokens are within about 1e-6 of a tie: our tests, some ten thousand draws in
+  other batches, see none. In bf16 the logits themselves differ by 1e-2, and draws do change.)
 - The decode step is one function of fixed tensors that never asks the host anything; on CUDA it is captured as a graph.
 
 The log-probs are those of the very distribution the token was drawn from: after temperature, top-p and min-p.
@@ -401,7 +402,7 @@ class Config:
     n: int = 1
     """Answers to sample; more than one are shown when all are done."""
     verify: str | None = None
-    """The right answer: show a verdict on each of the n, with the box asked for. A countdown needs only its target."""
+    """The right answer: show a verdict on each of the n. (A countdown is judged by the target in its question.)"""
     max_tokens: int = 1024
     """Longest answer. Reasoning models need thousands, the demo a hundred or two."""
     temperature: float = 0.7
@@ -463,10 +464,8 @@ def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None
         try:
             question = input("> ").strip()
         except KeyboardInterrupt:  # one that came too late for the answer it was meant for
-            print()
-            continue
+            question = ""
         except EOFError:
-            print()
             return
         if not question:
             continue
