@@ -1,0 +1,884 @@
+"""verify.py and maths.py: what is read, what is equal, and that no answer hangs, crashes or bribes it.
+
+Cases marked in the issue's data (`../shared/verify`) are scored as a whole; everything else is spelled out here.
+NANOT1_FUZZ=100000 runs the full fuzz (about five minutes); the default is a slice of it.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import sympy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import cli
+import verify
+from verify import ParseError, exact_arithmetic, is_correct, last_boxed, reference_answer, verify_many
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def equal(gold: str, answer: str) -> bool:
+    return is_correct(f"Thus \\boxed{{{answer}}}.", gold)
+
+
+def pairs(text: str) -> list[tuple[str, ...]]:
+    """Lines of `gold ## answer`."""
+    return [tuple(line.split(" ## ")) for line in text.strip().split("\n")]
+
+
+EQUAL = r"""
+\frac{1}{2} ## 0.5
+1/3 ## \frac13
+\dfrac{3}{4} ## 0.75
+-\frac{2}{3} ## \frac{-2}{3}
+-\frac{2}{3} ## -2/3
+0.\overline{3} ## \frac13
+1,000 ## 1000
+1{,}000{,}000 ## 1000000
+10^6 ## 1000000
+5\times 10^{3} ## 5000
+3.0\times10^8 ## 300000000
+\$1,234.50 ## 1234.5
+50\% ## 50
+50\% ## 0.5
+50\% ## \frac{1}{2}
+50 ## 50 \text{ meters}
+12 \text{ cm} ## 12\text{ centimeters}
+12 \text{ cm}^2 ## 12
+12 \text{ square centimeters} ## 12\text{ cm}^2
+5 \text{ hours} ## 5 \text{ hrs}
+\$5 ## 5 \text{ dollars}
+90^\circ ## 90
+90^\circ ## 90\text{ degrees}
+\frac{\pi}{2} ## 90^\circ
+90^\circ ## \frac{\pi}{2}
+x=3 ## 3
+3 ## x = 3
+3 = x ## 3
+x = 1, 2 ## 1, 2
+1, 2 ## x=1 \text{ or } x=2
+x=1 \text{ or } x=2 ## x=2, x=1
+\{1,2\} ## 1, 2
+1,2,3 ## \{3,2,1\}
+(1,2) ## (x,y) = (1,2)
+(1,2) ## x=1, y=2
+\pm 3 ## 3,-3
+x = \pm 3 ## -3, 3
+1 \pm \sqrt{2} ## 1+\sqrt2, 1-\sqrt2
+\frac{1\pm\sqrt5}{2} ## \frac{1+\sqrt{5}}{2}, \frac{1-\sqrt{5}}{2}
+[0,1) ## 0 \le x < 1
+(-\infty, 3] ## x \le 3
+x>2 ## (2, \infty)
+x \in (2,\infty) ## x > 2
+(-\infty,1)\cup(1,\infty) ## x \neq 1
+(-\infty,1)\cup(1,\infty) ## \mathbb{R}\setminus\{1\}
+(-\infty,\infty) ## \mathbb{R}
+\mathbb{R} ## (-\infty, \infty)
+x<-1 \text{ or } x>1 ## (-\infty,-1)\cup(1,\infty)
+(-\infty,-1)\cup(1,\infty) ## |x| > 1
+[-3,3] ## |x| \leq 3
+2x + 3 = 7 ## 2x = 4
+y = 2x + 3 ## 2x - y + 3 = 0
+y=2x+3 ## 2x+3
+x^2+y^2=4 ## y^2 + x^2 - 4 = 0
+3x-4y+5=0 ## -3x+4y-5=0
+\begin{pmatrix}1\\2\end{pmatrix} ## \begin{bmatrix} 1 \\ 2\end{bmatrix}
+\begin{pmatrix}1 & 2\\3 & 4\end{pmatrix} ## \begin{bmatrix}1 & 2\\3 & 4\end{bmatrix}
+\begin{pmatrix} 1/3 \\ 2/3\end{pmatrix} ## \frac{1}{3}\begin{pmatrix}1\\2\end{pmatrix}
+\begin{pmatrix} -2 \\ 3 \end{pmatrix} ## (-2, 3)
+\begin{pmatrix} -2 \\ 3 \end{pmatrix} ## \langle -2, 3\rangle
+\text{(C)} ## C
+C ## \text{(C)}
+\text{(C)} ## (C)
+\textbf{(C)} ## C
+C ## C.
+\text{east} ## East
+\text{even} ## even
+\text{ellipse} ## \text{an ellipse}
+\text{Navin} ## Navin
+52_8 ## 52_{8}
+1011_2 ## (1011)_2
+2A_{16} ## 2A_{16}
+3:5 ## 3 : 5
+3:5 ## 6:10
+2:30 ## 2{:}30
+3:30 \text{ p.m.} ## 3:30
+3:30\text{ p.m.} ## 3:30 \text{ pm}
+1\frac{1}{2} ## \frac32
+2\frac{3}{4} ## 2.75
+1 1/2 ## 1.5
+-1\frac12 ## -1.5
+\sqrt{8} ## 2\sqrt2
+\sqrt{12} ## 2*sqrt(3)
+\frac{1}{\sqrt2} ## \frac{\sqrt2}{2}
+\sqrt[3]{8} ## 2
+\sqrt[3]{2} ## 2^{1/3}
+\sqrt[3]{-8} ## -2
+\log_2 8 ## 3
+\log_{10} 1000 ## 3
+\ln e^2 ## 2
+\sin 30^\circ ## \frac12
+\cos(\pi/3) ## 0.5
+\sin^2 x + \cos^2 x ## 1
+\sin 2x ## 2\sin x\cos x
+\tan^{-1} 1 ## \frac{\pi}{4}
+e^{i\pi} ## -1
+(1+i)^2 ## 2i
+2-3i ## -3i+2
+\frac{1}{1+i} ## \frac{1-i}{2}
+x^2+2x+1 ## (x+1)^2
+(x+1)(x-1) ## x^2-1
+\frac{x^2-1}{x-1} ## x+1
+x^2 - 1 ## (x-1)(x+1)
+a^2b ## ba^2
+2ab ## 2 a b
+n! ## n(n-1)!
+\binom{5}{2} ## 10
+5! ## 120
+\frac{n(n+1)}{2} ## \binom{n+1}{2}
+2^{n+1} ## 2\cdot 2^n
+(-1)^n ## (-1)^{n+2}
+e^{2x} ## (e^x)^2
+\ln(x^2+1) ## \ln(1+x^2)
+|x| ## \sqrt{x^2}
+\lfloor 3.7 \rfloor ## 3
+x_1 + x_2 ## x_2+x_1
+\alpha\beta ## \beta\alpha
+2\pi r ## 2 r \pi
+\frac{4}{3}\pi r^3 ## \frac{4\pi r^3}{3}
+f(x) = x^2 ## x^2
+x^2 ## f(x)=x^2
+P(x) = x^2 - 1 ## x^2-1
+p(x)=x+1 ## x+1
+A = 5 ## 5
+\angle ABC = 50^\circ ## 50
+AB = 5 ## 5
+\text{Area} = 5 ## 5
+5 \text{ apples} ## 5
+5 ## 5 apples
+5 ## 5 \text{ students}
+8 ## 8\,\text{cm}
+8 ## 8 cm
+16 ## 16 \text{ square units}
+7 ## 7.0
+7 ## 007
+7 ## +7
+7 ## {7}
+7 ## (7)
+7 ## \mathbf{7}
+7 ## \text{7}
+7 ## $7$
+7 ## 7.
+7 ## \,7\,
+0.1 ## .1
+3.14 ## 3.140
+1.5e3 ## 1500
+x=5 ## x=5.
+10 \text{ m/s} ## 10 \text{ meters per second}
+10 ## 10 \text{ km/h}
+1{,}234 ## 1,234
+12,345,678 ## 12345678
+12\,345 ## 12345
+2, 3, 5 ## 2,3 \text{ and } 5
+2, 3, 5 ## 2, 3, and 5
+(1,2),(3,4) ## (3,4),(1,2)
+\{(1,2),(3,4)\} ## (1,2), (3,4)
+\emptyset ## \varnothing
+\emptyset ## \{\}
+\infty ## +\infty
+-\infty ## -\infty
+\frac{-1+\sqrt{3}i}{2} ## -\frac12 + \frac{\sqrt3}{2}i
+\frac{1 + \sqrt{5}}{2} ## \frac{\sqrt5+1}{2}
+x^{2/3} ## \sqrt[3]{x^2}
+\sqrt{x^3} ## x\sqrt{x}
+\sqrt{xy} ## \sqrt{x}\sqrt{y}
+\log(ab) ## \log a + \log b
+\frac{\ln 5}{\ln 2} ## \log_2 5
+\sin(x)\cos(x) ## \frac{\sin(2x)}{2}
+\sec^2 x ## 1+\tan^2 x
+\cosh x ## \frac{e^x+e^{-x}}{2}
+\arcsin x ## \sin^{-1} x
+x \mapsto x ## x \mapsto x
+y=\frac{1}{2}x+3 ## y = 0.5x+3
+y = x^2 ## x^2 = y
+\frac{\pi}{6}, \frac{5\pi}{6} ## x = \frac{\pi}{6}, \frac{5\pi}{6}
+(0,1) \cup (1,2) ## (0,2) \setminus \{1\}
+\left(0,\frac{1}{2}\right] ## (0, 0.5]
+2 \leq x \leq 3 ## [2,3]
+x \ge 2 ## 2 \le x
+-5 < x < 5 ## x \in (-5, 5)
+k = 2, n = 3 ## n=3, k=2
+\begin{cases} x=1\\y=2\end{cases} ## x=1, y=2
+\frac{3}{4} ## 3 \div 4
+\frac{3}{4} ## \frac{3}{4}.
+\dfrac{\sqrt{3}}{2} ## \frac{1}{2}\sqrt{3}
+4\sqrt{3} ## \sqrt{48}
+10\% ## 10 \text{ percent}
+2.5 ## 2 \frac{1}{2}
+\text{Yes} ## yes
+\text{no solution} ## No solution
+5,\!000 ## 5000
+\frac{5}{9} ## 5/9
+11\sqrt{2} ## 11 \sqrt{2}
+11\sqrt2 ## 15.556349186104045
+0.142857142857143 ## \frac17
+1.4142135623730951 ## \sqrt2
+2.718281828459045 ## e
+x\in\{1,2\} ## \{1,2\}
+\{x \mid x > 2\} ## (2,\infty)
+\frac{x}{y} ## x/y
+x/(y z) ## \frac{x}{yz}
+\left\{ \frac{1}{2}, 3 \right\} ## \{3, 1/2\}
+r=3, \theta=\pi/2 ## \theta = \frac{\pi}{2}, r = 3
+180^{\circ} - x ## 180^\circ-x
+\cos 36^\circ ## \frac{1+\sqrt5}{4}
+100! ## 100!
+2^{100} ## 1267650600228229401496703205376
+\frac{1}{2}, \frac13 ## 0.5, \frac{1}{3}
+3 \text{ and } 4 ## 3, 4
+25 ## 25\text{ ways}
+-x^2 ## -(x^2)
+\frac{a}{b} ## \frac{2a}{2b}
+\vec{v} ## \vec{v}
+\overline{AB} ## \overline{AB}
+\triangle ABC ## \triangle ABC
+A \cup B ## A \cup B
+\lim_{n\to\infty} a_n ## \lim_{n \to \infty} a_n
+\sum_{k=1}^n k^2 ## \sum_{k=1}^{n} k^2
+\int_0^1 x^2\,dx ## \int_{0}^{1} x^2 dx
+\text{3} ## 3
+\text{x = 3} ## 3
+1.0 ## 1
+\frac{22}{7} ## 3\frac{1}{7}
+7:00 ## 7:00 \text{ AM}
+\frac{2}{3}\text{ hours} ## \frac23
+18\text{ mph} ## 18 \text{ miles per hour}
+4^\text{th} ## 4
+13\text{th} ## 13
+"""
+
+DIFFERENT = r"""
+\frac{1}{2} ## \frac{1}{3}
+0.33 ## \frac13
+\frac13 ## 0.3333
+3 ## x \neq 3
+3 ## 3 \text{ is wrong}
+3 ## \text{not } 3
+3 ## not 3
+3 ## 3 or 4
+3 ## 3, 4
+3,4 ## 3
+12 \text{ cm} ## 12\text{ m}
+12 \text{ cm}^2 ## 12\text{ cm}
+\$5 ## 5 \text{ cents}
+5 \text{ hours} ## 5 \text{ minutes}
+90^\circ ## 90 \text{ cm}
+0.5 ## 50
+0.5 ## 0.5\%
+50 ## 50\%
+(1,2) ## [1,2]
+(1,2) ## (2,1)
+(1,2) ## \{1,2\}
+(1,2) ## 1,2
+[0,1) ## 0 \le x \le 1
+x>2 ## x \geq 2
+x>2 ## x<2
+|x|>1 ## |x|\ge 1
+x^2<4 ## x^2<5
+y=2x+3 ## y=2x+4
+y=2x+3 ## y = y
+x=5 ## y=5
+2x+3=7 ## 3
+\begin{pmatrix}1 & 2\\3 & 4\end{pmatrix} ## \begin{pmatrix}1 & 3\\2 & 4\end{pmatrix}
+\begin{pmatrix}1 & 2\end{pmatrix} ## \begin{pmatrix}1 \\ 2\end{pmatrix}
+\text{(C)} ## D
+C ## \text{A, B, C}
+C ## A or C
+\text{east} ## west
+\text{even} ## odd
+\text{even} ## neven
+\text{even} ## not even
+52_8 ## 52_9
+52_8 ## 42
+3:5 ## 5:3
+12:00 ## 1:00
+3:30\text{ p.m.} ## 3:30\text{ a.m.}
+1\frac12 ## \frac12
+\sqrt{2} ## 1.414
+\pi ## 3.14
+\pi ## \frac{22}{7}
+x ## \sqrt{x^2}
+|x-100| ## 100-x
+|x-100| ## x-100
+x ## |x|
+x^2 ## x^2+10^{-20}
+0 ## 10^{-40}
+0 ## e^{-1000}
+0 ## \frac{1}{10^{100}}
+42 ## 42+10^{-100}
+42 ## 42.000000000000000001
+42 ## 41.99999999999999999
+\sin x ## \cos x
+x+1 ## y+1
+f(x) ## f(y)
+x ## X
+n! ## (n+1)!
+\log_2 3 ## \log_3 2
+(-1)^n ## 1
+(-1)^n ## -1
+\lfloor x \rfloor ## x
+a_1 ## a_2
+a_n ## a_{n+1}
+x=4=3 ## 3
+3 ## x=4=3
+3 ## 4=3
+3 ## x \approx 4
+2 ## 1+2
+10 ## 10x
+10 ## 10!
+10 ## 10i
+10 ## 10^2
+10 ## 10_2
+10 ## 100
+10 ## 1 0
+10 ## -10
+10 ## (10, 10)
+10 ## \{10, 11\}
+10 ## 10 \text{ million}
+10 ## 10 thousand
+10 ## 10 \text{ maybe}
+10 ## 10 \text{ incorrect}
+10 ## approximately 10
+10 ## 10 \text{ times } 2
+10 ## 10 \text{ plus } 5
+10 ## 10?
+10 ## 10 \pm 1
+10 ## [10, 10]
+10 ## x > 10
+10 ## \le 10
+10 ## 10 \le x
+10 ## 10 + C
+10 ## \text{10}1
+10 ## \phantom{10}
+10 ## \%10
+10 ## 10/0
+10 ## \text{the answer}
+10 ## x
+x=3 ## x
+\{1,2\} ## \{1,2,3\}
+1,2 ## 1,-2
+(1,2),(3,4) ## (1,2),(4,3)
+(1,2),(3,4) ## (1,2,3,4)
+\emptyset ## 0
+\emptyset ## \{0\}
+\emptyset ## \{\emptyset, 1\}
+\infty ## -\infty
+\infty ## 10^{1000}
+\frac{0}{0} ## 0
+\frac{1}{0} ## \infty
+2i ## 2
+1+i ## 1-i
+\sqrt{-4} ## 2
+e^{x} ## e^{-x}
+\frac{x}{y} ## \frac{y}{x}
+(0,1)\cup(1,2) ## (0,2)
+(0,1)\cup(1,2) ## (0,1)\cap(1,2)
+1,234 ## 1.234
+1,234 ## 234
+5 ## 5\sqrt{1.0001}
+2^{1009} ## 2^{1009}+1
+\frac{1}{2006!} ## \frac{1}{2007!}
+x \in [1,2] ## x \in [1,3]
+\sum_{k=1}^n k^2 ## \sum_{k=1}^n k^3
+\sum_{k=1}^n k ## \sum_{k=0}^n k
+\prod_{k=1}^n 2k ## 2\prod_{k=1}^n k
+abc ## abd
+AB ## AC
+\text{Evelyn, Briana} ## \text{Evelyn}
+1:2:3 ## 1:2
+18 ## 18 \text{ \% 42}
+x^2 ## x^{2.0001}
+\frac{\sqrt{3}}{2} ## 0.866
+4 ## 4 + 0i + j
+2\pi ## 2
+10 ## ten
+5 \text{ feet} ## 5 \text{ inches}
+100 ## 1e3
+1000 ## 1,00
+3.5 ## 3,5
+odd ## ddo
+"""
+
+
+@pytest.mark.parametrize("gold, answer", pairs(EQUAL))
+def test_equal(gold, answer):
+    """Guards against a right answer that earns nothing because of how it is written (the silent zero)."""
+    assert equal(gold, answer), verify.verify(f"\\boxed{{{answer}}}", gold)
+
+
+@pytest.mark.parametrize("gold, answer", pairs(DIFFERENT))
+def test_different(gold, answer):
+    """Guards against a wrong, hedged or merely near answer that is rewarded."""
+    assert not equal(gold, answer), verify.verify(f"\\boxed{{{answer}}}", gold)
+
+
+# ------------------------------------------------------------------------------------------------ extraction
+
+
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        (r"\boxed{1} no, \boxed{2}.", "2"),
+        (r"\boxed{\frac{1}{2}} \}", r"\frac{1}{2}"),
+        (r"\boxed {3}", "3"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+        (r"as \boxed asks: \boxed{4} in \boxed", "4"),
+        (r"\boxed{5", None),
+        (r"\boxed{5} then \boxed{6", None),
+        (r"\boxed", None),
+        ("42", None),
+        ("", None),
+        (r"\boxed{}", ""),
+    ],
+)
+def test_last_boxed(text, box):
+    """Guards against an earlier box (a candidate, a step) or an unfinished one being taken for the answer."""
+    assert last_boxed(text) == box
+
+
+@pytest.mark.parametrize(
+    "response, gold",
+    [
+        ("so 4\n#### 72", "72"),
+        ("The answer is $\\frac{1}{2}$.", "0.5"),
+        ("The answer is: **1,234**", "1234"),
+        ("it costs 3 and 4, in total 7 dollars", "7"),
+        ("The final answer is (7, 6). I hope it is correct.", "(7,6)"),
+    ],
+)
+def test_lenient_is_off_unless_asked_for(response, gold):
+    """Guards against unboxed answers earning rewards, and against foreign models scored 0 for their format."""
+    assert verify.verify(response, gold).outcome == "no_answer"
+    assert verify.verify(response, gold, lenient=True).correct
+
+
+@pytest.mark.parametrize(
+    "field, answer",
+    [("3+4\n#### 1,234", "1,234"), (27.0, "27"), ("27.0", "27"), (5, "5"), (r"so \boxed{x^2}", "x^2"), ("C", "C")],
+)
+def test_reference_answer(field, answer):
+    """Guards against comparing with a dataset's whole solution, or with the .0 that a CSV once added."""
+    assert reference_answer(field) == answer
+
+
+def test_tolerance_is_relative_and_off_by_default():
+    """Guards against rounding being rewarded, or tiny numbers being equal because their difference is tiny."""
+    assert not equal("0.3333", "1/3")
+    assert verify.verify(r"\boxed{1/3}", "0.3333", tolerance=1e-3).correct
+    assert not verify.verify(r"\boxed{10^{-9}}", "10^{-8}", tolerance=1e-3).correct
+
+
+# ------------------------------------------------------------------------------------------------ labelled data
+
+
+@pytest.fixture(scope="module")
+def cases(shared):
+    return cli.read_jsonl(shared / "verify" / "cases.jsonl")
+
+
+def test_labelled_cases(cases):
+    """The bars of the issue on the open half: accuracy, false positives, every kind of answer, and time."""
+    right, false_positives, times = collections.defaultdict(list), 0, []
+    for case in (case for case in cases if not case.get("debatable")):
+        start = time.thread_time()
+        got = is_correct(case["prediction"], case["gold"])
+        times.append(time.thread_time() - start)
+        right[case["kind"]].append(got == case["equal"])
+        false_positives += got and not case["equal"]
+    everything = [ok for kind in right.values() for ok in kind]
+    assert statistics.mean(everything) >= 0.985
+    assert false_positives <= 1
+    assert all(statistics.mean(kind) >= 0.96 for kind in right.values() if len(kind) >= 20)
+    assert statistics.median(times) < 0.003
+    assert max(times) < 2
+
+
+ATTACK = """
+import json, resource, sys, time, verify
+for line in open(sys.argv[1], encoding="utf-8"):
+    case = json.loads(line.replace("@PWNED@", sys.argv[2]))
+    start = time.perf_counter()
+    got = verify.is_correct(case["response"], case["gold"])
+    row = [case["note"], got, case["expected"], time.perf_counter() - start]
+    print(json.dumps([*row, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]), flush=True)
+"""
+
+
+def test_attacks(shared, tmp_path):
+    """Guards against answers that hang, crash, execute, exhaust memory or cheat: all of them, in one process."""
+    attacks = shared / "verify" / "attacks.jsonl"
+    command = [sys.executable, "-c", ATTACK, str(attacks), str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == attacks.read_text(encoding="utf-8").count("\n")
+    assert [note for note, got, expected, *_ in rows if expected is not None and got != expected] == []
+    assert max(seconds for *_, seconds, _ in rows) < 2
+    assert max(megabytes for *_, megabytes in rows) < 300
+    assert list(tmp_path.iterdir()) == []
+
+
+def references(shared: Path) -> list[str]:
+    found = []
+    for name in ("math500", "aime2024", "amc23", "gsm8k_test", "aqua"):
+        for row in cli.read_jsonl(shared / "data" / f"{name}.jsonl"):
+            found.append(reference_answer(row["answer"] if "answer" in row else row["correct"]))
+    return list(dict.fromkeys(found))
+
+
+def test_every_reference_parses_and_equals_itself(shared):
+    """Guards against a reference that can never be matched: a problem that no answer solves, whatever is trained."""
+    golds = references(shared)
+    assert len(golds) > 500
+    for gold in golds:
+        verify.read(gold)  # raises, if it does not parse
+        value = not any(sign in gold for sign in ("=", r"\text", r"\in", ",", ":")) and not gold.isalpha()
+        forms = [
+            f" {gold} ".replace("+", " + ").replace(",", ", ") if not gold.replace(",", "").isdigit() else f" {gold} ",
+            gold.replace(r"\frac", r"\dfrac").replace("(", r"\left(").replace(")", r"\right)"),
+            f"x = {gold}" if value else f"{{{gold}}}",
+            *([rf"{gold} \text{{ units}}"] if value and not any(c in gold for c in "\\^_$%") else []),
+        ]
+        for form in forms:
+            if r"\left(" in form and form.count("(") != form.count(")"):
+                continue  # half-open intervals
+            assert equal(gold, form), (gold, form)
+
+
+# ------------------------------------------------------------------------------------------------ identities
+
+x, y, a = sympy.symbols("x y a")
+FORMS = {
+    "expand": sympy.expand,
+    "factor": sympy.factor,
+    "together": sympy.together,
+    "collect": lambda e: sympy.collect(sympy.expand(e), x),
+    "expand_trig": sympy.expand_trig,
+    "powsimp": sympy.powsimp,
+    "tan": lambda e: e.rewrite(sympy.tan),
+    "exp": lambda e: e.rewrite(sympy.exp),
+    "expand_log": lambda e: sympy.expand_log(e, force=True),
+    "reorder": lambda e: e,
+}
+
+
+def expression(rng: random.Random, depth: int) -> sympy.Expr:
+    if depth == 0:
+        numbers = [sympy.Rational(rng.randint(1, 9), rng.randint(1, 9)), sympy.pi, sympy.sqrt(rng.randint(2, 7))]
+        return rng.choice([x, y, a, *numbers])
+    left, right = expression(rng, depth - 1), expression(rng, depth - 1)
+    match rng.randrange(8):
+        case 0 | 1:
+            return left + right
+        case 2 | 3:
+            return left * right
+        case 4:
+            return left - right
+        case 5:
+            return left ** rng.choice([2, 3, -1])
+        case 6:
+            return rng.choice([sympy.sin, sympy.cos, sympy.exp])(left)
+    return sympy.log(left**2 + 1) / right
+
+
+def test_identities_of_sympy():
+    """Guards against equal forms missed and near forms accepted: 2,000 random identities, 2,000 broken ones."""
+    rng, checked, missed, accepted = random.Random(0), 0, [], []
+    while checked < 2000:
+        e = expression(rng, rng.randint(1, 3))
+        same = FORMS[rng.choice(list(FORMS))](e)
+        near = rng.choice([e + 1, 2 * e, -e, e + x, e + sympy.Rational(1, 10**9), e * (1 + sympy.Rational(1, 10**6))])
+        gold, form, wrong = (sympy.latex(part, order=rng.choice(["lex", "rev-lex"])) for part in (e, same, near))
+        if e == 0 or any(f in gold + form + wrong for f in ("NaN", "tilde")) or len(gold + form) > 600:
+            continue
+        checked += 1
+        if not equal(gold, form):
+            missed.append((gold, form))
+        if equal(gold, wrong):
+            accepted.append((gold, wrong))
+    assert accepted == []
+    assert len(missed) <= 20, missed[:3]
+
+
+# ------------------------------------------------------------------------------------------------ fuzz
+
+TEX = r"""\frac \sqrt \left( \right) { } ( ) [ ] \{ \} ^ _ ! % ° ' , ; : | + - * / = < > \le \ne \approx \in \cup \setminus
+\pm \mp \infty \pi e i x y n 0 1 2 9 . 99999 10^ ^{9} 9^9^9 !! \sin \log \ln \sum_{k=1}^{n} \binom \begin{pmatrix}
+\end{pmatrix} & \\ \text{and} \text{cm} and or \$ $ \boxed{ \overline{ f( \circ ∞ √ ² ½ ٣ e999 1/0 0^0 {,} \! \, ** //
+\lfloor \rfloor \mathbb{R} \mid \gamma 1,234 0.1\overline{6} 52_8 \mathrm{E} \text{th} \pmod{7}"""
+PIECES = [*TEX.split(), "\x00", "\ud800", " "]
+
+
+def mutate(rng: random.Random, text: str, other: str) -> str:
+    for _ in range(rng.randint(1, 6)):
+        i, j = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
+        piece = rng.choice(
+            [rng.choice(PIECES), other[i:j], text[i:j] * rng.randint(0, 3), chr(rng.randrange(1, 0x3000))]
+        )
+        text = text[:i] + piece + text[rng.choice([i, j]) :]
+    return text
+
+
+def fuzz(seed: int, count: int, answers: list[tuple[str, str]]) -> None:
+    """`judge`, because `verify` would hide an exception of ours."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        (answer, gold), (other, _) = rng.choice(answers), rng.choice(answers)
+        answer = (
+            mutate(rng, answer, other) if rng.random() < 0.8 else "".join(rng.choices(PIECES, k=rng.randint(1, 40)))
+        )
+        gold = mutate(rng, gold, other) if rng.random() < 0.3 else gold
+        start = time.thread_time()
+        with contextlib.suppress(ParseError):
+            verify.judge(answer, gold, start + 10, 0)
+        assert time.thread_time() - start < 2, (answer, gold)
+
+
+def test_fuzz_mutations(cases):
+    """Guards against an exception or a long computation on anything a sampler at high temperature may write."""
+    boxes = [(last_boxed(case["prediction"]), case["gold"]) for case in cases]
+    fuzz(1, int(os.environ.get("NANOT1_FUZZ", 4000)), [(box, gold) for box, gold in boxes if box])
+
+
+@settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)), st.text(max_size=20), st.booleans())
+def test_fuzz_text(answer, gold, boxed):
+    """Guards against `verify` raising, for any two strings at all, in or out of a box."""
+    assert verify.verify(f"\\boxed{{{answer}}}" if boxed else answer, gold, lenient=True).outcome in (
+        "correct",
+        "wrong",
+        "no_answer",
+        "unparsed",
+    )
+
+
+HEAVY = {
+    "gamma": "+".join(f"(x/{k})!!" for k in range(3, 150)),
+    "rationals": "*".join(f"(1/{k}+1/{k + 1})^{{900}}" for k in range(11, 80)),
+    "list": ",".join(rf"\sqrt{{{k}}}+x" for k in range(2, 48)),
+    "inequalities": " or ".join(f"x<{k}" for k in range(150)),
+    "powers": "+".join(f"{k}^{{4000}}" for k in range(2, 150)),
+    "digits": r"\sin(x)" + "+1." + "3" * 390 + "+1." + "7" * 390 + "+x!" * 100,
+    "nesting": "f(" * 24 + "x" + ")" * 24,
+    "signs": "-" * 1500 + "1",
+    "marks": "5" + "!" * 1501,
+    "bars": "|" * 1999,
+    "blanks": "1" + " " * 1900 + "x/",
+    "backslashes": "\\" * 1999,
+    "long": r"\boxed{" * 100_000,
+    "huge": "{" * 2_000_000,
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_no_answer_is_heavy(name):
+    """Guards against inputs built to be slow: 2 s at most, for any, whatever the reference."""
+    for gold in (HEAVY[name][:1500] + "+1", "42"):
+        start = time.thread_time()
+        verify.verify(f"\\boxed{{{HEAVY[name]}}}", gold, lenient=True)
+        assert time.thread_time() - start < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**22  # KB; the 300 MB are measured in test_attacks
+
+
+# ------------------------------------------------------------------------------------------------ threads, processes
+
+QUADRATICS = [(rf"\boxed{{x^2+{k}x+{2 * k}}}", f"{2 * k}+{k}x+x^2") for k in range(2, 26)]
+
+
+def test_threads_agree_under_load():
+    """Guards against SIGALRM (not for threads) and shared precision: 24 equal pairs, 8 threads, a busy CPU."""
+    mixed = QUADRATICS + [
+        (r"\boxed{\sin^2 x}", r"1-\cos^2 x"),
+        (r"\boxed{\sqrt{2}}", "1.41421356"),
+        (r"\boxed{3}", "4"),
+    ]
+    alone = [verify.verify(*pair) for pair in mixed]
+    assert [verdict.correct for verdict in alone] == [True] * 25 + [False] * 2
+    stop = threading.Event()
+    burner = threading.Thread(target=lambda: [0 for _ in iter(stop.is_set, True)])
+    burner.start()
+    with ThreadPoolExecutor(8) as executor:
+        assert list(executor.map(lambda pair: verify.verify(*pair), mixed)) == alone
+    stop.set()
+    burner.join()
+
+
+def test_verify_many_keeps_order_and_its_workers():
+    """Guards against shuffled verdicts, and against a new process for every call of a training run."""
+    many = [(rf"\boxed{{{k}}}", str(k - k % 2)) for k in range(40)] + [("none", "1"), (r"\boxed{^}", "1")]
+    first = verify_many(many, workers=2)
+    assert [verdict.outcome for verdict in first] == ["correct", "wrong"] * 20 + ["no_answer", "unparsed"]
+    with ThreadPoolExecutor(4) as executor:
+        assert list(executor.map(lambda _: verify_many(many, workers=2), range(4))) == [first] * 4
+    pool = verify.shared_pool(2)
+    before = set(pool.threads.map(lambda _: pool.local.worker.pid, range(8)))
+    verify_many(many, workers=2)
+    assert set(pool.threads.map(lambda _: pool.local.worker.pid, range(8))) <= before | {
+        pool.threads.submit(lambda: pool.local.worker.pid).result()
+    }
+    assert verify_many([]) == []
+
+
+def test_a_hung_worker_is_killed_and_counted_as_a_timeout():
+    """Guards against a run that waits for ever, and against a hang that is counted as a wrong answer."""
+    pool = verify.Pool(1)
+    hang = [sys.executable, "-c", "import time; time.sleep(600)"]
+
+    def replace():
+        pool.local.worker = subprocess.Popen(hang, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+
+    pool.threads.submit(replace).result()
+    start = time.monotonic()
+    assert pool.threads.submit(pool.check, (r"\boxed{1}", "1"), 0.1).result().outcome == "timeout"
+    assert time.monotonic() - start < 30
+    assert pool.threads.submit(pool.check, (r"\boxed{1}", "1"), 2.0).result().correct  # a new worker
+
+
+def test_time_limit_is_a_timeout_not_a_wrong_answer():
+    """Guards against undecided answers being rewarded or punished as if they had been judged."""
+    assert verify.verify(r"\boxed{\sin x}", r"\cos x", timeout=0.0).outcome == "timeout"
+
+
+def test_workers_do_not_import_torch():
+    """Guards against seconds and hundreds of megabytes per worker process."""
+    code = "import sys, verify; print('torch' in sys.modules, 'sympy' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == ["False", "False"]
+
+
+# ------------------------------------------------------------------------------------------------ countdown
+
+
+@pytest.mark.parametrize(
+    "text, operators, value, numbers",
+    [
+        ("(3+4)*5", "+-*", 35, [3, 4, 5]),
+        ("3 - 4 - 5", "+-*", -6, [3, 4, 5]),
+        (r"3 \times 4 \cdot 5", "+-*", 60, [3, 4, 5]),
+        ("7/2", "+-*/", Fraction(7, 2), [7, 2]),
+        (r"2-\frac{3}{4}", "+-*/", Fraction(5, 4), [2, 3, 4]),
+        (r"5/\frac{3+1}{4}", "+-*/", 5, [5, 3, 1, 4]),
+        (r"6 \div 3", "+-*/", 2, [6, 3]),
+        (r"\left(1+2\right)*3", "+*", 9, [1, 2, 3]),
+        ("7", "+", 7, [7]),
+    ],
+)
+def test_exact_arithmetic(text, operators, value, numbers):
+    """Guards against floats, precedence slips and lost numbers in the countdown checker."""
+    assert exact_arithmetic(text, operators) == (value, numbers)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            "2**3",
+            "2^3",
+            "7//2",
+            "--3",
+            "-3",
+            "+3",
+            "3+-4",
+            "3-(-4)",
+            "(-3)",
+            "2(3)",
+            "(2)(3)",
+            "2 3",
+            "3 4/2",
+            "1.5",
+            "1e3",
+        ),
+        *(
+            "٣+1",
+            "³",
+            "x",
+            "3!",
+            "5%",
+            "",
+            "()",
+            "3+",
+            "*3",
+            "(3",
+            "3)",
+            "7/2",
+            r"\frac{7}{2}",
+            "{3}",
+            "{3}{4}",
+            "1,234",
+        ),
+        *(
+            "9" * 13,
+            "9" * 5000,
+            "(" * 60 + "1" + ")" * 60,
+            "1+" * 3000 + "1",
+            "3=3",
+            "1;2",
+            "__import__('os')",
+            "52_8",
+            "1 1/2",
+        ),
+        *("|3|", r"\sqrt{9}", r"\text{3}+\$4", "3≤4", "3\x00", "[3]", r"\{3\}"),
+    ],
+)
+def test_exact_arithmetic_refuses(text):
+    """Guards against the neighbours' holes: 2**3, 7//2, glued or signed numbers, other scripts, and endless input."""
+    with pytest.raises(ParseError):
+        exact_arithmetic(text, "+-*")
+
+
+def test_exact_arithmetic_refuses_division_by_zero_and_strange_fractions():
+    """Guards against an exception that is not a ParseError, and a LaTeX group that smuggles in a product."""
+    for text in ("1/0", r"\frac{1}{2-2}", r"\frac{1}{2}{3}", r"\frac{1}", r"\frac12", r"{1}\frac{2}{3}"):
+        if text == r"\frac12":
+            assert exact_arithmetic(text, "+-*/") == (Fraction(1, 2), [1, 2])
+        else:
+            with pytest.raises(ParseError):
+                exact_arithmetic(text, "+-*/")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "verify.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path):
+    """Guards against the tool for surprising rewards not saying what it read, and a traceback for a bad file."""
+    shown = command(r"\boxed{\frac{1}{2}}", "0.5").stdout
+    assert "correct" in shown and r"\frac{1}{2}" in shown and "0.5" in shown
+    file = tmp_path / "pairs.jsonl"
+    rows = [
+        {"response": r"\boxed{1}", "gold": "1"},
+        {"response": "?", "gold": "1"},
+        {"response": r"\boxed{2}", "gold": 1},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    table = command("--file", str(file)).stdout.split("\n")
+    assert [line.split()[:2] for line in table if line] == [["correct", "1"], ["no_answer", "1"], ["wrong", "1"]]
+    file.write_text("{")
+    bad = command("--file", str(file))
+    assert bad.returncode == 2 and "line 1" in bad.stderr and "Traceback" not in bad.stderr
