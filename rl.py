@@ -2,6 +2,8 @@
 
     python rl.py --model DIR --task countdown --steps 100 --out runs/rl
     torchrun --standalone --nproc_per_node=8 rl.py --recipe t1 --model DIR --data problems.jsonl --out runs/rl
+    python rl.py ... --out runs/rl --resume                                  # goes on where it was killed, bit for bit
+    python rl.py --model DIR --out runs/rl --export DIR2                     # the newest checkpoint as a model folder
 
 One step: sample K responses to each prompt at a high temperature; judge them; turn outcomes into rewards (penalties, KL
 to the anchor), rewards into advantages (leave-one-out); take PPO steps on them with an entropy bonus; move the anchor.
@@ -29,6 +31,9 @@ What we do differently from the paper, and why:
 5. The temperature divides the logits in the trainer just as in the sampler. Otherwise the ratio compares two different
    policies. Sampling in training never truncates (no top-p, no min-p): the ratio would be biased by what was cut.
 6. The KL is estimated on the sampled tokens (the sum of log-ratios), which needs one pass of the anchor and no more.
+7. Nothing is scheduled but a warm-up of the learning rate: no other schedule has earned its place in an experiment yet.
+
+GRPO, Dr. GRPO, DAPO, REINFORCE and RLSP are the same loop with other pieces: relatives.py; what each takes: recipes.py.
 """
 
 import math
