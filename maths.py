@@ -1,7 +1,6 @@
 r"""Mathematics as people and models write it, LaTeX or plain ASCII, into a tree; and nothing else is let in.
 
-    >>> show(read(r"x = 1 \frac12 \text{ cm}"))
-    'chain(=, x, unit(+(1, *(1, ^(2, -1))), cm))'
+    read(r"x = 1 \frac12 \text{ cm}") shows as chain(=, x, unit(+(1, *(1, ^(2, -1))), cm))
 
 The text is hostile input. It meets a tokenizer whose regular expressions cannot backtrack far, and a recursive-descent
 parser; never eval, and no library that computes while it builds (sympy multiplies 9^{9^9} out). Length, nesting and
@@ -48,7 +47,8 @@ _functions = """sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh 
 _letters = "pi infty theta alpha beta gamma delta lambda sigma omega phi infinity oo"
 _synonyms = r"""\cdot * \times * \ast * \div / \le <= \leq <= \leqslant <= \ge >= \geq >= \geqslant >= \lt < \gt >
     \ne != \neq != \pm ± \mp ∓ \cup ∪ \cap ∩ \setminus ∖ \backslash ∖ \in ∈ \approx ≈ \equiv = \langle ( \rangle ) \to :
-    \colon : \land and \lor or \dbinom binom \varnothing emptyset infinity infty oo infty \dots ldots \cdots ldots == =
+    \colon : \land and \lor or \dbinom binom \over frac \choose binom \varnothing emptyset
+    infinity infty oo infty \dots ldots \cdots ldots == =
     \prime ' \% % \degree ° \circ ° \lbrace \{ \rbrace \} − - – - × * · * ÷ / ≤ <= ≥ >= ≠ != ′ ' π pi √ sqrt ∞ infty
     ∅ emptyset … ldots θ theta"""
 _units = """degree deg|dollar usd|cent|euro|inch in inches|foot ft feet|yard yd|mile mi|mm millimeter millimetre|
@@ -59,9 +59,7 @@ FUNCTIONS = set(_functions.split())
 WORDS = FUNCTIONS - {"int"} | set(_letters.split())
 SYNONYMS = dict(zip(_synonyms.split()[::2], _synonyms.split()[1::2]))
 UNITS = {name: names.split()[0] for names in _units.split("|") for name in names.split()}  # a plural -s is implied
-NOT_COUNTED = {
-    *["tens", "dozens", "hundreds", "thousands", "millions", "billions", "times", "halves", "sometimes", "does"]
-}
+NOT_COUNTED = {"tens", "dozens", "hundreds", "thousands", "millions", "billions", "times", "halves", "does"}
 
 
 def unit_of(phrase: str) -> str:
@@ -97,7 +95,7 @@ NAME = re.compile("|".join(sorted(WORDS, key=len, reverse=True)))
 
 def read_period(found: re.Match) -> str:
     r"""`0.1\overline{6}` as the fraction 15/90."""
-    whole, fixed, period = found.groups()
+    whole, fixed, period = found[1], found[2], found[3] or found[4]
     above = int(whole + fixed + period) - int(whole + fixed or 0)
     return rf"{{\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}}}}"
 
@@ -107,21 +105,23 @@ REWRITES = [  # other spellings, in order, before tokens are read
     (r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\,|\\ )(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234
     (r"(?<!\\)\\[,;:>! ()\[\]]|~|(?<!\\)\$", " "),
     (r"\\\$\s*([0-9.,]*[0-9])|\\\$", r' \1 "dollar" '),
-    (r"\^\s*\{?\s*(\\circ|\\prime)(?![a-z])\s*\}?", r" \1 "),
-    (r"([0-9]*)\.([0-9]*)\\overline\s*\{?([0-9]+)\}?", read_period),
-    (r"(?<=[0-9])\s*\^?\s*\{?\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\}?", ""),
-    (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*\{?R\}?\s*)?(?:\\mid|:|\|)", r"\\{"),  # {x : x > 2}
+    (r"\^\s*(?:\{\s*(\\circ|\\prime)\s*\}|(\\circ|\\prime)(?![a-z]))", r" \1\2 "),
+    (r"([0-9]*)\.([0-9]*)\\overline\s*(?:\{([0-9]+)\}|([0-9]))", read_period),
+    (r"(?<=[0-9])\s*(?:\^\s*)?(\{\s*)?\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}(?(1)\s*\})", ""),  # 13th
+    (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*(?:\{R\}|R)\s*)?(?:\\mid|:|\|)", r"\\{"),  # {x : x > 2}
     (r"(?:\||\\[lr]?vert)([^|]*?)(?:\||\\[lr]?vert)", r" \\abs{\1} "),
     (r"\\l(floor|ceil)(.*?)\\r(?:floor|ceil)", r"\\\1{\2}"),
-    (r"\\mathbb\s*\{?R\}?", "ℝ"),
+    (r"\\mathbb\s*(?:\{R\}|R)", "ℝ"),
     (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac\s*([0-9])", r"\\frac{\1}"),  # \frac43
-    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+    (r"\\frac\s*([0-9]|(?<![a-z])[a-zA-Z])", r"\\frac{\1}"),  # \frac43
+    (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
+    (r"\{([^{}]*)\\(over|choose)(?![a-z])([^{}]*)\}", r"\\\2{\1}{\3}"),
+    (r"\\\\\s*\[[^\]]*\]", r"\\\\"),  # a row's extra space
     (r"(\\begin\{array\})\s*\{[lcr|\s]*\}", r"\1"),
     (r"\\(?:text\w{0,6}|mbox|math\w\w|operatorname)\s*\{([^{}]*)\}|(?<![A-Za-z\\{\"])([A-Za-z]{2,})", read_words),
     (r"(?<![\w\\.])([A-Za-z])([0-9]+)", r"\1_{\2}"),  # x3
     (r"\(([0-9]+)\)\s*_", r"\1_"),  # (101)_2
-    (r"^\s*([A-Za-z])\s*\(([A-Za-z])\)\s*=", r"\1_\2 ="),  # P(x) = ...: a name, not a product
+    (r"^\s*([A-Za-z]'*)\s*\(([A-Za-z])\)\s*=", r"\1_\2 ="),  # P(x) = ...: a name, not a product
     (r"\{:\}", ":"),
     ("²", "^2"),
 ]
@@ -153,8 +153,7 @@ def tokenise(text: str, loose: bool = True) -> list[str]:
 
 LEVEL = {"=": 1, "≈": 1, "∈": 1, "!=": 1, "<": 1, ">": 1, "<=": 1, ">=": 1}  # how tightly binary operators bind
 LEVEL |= {"∪": 2, "∩": 2, "∖": 2, ":": 3, "+": 4, "-": 4, "*": 5, "/": 5}
-UNIT_LEVEL = 3  # `2 + 3 \text{ cm}` is 5 cm
-MINUS_ONE = ("num", "-1")
+UNIT_LEVEL, MINUS_ONE = 3, ("num", "-1")  # `2 + 3 \text{ cm}` is 5 cm
 
 
 def times(left: Node, right: Node) -> Node:

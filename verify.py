@@ -167,9 +167,11 @@ class Checker(maths.Evaluator):
         if (bounds or kinds & {"∪", "∩", "∖"}) and self.same_set(gold, answer):
             return True
         if kinds & {"list", "or"}:
-            if gold[0] == "tuple" and all(self.unlabel(m)[0] for m in answers):  # x = 1, y = 2 for (1, 2)
-                return self.match(gold, ("tuple", gold[1], *(self.unlabel(m)[1] for m in answers)))
-            if "tuple" in kinds or len(golds) * len(answers) > 2500:
+            if "tuple" in kinds:  # x = 1, y = 2 is (1, 2)
+                order, named = (gold, answers) if gold[0] == "tuple" else (answer, golds)
+                listed = [self.unlabel(m) for m in named]
+                return all(label for label, _ in listed) and self.match(order, (*order[:2], *(x for _, x in listed)))
+            if len(golds) * len(answers) > 2500:
                 return False
             found = [[self.match(g, a) for a in answers] for g in golds]
             return all(map(any, found)) and all(map(any, zip(*found))) and bool(found) == bool(answers)
@@ -314,6 +316,11 @@ def plain(text: str) -> str:
 
 
 def judge(answer: str, gold: str, deadline: float, tolerance: float) -> Verdict:
+    choice = re.fullmatch(
+        r"\(?([A-J])\)[\s.:]*([^A-Za-z()]+)", re.sub(r"\\(?:text\w*|math\w\w| )|[{}$~]", " ", answer).strip()
+    )
+    if choice:  # (C) 26
+        answer = choice[1] if re.fullmatch("[A-J]", plain(gold).strip("()")) else choice[2]
     squeezed = [re.sub(r"\\(?:left|right)(?![a-z])|(?<!\w)\s+|\s+(?!\w)", "", text) for text in (answer, gold)]
     if squeezed[0] == squeezed[1] != "":
         return Verdict("correct", answer, answer, gold)
@@ -386,6 +393,7 @@ class Pool:
             return Verdict(**json.loads(worker.stdout.readline()))
         except (OSError, ValueError):  # it was killed, by us or for lack of memory: nothing was decided
             worker.kill()
+            self.local.worker = None
             return Verdict("timeout")
         finally:
             last_resort.cancel()
