@@ -65,6 +65,7 @@ FALSE_CLAIM = "3+5=8, 8+7=15 yes\ncheck 3+5+7=15 ok\n\\boxed{(3+5)+7}"
 # ------------------------------------------------------------------------------------------------- pass@k
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.data())
 def test_pass_at_k_is_the_chance_over_all_subsets(n, data):
     """Guards against the biased 1 - (1 - c/n)^k and against an off-by-one in the product."""
@@ -256,7 +257,7 @@ def test_results_survive_the_file(tmp_path):
         evaluate.load_results(path)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
 def test_pass_at_1_is_the_mean_rate(counts):
     """Guards against pass@1 and the pass rate drifting apart (AIME's mean of n samples is pass@1)."""
