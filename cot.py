@@ -17,7 +17,9 @@ off before its end, so that no stop token is trained on it).
 The trap here is a shortcut. If every chain held at most six attempts and ended well, then "the sixth attempt succeeds"
 would be a law of the data, and a model learns it sooner than arithmetic: it would claim success at the sixth attempt
 whatever came out. So the chance that an attempt succeeds is made the same at every position (`hazard`), and a chain
-that has not succeeded after `most` attempts is simply cut off: position says nothing, only the value does.
+that has not succeeded after `most` attempts is simply cut off: position says nothing, only the value does. After any
+failure a chain may also honestly give up (`give_up`), as a model's own chains do. Imitation copies that too; that it
+pays to think on is left for RL to find out.
 
 **From models' own attempts** (any problem file), T1's four steps: `sample_attempts` from one or several checkpoints
 and verify them; `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic, or with a
@@ -73,30 +75,42 @@ def solve(target: int, numbers: list[int], operators: str, rng: random.Random, t
     raise UserError(f"no way found from {numbers} to {target} with {operators} in {tries} tries")
 
 
-def countdown_chain(problem: Problem, rng: random.Random, most: int = 8, hazard: float = 0.25) -> dict:
-    """One chain for a countdown problem: each attempt succeeds with chance `hazard`; cut off after `most` failures."""
+def countdown_chain(
+    problem: Problem, rng: random.Random, most: int = 8, hazard: float = 0.25, give_up: float = 0.15
+) -> dict:
+    """One chain for a countdown problem: every attempt succeeds with chance `hazard`, every failure ends the chain with
+    chance `give_up`, and after `most` failures, or where no new failure is found, it is cut off."""
     target, numbers, operators = tasks.read_countdown(problem.answer)
-    lines, tried = [], set()
-    while len(lines) < most and rng.random() > hazard:
-        walk = tasks.random_walk(numbers, operators, rng)
-        for _ in range(20):  # a failure that is new, where there is one left
-            if walk.value != target and walk.steps not in tried:
-                break
-            walk = tasks.random_walk(numbers, operators, rng)
-        else:
-            break
-        tried.add(walk.steps)
-        lines.append(f"{', '.join(walk.steps)} no\n")
-    solved = len(lines) < most
-    if solved:
-        walk = solve(target, numbers, operators, rng)
-        lines.append(f"{', '.join(walk.steps)} yes\n")
-        lines.append(f"check {check(walk.expression)} ok\n\\boxed{{{walk.expression}}}")
     row = {"problem": problem.question, "answer": problem.answer, "task": "countdown"}
-    return row | {"response": "".join(lines), "stop": solved}
+    text, tried = "", set()
+    for _ in range(most):
+        # The failure is looked for before the coin is tossed. Otherwise success would stand in for failures that have
+        # run out, and so be likelier in late attempts: at the eighth 0.32 instead of 0.25.
+        walk = new_failure(target, numbers, operators, rng, tried)
+        if walk is None and text:
+            break
+        if walk is None or rng.random() < hazard:
+            walk = solve(target, numbers, operators, rng)
+            text += f"{', '.join(walk.steps)} yes\ncheck {check(walk.expression)} ok\n\\boxed{{{walk.expression}}}"
+            return row | {"response": text, "stop": True}
+        text += f"{', '.join(walk.steps)} no\n"
+        if rng.random() < give_up:
+            return row | {"response": text + GIVE_UP, "stop": True}
+    return row | {"response": text, "stop": False}
 
 
-WORDS = [" no\n", " yes\n", ", ", "check ", " ok\n", "\\boxed{", "numbers ", "target ", "operators "]
+def new_failure(target: int, numbers: list[int], operators: str, rng: random.Random, tried: set) -> Walk | None:
+    """An attempt that misses the target and is not in `tried`, which it joins; None where 20 draws find none."""
+    for _ in range(20):
+        walk = tasks.random_walk(numbers, operators, rng)
+        if walk.value != target and walk.steps not in tried:
+            tried.add(walk.steps)
+            return walk
+    return None
+
+
+GIVE_UP = "give up"
+WORDS = [" no\n", " yes\n", ", ", "check ", " ok\n", "\\boxed{", "numbers ", "target ", "operators ", GIVE_UP]
 """What the demo's tokenizer holds as one token each, besides the numbers up to 99."""
 
 
@@ -105,7 +119,7 @@ def by_program(config: "Config") -> Iterator[dict]:
     problems = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
     rng = random.Random(f"chains {config.seed}")
     for problem in tqdm(islice(problems, config.count), total=config.count, desc="chains"):
-        yield countdown_chain(problem, rng, config.most, config.hazard)
+        yield countdown_chain(problem, rng, config.most, config.hazard, config.give_up)
 
 
 # ---------------------------------------------------------------------------------------------------- by attempts
@@ -261,6 +275,8 @@ class Config:
     """By program: a chain is cut off after so many failed attempts."""
     hazard: float = 0.25
     """By program: the chance of success of every attempt, whatever its position (see above)."""
+    give_up: float = 0.15
+    """By program: the chance that a chain gives up after a failed attempt."""
     data: str | None = None
     """From attempts: the problem file, JSONL with `problem` (or `question`) and `answer`."""
     model: tuple[str, ...] = ()
@@ -290,6 +306,8 @@ def main(config: Config) -> None:
         raise UserError("--count, --n, --most and --limit must be at least 1, --failures at least 0")
     if not 0 < config.hazard < 1:
         raise UserError(f"--hazard {config.hazard}: a chance between 0 and 1")
+    if not 0 <= config.give_up < 1:
+        raise UserError(f"--give-up {config.give_up}: a chance from 0 up to 1")
     if not config.operators or set(config.operators) - set("+-*/"):
         raise UserError(f"--operators {config.operators!r}: some of + - * /")
     rows = by_attempts(config) if config.data else list(by_program(config))

@@ -118,7 +118,7 @@ def diagnose_countdown(problem: Problem, response: str) -> str:
     target, numbers, operators = read_countdown(problem.answer)
     boxed = verify.last_boxed(response)
     if boxed is None:
-        return "out of budget"
+        return "gave up" if response.endswith("give up") else "out of budget"
     try:
         value, used = verify.exact_arithmetic(boxed, operators)
     except verify.ParseError:

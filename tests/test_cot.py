@@ -55,30 +55,36 @@ def test_every_chain_is_right(operators):
                     made[int(z)] += 1
                 made[int(steps[-1][-1])] -= 1  # the last value is what the attempt comes to
                 assert used == Counter(numbers) + made
-        assert tasks.judge_countdown(problem, row["response"]).correct == row["stop"]
-        assert tasks.diagnose_countdown(problem, row["response"]) == ("correct" if row["stop"] else "out of budget")
+        ending = "correct" if "boxed" in row["response"] else "gave up" if row["stop"] else "out of budget"
+        assert tasks.diagnose_countdown(problem, row["response"]) == ending
+        assert tasks.judge_countdown(problem, row["response"]).correct == (ending == "correct")
 
 
 def test_success_does_not_depend_on_position():
-    """Guards against the shortcut "the sixth attempt succeeds": success is as likely at every attempt.
+    """Guards against the shortcut "the sixth attempt succeeds": success is as likely at every attempt, and giving up
+    after every failure.
 
-    Of 4,000 chains about 4000 * 0.75^7 = 534 reach the eighth attempt; 0.25 +- 0.08 is over 4 sigma there.
+    Of 4,000 chains about 4000 * (0.75 * 0.95)^7 = 370 reach the eighth attempt; 0.25 +- 0.07 is 3 sigma there.
     """
-    reached, solved = Counter(), Counter()
-    for _, row in chains(4_000, most=8, hazard=0.25):
+    reached, solved, given_up = Counter(), Counter(), Counter()
+    for _, row in chains(4_000, most=8, hazard=0.25, give_up=0.05):
         attempts = re.findall(r" (no|yes)\n", row["response"])
-        for place, verdict in enumerate(attempts):
-            reached[place] += 1
-            solved[place] += verdict == "yes"
+        reached.update(range(len(attempts)))
+        solved[len(attempts) - 1] += "boxed" in row["response"]
+        given_up[len(attempts) - 1] += row["response"].endswith(cot.GIVE_UP)
     assert max(reached) == 7
     for place in reached:
-        assert solved[place] / reached[place] == pytest.approx(0.25, abs=0.08), place
+        assert solved[place] / reached[place] == pytest.approx(0.25, abs=0.07), place
+        assert given_up[place] / (reached[place] - solved[place]) == pytest.approx(0.05, abs=0.04), place
 
 
-def test_a_chain_without_success_is_cut_off():
-    """Guards against a stop token, or a box, behind attempts that all failed: giving up would be taught as an end."""
-    cut = [row for _, row in chains(400, most=2, hazard=0.1) if not row["stop"]]
-    assert cut and all(row["response"].endswith(" no\n") and "boxed" not in row["response"] for row in cut)
+def test_a_chain_that_is_cut_off_trains_no_stop():
+    """Guards against a stop token behind `most` failures: it would teach that thinking ends there."""
+    rows = [row for _, row in chains(400, most=2, hazard=0.1, give_up=0.2) if "boxed" not in row["response"]]
+    assert {row["stop"] for row in rows} == {True, False}
+    for row in rows:
+        assert row["response"].endswith(cot.GIVE_UP if row["stop"] else " no\n")
+        assert row["stop"] or row["response"].count(" no\n") == 2
 
 
 def test_failed_attempts_differ():
@@ -172,6 +178,7 @@ def test_criticise_falls_back_attempt_by_attempt(monkeypatch):
     assert cot.criticise(None, pairs, None) == [None] * 4
 
 
+@settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 3))
 def test_choice_of_attempts(seed, most):
     """Guards against two failures with one answer, more failures than asked for, and chains that never fail."""
@@ -226,6 +233,7 @@ def test_program_chains_as_a_file(tmp_path):
         ({"data": "problems.jsonl"}, "belong together"),
         ({"data": "absent.jsonl", "model": ("m",)}, "absent.jsonl"),
         ({"hazard": 0.0}, "--hazard"),
+        ({"give_up": 1.0}, "--give-up"),
         ({"count": 0}, "--count"),
         ({"operators": "+^"}, "--operators"),
         ({"operators": ""}, "--operators"),

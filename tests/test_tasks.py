@@ -1,14 +1,16 @@
 """tasks.py: a judge that cannot be bribed, problem sets that do not leak, and errors that name the line."""
 
 import json
+import random
 import zlib
 from itertools import islice
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tasks
+import verify
 from cli import UserError
 from tasks import Problem, countdown_problem
 
@@ -70,8 +72,6 @@ def test_only_the_last_box_counts():
 @pytest.mark.parametrize("numbers, operators", [(3, "+-*"), (4, "+-*"), (3, "+-*/")])
 def test_every_problem_has_a_solution(numbers, operators):
     """Guards against unsolvable problems, which no reward could ever teach."""
-    import random
-
     rng = random.Random(0)
     for problem in islice(tasks.countdown(1, numbers=numbers, operators=operators), 50):
         target, drawn, allowed = tasks.read_countdown(problem.answer)
@@ -121,6 +121,7 @@ def test_countdown_answers_are_checked(answer):
         ("\\boxed{7+3-}", "malformed"),
         ("\\boxed{7+3**2}", "malformed"),
         ("7+3=10, 10+2=12 no\n", "out of budget"),
+        ("7+3=10, 10+2=12 no\ngive up", "gave up"),
     ],
 )
 def test_failures_are_told_apart(response, kind):
@@ -129,6 +130,7 @@ def test_failures_are_told_apart(response, kind):
     assert (kind == "correct") == tasks.judge_countdown(PROBLEM, response).correct
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="0123456789+-*/()^. {}\\boxed=yesno,\n", max_size=80))
 def test_judge_and_diagnosis_agree_on_anything(text):
     """Guards against a crash on what a policy may say, and against the two functions contradicting each other."""
@@ -213,7 +215,7 @@ def test_the_benchmarks_load(shared):
 )
 def test_answers_outside_a_box(response, expected):
     """Guards against a foreign model scored 0 for its format; but a box, where there is one, is what counts."""
-    assert tasks.verify.last_boxed(tasks.boxed(response)) == expected
+    assert verify.is_correct(tasks.boxed(response), expected)
 
 
 def test_no_answer_is_invented():
@@ -237,6 +239,7 @@ def test_only_maths_problems_are_told_of_the_box():
     assert "\\boxed{}" in tasks.messages(Problem("1+1?", "2"))[0]["content"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 4), st.integers(2, 4))
 def test_repeats_against_brute_force(tokens, ngram, times):
     """Guards against an n-gram window off by one at either end."""
