@@ -84,6 +84,7 @@ def exploration_reward(verdicts: list[Verdict], lengths: Tensor, cost: float, ju
     return correctness - cost / lengths if judged is None else 0.8 * correctness + 0.2 * judged
 
 
+JUDGE_ROOM = 24  # tokens kept free for the judge's reply, and for cut text that is encoded a little longer
 JUDGE_PROMPT = """Here is a problem and an attempt at it.
 
 Problem: {problem}
@@ -100,24 +101,21 @@ def parse_score(reply: str) -> float:
     return min(float(number[0]), 10.0) / 10 if number else 0.0
 
 
+def judge_prompt(problem: Problem, response: str, tokenizer: Tokenizer) -> list[int]:
+    question = JUDGE_PROMPT.format(problem=problem.question, response=response)
+    return tokenizer.chat([{"role": "user", "content": question}])
+
+
 def judge(
     sampler: Sampler, tokenizer: Tokenizer, problems: list[Problem], responses: list[str], world: World
 ) -> Tensor:
     """A second model's score of each response, [N] in [0, 1], on every rank. A response too long for it is cut."""
-
-    def prompt(problem: Problem, response: str) -> list[int]:
-        return tokenizer.chat([{"role": "user", "content": JUDGE_PROMPT.format(problem=problem, response=response)}])
-
-    params = SamplingParams(max_tokens=8, temperature=0.0)
     prompts = []
     for problem, response in zip(problems, responses):
-        room = sampler.model.config.context - len(prompt(problem.question, "")) - 16
-        tokens = tokenizer.encode(response)
-        prompts.append(
-            prompt(problem.question, response if len(tokens) <= room else tokenizer.decode(tokens[: max(room, 0)]))
-        )
-    mine = parallel.balance([len(p) for p in prompts], world.size)[world.rank]
-    replies = sampler.generate([prompts[i] for i in mine], 1, params)
+        room = sampler.model.config.context - JUDGE_ROOM - len(judge_prompt(problem, "", tokenizer))
+        prompts.append(judge_prompt(problem, tokenizer.decode(tokenizer.encode(response)[:room]), tokenizer))
+    mine = parallel.balance([len(prompt) for prompt in prompts], world.size)[world.rank]
+    replies = sampler.generate([prompts[i] for i in mine], 1, SamplingParams(max_tokens=8, temperature=0.0))
     scores = {i: parse_score(tokenizer.decode(reply.tokens)) for i, (reply,) in zip(mine, replies)}
     merged = {i: value for share in parallel.gather_objects(scores) for i, value in share.items()}
     return torch.tensor([merged[i] for i in range(len(prompts))])

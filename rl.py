@@ -40,7 +40,6 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -51,14 +50,13 @@ import cli
 import memory
 import parallel
 import relatives
-import tasks
 from cli import UserError
 from model import load_pretrained, model_folder, read_config
 from packing import Example, Packed, pack
 from parallel import Scorer, World
 from recipes import MAY_CHANGE, Config, Recipe, check, resolve
 from relatives import Critic
-from rollout import Rollouts, Stopwatch, check_room, nth_problem, roll_out
+from rollout import Rollouts, Stopwatch, nth_problem, read_problems, roll_out
 from sample import Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
@@ -383,18 +381,6 @@ def alarms(history: list[dict], window: int = 5) -> list[str]:
     if len(history) > 1 and history[-1]["skipped"] > history[-2]["skipped"]:
         found.append("not finite: an update was skipped; lower --lr or --max-grad-norm, or use --dtype float32")
     return found
-
-
-def read_problems(config: Config, recipe: Recipe) -> list[Problem]:
-    """The problems to train on, all of which the model has room for. By program: as many as the run can use."""
-    context = read_config(model_folder(config.model)).context
-    if config.data:
-        problems = tasks.load(config.data)
-    else:
-        stream = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
-        problems = list(islice(stream, config.steps * config.prompts * (3 if recipe.resample else 1)))
-    check_room(problems, load_tokenizer(config.model), config.max_tokens, context, config.data or config.task)
-    return problems
 
 
 def make_learner(config: Config, recipe: Recipe, world: World) -> Learner:

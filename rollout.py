@@ -10,19 +10,23 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import islice
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import parallel
+import relatives
 import tasks
 from cli import UserError
+from model import model_folder, read_config
 from packing import Example
 from parallel import World
+from recipes import Config, Recipe
 from sample import Completion, Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from verify import Verdict
 
 
@@ -67,14 +71,30 @@ def unexpected_pattern(completion: Completion, text: str, question: str) -> str 
     return "garbled" if tasks.garbled(text, question) else None
 
 
-def check_room(problems: list[Problem], tokenizer: Tokenizer, max_tokens: int, context: int, source: str) -> None:
-    """UserError naming the first problem whose prompt leaves no room for `max_tokens` in the model's context."""
-    for number, problem in enumerate(tqdm(problems, "prompts", leave=False, delay=2), start=1):
-        length = len(tasks.prompt_ids(problem, tokenizer))
-        if length + max_tokens > context:
+def read_problems(config: Config, recipe: Recipe) -> list[Problem]:
+    """The problems to train on, all of which the models have room for. By program: as many as the run can use."""
+    context, tokenizer = read_config(model_folder(config.model)).context, load_tokenizer(config.model)
+    if config.data:
+        problems = tasks.load(config.data)
+    else:
+        stream = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
+        problems = list(islice(stream, config.steps * config.prompts * (3 if recipe.resample else 1)))
+    source = config.data or config.task
+    check_room((tasks.prompt_ids(problem, tokenizer) for problem in problems), config.max_tokens, context, source)
+    if config.judge:
+        reader, context = load_tokenizer(config.judge), read_config(model_folder(config.judge)).context
+        prompts = (relatives.judge_prompt(problem, "", reader) for problem in problems)
+        check_room(prompts, relatives.JUDGE_ROOM, context, f"--judge, {source}")
+    return problems
+
+
+def check_room(prompts: Iterable[list[int]], room: int, context: int, source: str) -> None:
+    """UserError naming the first prompt that leaves no room for a response in the model's context."""
+    for number, prompt in enumerate(tqdm(prompts, "prompts", leave=False, delay=2), start=1):
+        if len(prompt) + room > context:
             raise UserError(
-                f"{source}, problem {number}: its prompt's {length} tokens and the --max-tokens {max_tokens} of a "
-                f"response do not fit into the model's context of {context}"
+                f"{source}, problem {number}: its prompt's {len(prompt)} tokens and {room} for the response do not fit "
+                f"into the model's context of {context}"
             )
 
 

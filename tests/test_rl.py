@@ -680,12 +680,12 @@ def command(tiny, tmp_path, monkeypatch, capsys):
             cli.run(rl.main, rl.Config, ["--model", str(model), "--out", str(tmp_path / "run"), *flags])
         assert stopped.value.code == 2
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-        return capsys.readouterr().err.rstrip("\n")
+        return capsys.readouterr().err.rstrip("\n").split("\r")[-1]  # after a progress bar that has left
 
     return run
 
 
-COUNTDOWN = ("--task", "countdown", "--max-tokens", "32")
+COUNTDOWN = ("--task", "countdown", "--steps", "2", "--max-tokens", "32")
 
 
 @pytest.mark.parametrize(
@@ -697,6 +697,7 @@ COUNTDOWN = ("--task", "countdown", "--max-tokens", "32")
         ((*COUNTDOWN, "--prompts", "0"), "--prompts"),
         ((*COUNTDOWN, "--temperature", "0"), "--temperature"),
         ((*COUNTDOWN, "--judge", "somewhere"), "--judge"),
+        ((*COUNTDOWN, "--recipe", "rlsp", "--judge", "nowhere"), "nowhere"),
         ((*COUNTDOWN, "--entropy-target", "1", "--entropy-coef", "0"), "--entropy-target"),
         ((*COUNTDOWN, "--export", "somewhere"), "no whole checkpoint"),
         ((*COUNTDOWN, "--resume"), "no run in"),
@@ -729,6 +730,12 @@ def test_bad_data(command, tmp_path, lines, complaint):
     (tmp_path / "data.jsonl").write_text(lines)
     line = command("--data", str(tmp_path / "data.jsonl"), "--max-tokens", "8")
     assert complaint in line and "data.jsonl" in line and "\n" not in line
+
+
+def test_judge_without_room(command, tiny):
+    """Bug: a judge whose context is shorter than its own instructions stops the run after the first rollout."""
+    line = command(*COUNTDOWN, "--recipe", "rlsp", "--judge", str(tiny))
+    assert line.startswith("error: --judge, countdown, problem 1") and "\n" not in line
 
 
 def test_bad_folders(command, tmp_path):

@@ -132,22 +132,24 @@ def test_gradients_do_not_depend_on_ranks(ranks, case, recipe):
     hand.assert_close(ranks[f"{case} {recipe}"], gradients(ALONE, case, recipe))
 
 
-@pytest.fixture(scope="module", params=["t1", "rlsp"])
-def alone(request, model, tmp_path_factory) -> Path:
-    """Three steps of a recipe in one process, to compare with."""
-    out = tmp_path_factory.mktemp("alone") / request.param
-    rl.main(flags(model, out, recipe=request.param, steps=3))
-    return out
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory) -> dict[str, Path]:
+    """Three steps of each recipe in one process, to compare with."""
+    folder = tmp_path_factory.mktemp("alone")
+    for recipe in ("t1", "rlsp"):
+        rl.main(flags(model, folder / recipe, recipe=recipe, steps=3))
+    return {recipe: folder / recipe for recipe in ("t1", "rlsp")}
 
 
-def test_first_updates_do_not_depend_on_ranks(ranks, alone, model):
+@pytest.mark.parametrize("recipe", ["t1", "rlsp"])
+def test_first_updates_do_not_depend_on_ranks(ranks, recipe, alone, model):
     """Bug: anything in the loop that knows its rank: draws, the order of responses, clipping, Adam's moments, the
     anchor, the sampler's copy of the weights. Real rollouts, three steps of two updates, fp32."""
-    start, one, many = weights(model), weights(alone), weights(ranks["folder"] / alone.name)
+    start, one, many = weights(model), weights(alone[recipe]), weights(ranks["folder"] / recipe)
     for name in start:
         assert (one[name] - start[name]).norm() > 1e-3 * start[name].norm()  # it did learn something
         assert (many[name] - one[name]).norm() <= 1e-6 * one[name].norm(), name
-    for row, other in zip(metrics(alone), metrics(ranks["folder"] / alone.name), strict=True):
+    for row, other in zip(metrics(alone[recipe]), metrics(ranks["folder"] / recipe), strict=True):
         assert other == pytest.approx(row, rel=1e-4, abs=2e-6)
         assert row["dropped"] < 1
 
@@ -271,6 +273,16 @@ def test_export_writes_the_newest_policy(whole, model, tmp_path):
     assert all(torch.equal(exported[name], final[name]) for name in final)
     with pytest.raises(UserError, match="exists already"):
         rl.main(flags(model, whole[0], export=str(tmp_path / "exported")))
+
+
+def test_bfloat16_keeps_fp32_masters_and_corrects_the_sampler(model, tmp_path):
+    """Bug: masters in bf16 lose Adam's small steps; or the sampler's own log-probs are taken for the trainer's."""
+    rl.main(flags(model, tmp_path / "run", dtype="bfloat16", lr=1e-6, steps=2))
+    first = metrics(tmp_path / "run")[0]
+    assert 0 < first["mismatch"] < first["mismatch_max"] < 0.5 and first["dropped"] < 1
+    start, end = weights(model), weights(tmp_path / "run")
+    moved = [(end[name] - start[name]).abs().max().item() for name in start]
+    assert all(0 < change < 1e-5 for change in moved)  # 4 Adam steps of 1e-6, too small for bf16 to hold
 
 
 def test_adaptive_entropy_is_resumed(model, tmp_path):
