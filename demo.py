@@ -43,9 +43,9 @@ class Config:
     """Run folder; a demo that was interrupted goes on in it."""
     seed: int = 0
     """Decides the problems, the weights at the start, and every sampled token."""
-    chains: int = 34_000
+    chains: int = 60_000
     """Chains of thought to train on."""
-    steps: int = 40
+    steps: int = 48
     """Steps of RL."""
     heldout: int = 1024
     """Held-out problems; no set of numbers among them is ever trained on."""
@@ -54,11 +54,12 @@ class Config:
 
 
 def chain_flags(config: Config, out: Path) -> cot.Config:
-    return cot.Config(out=str(out / "chains.jsonl"), count=config.chains, most=MOST, seed=config.seed)
+    file = str(out / "chains.jsonl")
+    return cot.Config(file, seed=config.seed, count=config.chains, most=MOST, hazard=0.18, give_up=0.12)
 
 
 def sft_flags(config: Config, out: Path) -> sft.Config:
-    """Small steps and many of them: 1,536 tokens each. A model this size learns little more from larger ones."""
+    """Small steps and many of them: 1,024 tokens each. With four times as many a step it learned far less a minute."""
     return sft.Config(
         out=str(out / "sft"),
         data=str(out / "chains.jsonl"),
@@ -66,9 +67,9 @@ def sft_flags(config: Config, out: Path) -> sft.Config:
         epochs=1,
         lr=3e-3,
         weight_decay=0.0,
-        batch_tokens=1536,
-        eval_every=400,
-        checkpoint_every=400,
+        batch_tokens=1024,
+        eval_every=500,
+        checkpoint_every=500,
         resume=(out / "sft").exists(),
     )
 
@@ -85,6 +86,8 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         max_tokens=BUDGET,
         minibatches=2,
         lr=2e-4,
+        warmup=3,
+        temperature=1.0,
         resume=(out / "rl").exists(),
     )
 

@@ -252,7 +252,7 @@ def begin(config: Config) -> tuple[Transformer, Tokenizer]:
         return load_pretrained(config.model), load_tokenizer(config.model)
     tokenizer = demo_tokenizer(cot.WORDS)
     shape = ModelConfig(
-        tokenizer.vocab_size, dim=96, layers=4, heads=4, kv_heads=4, head_dim=24, mlp_dim=256, context=512, tied=True,
+        tokenizer.vocab_size, dim=96, layers=4, heads=3, kv_heads=1, head_dim=32, mlp_dim=288, context=512, tied=True,
         eos_ids=tuple(tokenizer.eos_ids),
     )  # fmt: skip
     return random_init(shape, config.seed), tokenizer
