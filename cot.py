@@ -50,7 +50,7 @@ from cli import UserError
 from model import load_pretrained
 from sample import Sampler, SamplingParams
 from tasks import Problem, Walk
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------- by program
 
@@ -132,14 +132,20 @@ class Attempt:
     correct: bool
 
 
-def ask(path: str, chats: list[list[dict]], n: int, params: SamplingParams, what: str) -> list[list[str]]:
-    """What a checkpoint answers to each chat, up to n answers; those that never end or are garbled are left out."""
+def load_sampler(path: str, max_batch: int = 256) -> tuple[Sampler, Tokenizer]:
+    """A policy ready to sample: bf16 on a GPU, fp32 without one."""
     gpu = torch.cuda.is_available()
     policy = load_pretrained(path, dtype=torch.bfloat16 if gpu else torch.float32, device="cuda" if gpu else "cpu")
     tokenizer = load_tokenizer(path)
+    return Sampler(policy, tokenizer, max_batch=max_batch), tokenizer
+
+
+def ask(path: str, chats: list[list[dict]], n: int, params: SamplingParams, what: str) -> list[list[str]]:
+    """What a checkpoint answers to each chat, up to n answers; those that never end or are garbled are left out."""
+    sampler, tokenizer = load_sampler(path)
     print(f"{what}: {len(chats)} x {n} from {path}")
     prompts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
-    answers = Sampler(policy, tokenizer).generate(prompts, n, params, progress=True)
+    answers = sampler.generate(prompts, n, params, progress=True)
     texts = [
         [tokenizer.decode(a.tokens[:-1], True).strip() for a in row if a.finish_reason == "stop"] for row in answers
     ]

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -33,10 +32,10 @@ import cli
 import tasks
 import verify
 from cli import UserError
-from model import load_pretrained
+from cot import load_sampler
 from sample import Completion, Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 
 # ---------------------------------------------------------------------------------------------------- estimators
 
@@ -368,14 +367,6 @@ def integers(text: str, flag: str) -> list[int]:
     return values
 
 
-def load_sampler(path: str, max_batch: int) -> tuple[Sampler, Tokenizer]:
-    """A policy ready to sample: bf16 on a GPU, fp32 without one."""
-    gpu = torch.cuda.is_available()
-    policy = load_pretrained(path, dtype=torch.bfloat16 if gpu else torch.float32, device="cuda" if gpu else "cpu")
-    tokenizer = load_tokenizer(path)
-    return Sampler(policy, tokenizer, max_batch=max_batch), tokenizer
-
-
 def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
     """The problems, and the JSONL rows they stand for."""
     if (config.data is None) == (config.task is None):
@@ -405,11 +396,17 @@ def main(config: Config) -> None:
     params = SamplingParams(
         config.max_tokens or max(budgets, default=1024), config.temperature, config.top_p, config.min_p, config.seed
     )
-    answerer = load_sampler(config.answer_model, config.max_batch)[0] if config.answer_model else None
+    answerer, vocabulary = None, None
+    if config.answer_model:
+        answerer, vocabulary = load_sampler(config.answer_model, config.max_batch)
     for name in config.model:
         if name in results:
             continue
         sampler, tokenizer = load_sampler(name, config.max_batch)
+        if vocabulary and vocabulary.files["tokenizer.json"] != tokenizer.files["tokenizer.json"]:
+            raise UserError(
+                f"--answer-model {config.answer_model} cannot go on in {name}'s tokens: other tokenizer.json"
+            )
         print(f"{name}: {len(problems)} problems, {config.n} samples each", file=sys.stderr)
         results[name] = evaluate(
             sampler, tokenizer, problems, config.n, params, budgets, ks, answerer, config.lenient, progress=True
