@@ -38,6 +38,7 @@ def exp2(x):
 
 @jit
 def log2(x):
+    """The logarithm that belongs to it: one instruction."""
     return libdevice.fast_log2f(x) if FAST else tl.log2(x)
 
 

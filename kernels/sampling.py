@@ -76,18 +76,18 @@ def _sample_reference(logits, temperature, top_p, min_p, seeds, positions):
     low, high = key.to(torch.int32)[:, None], (key >> 32).to(torch.int32)[:, None]
     index = torch.arange(vocabulary, dtype=torch.int32, device=logits.device) * WEYL
     parts = []
-    for row in range(0, rows, max(1, CPU_TILE // vocabulary)):
-        part = slice(row, row + max(1, CPU_TILE // vocabulary))
+    step = max(1, CPU_TILE // vocabulary)
+    for row in range(0, max(1, rows), step):
+        part = slice(row, row + step)
         z = logits[part].to(wide(logits.dtype)) / temperature
         z -= z.amax(1, keepdim=True)
         p = z.exp()
         if top_p < 1:
-            keep = nucleus(p, top_p)
-            p *= keep
+            p *= nucleus(p, top_p)
         if min_p > 0:
             p.masked_fill_(p < min_p, 0.0)  # the largest p is exp(0) = 1
-        race = torch.log1p(scramble(index ^ low[part], high[part]) * SMALL)  # -E
-        token = first_minimum(p / race)  # p / E is largest where p / -E is smallest
+        minus_e = scramble(index ^ low[part], high[part]).float().mul_(SMALL).log1p_()
+        token = first_minimum(p / minus_e)  # where p / E is largest
         parts.append((token, z.gather(1, token[:, None])[:, 0] - p.sum(1).log()))
     return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts]).float()
 
