@@ -43,7 +43,7 @@ class Config:
     """Run folder; a demo that was interrupted goes on in it."""
     seed: int = 0
     """Decides the problems, the weights at the start, and every sampled token."""
-    chains: int = 60_000
+    chains: int = 75_000
     """Chains of thought to train on."""
     steps: int = 48
     """Steps of RL."""
@@ -55,7 +55,7 @@ class Config:
 
 def chain_flags(config: Config, out: Path) -> cot.Config:
     file = str(out / "chains.jsonl")
-    return cot.Config(file, seed=config.seed, count=config.chains, most=MOST, hazard=0.18, give_up=0.12)
+    return cot.Config(file, seed=config.seed, count=config.chains, most=MOST, hazard=0.3, give_up=0.2)
 
 
 def sft_flags(config: Config, out: Path) -> sft.Config:
@@ -85,8 +85,9 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         samples=16,
         max_tokens=BUDGET,
         minibatches=2,
-        lr=2e-4,
-        warmup=3,
+        lr=3e-4,
+        warmup=4,
+        cooldown=16,
         temperature=1.0,
         resume=(out / "rl").exists(),
     )

@@ -99,6 +99,8 @@ class Config:
     """Countdown: which operators; / divides exactly."""
     warmup: int = 0
     """Steps over which the learning rate rises to its value: Adam's first steps are its wildest."""
+    cooldown: int = 0
+    """Steps at the end over which it falls again: at a constant rate a small policy jitters around its own average."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this."""
     micro_tokens: int = 16384

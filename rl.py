@@ -340,7 +340,8 @@ def train_step(
     """(metrics, rollouts) of one step of T1; `state` (the data position, the entropy coefficient) moves on."""
     recipe, watch = replace(resolve(config), entropy_coef=state["entropy_coef"]), Stopwatch()
     for group in learner.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * min(1.0, step / max(config.warmup, 1))
+        rise, fall = step / max(config.warmup, 1), (config.steps + 1 - step) / (config.cooldown + 1)
+        group["lr"] = group["initial_lr"] * min(1.0, rise, fall)
     if learner.sampler.model is not learner.policy.model:
         parallel.copy_weights(learner.policy, learner.sampler.model)  # before the rollout: a resumed run has new ones
     rollouts, state["cursor"] = collect(learner, problems, state["cursor"], config, recipe, watch)
