@@ -458,10 +458,10 @@ def train(config: Config, world: World) -> None:
         if world.main:
             shown = ("reward", "accuracy", "length", "entropy", "tokens_per_second")
             bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics})
-            for alarm in set(alarms(history)) - set(
-                alarms(history[:-1])
-            ):  # when it begins, not for as long as it lasts
-                bar.write(f"step {step}: {alarm}")
+            before = alarms(history[:-1])  # an alarm is named when it begins, not for as long as it lasts
+            for alarm in alarms(history):
+                if alarm not in before:
+                    bar.write(f"step {step}: {alarm}")
             if config.show_every and step % config.show_every == 0:
                 bar.write(rollouts.show(step))
         if step % config.checkpoint_every == 0 or step == config.steps:

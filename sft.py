@@ -40,11 +40,12 @@ from tqdm import tqdm
 
 import cli
 import cot
+import memory
 import parallel
 import tasks
 from cli import UserError
 from model import Config as ModelConfig
-from model import Transformer, load_pretrained, random_init
+from model import Transformer, load_pretrained, model_folder, random_init, read_config
 from packing import Example, pack
 from parallel import Scorer, World
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
@@ -105,6 +106,8 @@ class Config:
     """Recompute activations in the backward pass: a third more time for far less memory."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
+    plan: int = 0
+    """Print what each of so many GPUs would hold for --model, and whether it fits, and stop. Reads no weights."""
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -338,6 +341,13 @@ def train(config: Config, world: World) -> None:
 
 
 def main(config: Config) -> None:
+    if config.plan:
+        if config.model is None:
+            raise UserError("--plan needs --model: the demo's model fits anywhere")
+        shape = read_config(model_folder(config.model))
+        length = config.max_length or shape.context
+        print(memory.table(shape, [config.plan], length, rl=False, checkpoint_activations=config.recompute))
+        return
     with parallel.session(config.device) as world:
         train(config, world)
 
