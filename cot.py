@@ -160,7 +160,8 @@ def sample_attempts(problems: list[Problem], models: list[str], n: int, params: 
     texts = [[text for row in rows for text in row] for rows in zip(*by_model)]
     flat = [(problem, tasks.boxed(text)) for problem, row in zip(problems, texts) for text in row]
     verdicts = tasks.score([problem for problem, _ in flat], [boxed for _, boxed in flat])
-    judged = iter([(verify.last_boxed(boxed), verdict.correct) for (_, boxed), verdict in zip(flat, verdicts)])
+    answers = [verify.last_boxed(boxed) for _, boxed in flat]
+    judged = iter([(a and a.rstrip(". "), verdict.correct) for a, verdict in zip(answers, verdicts)])
     return [[Attempt(text, *next(judged)) for text in row] for row in texts]
 
 

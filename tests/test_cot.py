@@ -207,11 +207,12 @@ def write_problems(tmp_path):
 
 def test_attempts_become_training_data(tmp_path, monkeypatch, capsys):
     """Guards against rows that sft.py cannot read, unsolved problems kept, and the second checkpoint forgotten."""
-    said = {"one": [[WRONG.text, "I think the answer is 9."], ["\\boxed{2}"]], "two": [[ODD.text], []]}
+    said = {"one": [[WRONG.text, "I think the answer is 9.\n"], ["\\boxed{2}"]], "two": [[ODD.text], []]}
     monkeypatch.setattr(cot, "ask", lambda path, *_: said[path])
     out = tmp_path / "chains.jsonl"
     cot.main(cot.Config(str(out), data=write_problems(tmp_path), model=("one", "two"), n=2))
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row["response"].endswith("So the answer is \\boxed{9}")  # and not {9.}, as the sentence ends
     assert row["problem"] == PROBLEM.question and row["answer"] == "9" and row["stop"] is True
     assert tasks.score(tasks.load(out), [row["response"]])[0].correct
     assert "1 of 2 problems" in capsys.readouterr().out
