@@ -26,13 +26,14 @@ smaller by V / N. Rows are cut too, at 16,384, so that a tile does not grow with
 The logits of bf16 inputs are kept in fp32: rounded to bf16, a logit of 20 is off by up to 0.06, and with it the
 log-prob on which PPO's ratio stands. Their gradient is rounded to bf16, because the matrix units want it so.
 
-On a CPU the tiles are sized for its cache, and everything is computed in fp32.
+On a CPU the tiles are sized for its cache, and everything is computed in fp32. Logits that all fit in
+32 MB (the demo's) are kept for the backward pass: recomputing them would cost time and save nothing.
 """
 
 import torch
 
 from .jit import wide
-from .logprob import accumulate, finish, logits_gradient, new_state
+from .logprob import accumulate, finish, logits_gradient, logprob_entropy, new_state
 
 TILE_ROWS, TILE = 16384, 1 << 23  # at most so many rows, and about so many logits, in a tile: 32 MiB of fp32
 CPU_TILE_ROWS, CPU_TILE = 512, 1 << 18  # 1 MiB
@@ -53,6 +54,9 @@ def linear_logprob_entropy(
     elif torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
+        if len(hidden) * len(weight) <= TILE and dtype == wide(dtype):  # one tile, kept: it need not be made twice
+            logits = hidden.to(dtype) @ weight.to(dtype).T
+            return logprob_entropy(logits, targets, temperature, inplace=True)
         return _LinearLogprobEntropy.apply(hidden, weight, targets.contiguous(), temperature, dtype)
 
 

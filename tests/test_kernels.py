@@ -30,6 +30,12 @@ on_cpu = pytest.mark.skipif(INTERPRETED, reason="the PyTorch path")
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def many_tiles(monkeypatch):
+    """The tests' problems would all fit into one tile, which takes a shorter way: forbid it."""
+    monkeypatch.setattr(linear_logprob, "TILE", 0)
+
+
 def textbook(logits, targets, temperature, dtype):
     """log softmax(z / T)[y] and -sum p log p, by PyTorch: in float64 the truth, in fp32 the competition."""
     logp = torch.log_softmax(logits.to(dtype) / temperature, dim=-1)
@@ -231,8 +237,13 @@ def test_frozen_halves_and_autocast():
 
 
 @on_cpu
-def test_the_rl_loss_is_the_same_fused_and_plain():
-    """Guards against a fused path that trains another objective (TRL drops the entropy bonus with its fused loss)."""
+@pytest.mark.parametrize("tile", [0, 1 << 23])
+def test_the_rl_loss_is_the_same_fused_and_plain(tile, monkeypatch):
+    """Guards against a fused path that trains another objective (TRL drops the entropy bonus with its fused loss).
+
+    Once in tiles, once kept as a whole.
+    """
+    monkeypatch.setattr(linear_logprob, "TILE", tile)
     torch.manual_seed(1)
     hidden, weight, targets = torch.randn(300, 32), torch.randn(2000, 32) * 0.3, torch.randint(2000, (300,))
     old, advantage = torch.randn(300) * 0.1 - 8, torch.randn(300)
