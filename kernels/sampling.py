@@ -33,12 +33,7 @@ SMALL = 2.0**-31 * (1 - 2.0**-23)  # scramble()'s result times this is -w, insid
 
 @torch.no_grad()
 def sample_token(
-    logits: torch.Tensor,
-    temperature: float,
-    top_p: float,
-    min_p: float,
-    seeds: torch.Tensor,
-    positions: torch.Tensor,
+    logits: torch.Tensor, temperature: float, top_p: float, min_p: float, seeds: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One draw per row from softmax(logits / temperature), cut by top-p and min-p.
 

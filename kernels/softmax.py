@@ -21,31 +21,27 @@ from .jit import LOG2_E, constexpr, exp2, jit, launch_shape, tl, use_triton, wid
 
 def softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """softmax(logits[..., V] / temperature) over the last dimension, computed in fp32, in the dtype of the logits."""
-    return _Softmax.apply(logits, temperature, False) if use_triton(logits) else reference(logits, temperature, False)
+    return _Softmax.apply(logits, temperature, False)
 
 
 def log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """log_softmax(logits[..., V] / temperature) over the last dimension, computed in fp32, in the logits' dtype."""
-    return _Softmax.apply(logits, temperature, True) if use_triton(logits) else reference(logits, temperature, True)
-
-
-def reference(logits: torch.Tensor, temperature: float, log: bool) -> torch.Tensor:
-    """What the kernel computes, by PyTorch."""
-    z = logits.to(wide(logits.dtype)) / temperature
-    return (z.log_softmax(-1) if log else z.softmax(-1)).to(logits.dtype)
+    """log_softmax(logits[..., V] / temperature), likewise."""
+    return _Softmax.apply(logits, temperature, True)
 
 
 class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, temperature, log):
-        rows = logits.reshape(-1, logits.shape[-1]).contiguous()
-        out = torch.empty_like(rows)
-        lanes, deep, warps = launch_shape(rows.shape[1])
-        if out.numel():
-            softmax_kernel[(rows.shape[0],)](
-                rows, out, rows.shape[1], LOG2_E / temperature, LOG=log, DEEP=deep, LANES=lanes, num_warps=warps
+        if use_triton(logits):
+            logits = logits.contiguous()
+            out, columns = torch.empty_like(logits), logits.shape[-1]
+            lanes, deep, warps = launch_shape(columns)
+            softmax_kernel[(logits.numel() // columns,)](
+                logits, out, columns, LOG2_E / temperature, LOG=log, DEEP=deep, LANES=lanes, num_warps=warps
             )
-        out = out.view(logits.shape)
+        else:
+            z = logits.to(wide(logits.dtype)) / temperature
+            out = (z.log_softmax(-1) if log else z.softmax(-1)).to(logits.dtype)
         ctx.save_for_backward(out)
         ctx.temperature, ctx.log = temperature, log
         return out
@@ -53,12 +49,11 @@ class _Softmax(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        out, grad = ctx.saved_tensors[0].float(), grad.float()
-        if ctx.log:
-            inner = grad - out.exp() * grad.sum(-1, keepdim=True)
-        else:
-            inner = out * (grad - (out * grad).sum(-1, keepdim=True))
-        return (inner / ctx.temperature).to(ctx.saved_tensors[0].dtype), None, None
+        (out,) = ctx.saved_tensors
+        y, grad = out.to(wide(out.dtype)), grad.to(wide(out.dtype))
+        total = (grad if ctx.log else grad * y).sum(-1, keepdim=True)
+        grad = grad - y.exp() * total if ctx.log else y * (grad - total)
+        return (grad / ctx.temperature).to(out.dtype), None, None
 
 
 @jit
