@@ -73,16 +73,17 @@ def run_ours(config: Config, recipe: str) -> dict:
 
     tasks.JUDGES["countdown"] = lambda _, response: Verdict("correct" if coin(response) else "wrong")
     flags = rl.Config(
-        model=config.model, out="", task="countdown", recipe=recipe, prompts=config.prompts, samples=config.samples,
-        max_tokens=config.max_tokens, temperature=1.0, kl_coef=BETA, lr=1e-6,
-        dtype="bfloat16" if torch.cuda.is_available() else "float32",
+        model=config.model, out="", task="countdown", recipe=recipe, steps=config.steps + 1,
+        prompts=config.prompts, samples=config.samples, max_tokens=config.max_tokens,
+        temperature=1.0, kl_coef=BETA, lr=1e-6, dtype="bfloat16" if torch.cuda.is_available() else "float32",
     )  # fmt: skip
     seconds, lengths, dropped = [], [], []
     with parallel.session("auto") as world:
-        learner, guard, cursor = rl.make_learner(flags, rl.resolve(flags), world), parallel.Guard(), 0
+        chosen, guard = rl.resolve(flags), parallel.Guard()
+        learner, state = rl.make_learner(flags, chosen, world), {"cursor": 0, "entropy_coef": chosen.entropy_coef}
         for step in range(1, config.steps + 2):
             began = time.perf_counter()
-            metrics, _, cursor = rl.train_step(step, learner, problems(config), cursor, flags, guard)
+            metrics, _ = rl.train_step(step, learner, problems(config), state, flags, guard)
             seconds.append(time.perf_counter() - began)
             lengths.append(metrics["length"])
             dropped.append(metrics["dropped"])
@@ -188,6 +189,7 @@ def main(config: Config) -> None:
     for _ in range(config.rounds):
         for name in contenders:
             runs[name].append(run_child(config, name))
+            print(f"{name}: {runs[name][-1]}", file=sys.stderr)
     batch = config.prompts * config.samples
     print(f"{config.model}: {config.prompts} prompts x {config.samples}, at most {config.max_tokens} tokens")
     print(f"{'':<14}{'samples/s':>10}{'s/step':>9}{'(min to max)':>16}{'tokens':>8}{'dropped':>9}")
