@@ -8,8 +8,8 @@ demo goes on where it was stopped:
 
 1. cot.py       synthesise chains of thought that try, fail, notice and verify
 2. sft.py       teach them to a small transformer with random weights
-3. rl.py        T1's reinforcement learning on problems it has not seen
-4. evaluate.py  held-out problems: pass@1, pass@16, accuracy against thinking budget, what the failures are made of
+3. rl.py        T1's reinforcement learning; no set of numbers that is held out comes up in 2 or 3
+4. evaluate.py  the held-out problems: pass@1, pass@16, accuracy against thinking budget, what the failures are made of
 5. the figure, the closing table, and summary.json
 """
 
@@ -43,9 +43,9 @@ class Config:
     """Run folder; a demo that was interrupted goes on in it."""
     seed: int = 0
     """Decides the problems, the weights at the start, and every sampled token."""
-    chains: int = 75_000
+    chains: int = 70_000
     """Chains of thought to train on."""
-    steps: int = 48
+    steps: int = 60
     """Steps of RL."""
     heldout: int = 1024
     """Held-out problems; no set of numbers among them is ever trained on."""
@@ -55,7 +55,7 @@ class Config:
 
 def chain_flags(config: Config, out: Path) -> cot.Config:
     file = str(out / "chains.jsonl")
-    return cot.Config(file, seed=config.seed, count=config.chains, most=MOST, hazard=0.3, give_up=0.2)
+    return cot.Config(file, seed=config.seed, count=config.chains, most=MOST, hazard=0.25, give_up=0.15)
 
 
 def sft_flags(config: Config, out: Path) -> sft.Config:
@@ -79,7 +79,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         model=str(out / "sft"),
         out=str(out / "rl"),
         task="countdown",
-        seed=config.seed + 1000,  # other problems than those of the chains
+        seed=config.seed + 1000,  # another stream of problems; some are among the chains', none are held out
         steps=config.steps,
         prompts=64,
         samples=16,
@@ -87,7 +87,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         minibatches=2,
         lr=3e-4,
         warmup=4,
-        cooldown=16,
+        cooldown=20,
         temperature=1.0,
         resume=(out / "rl").exists(),
     )
@@ -159,15 +159,21 @@ def draw(results: dict[str, Result], metrics: list[dict], path: Path) -> None:
 
 def open_folder(config: Config, out: Path) -> dict[str, float]:
     """The seconds spent so far. A folder made with other flags, or by something else, is left as it is."""
+    if config.chains < 100 or min(config.steps, config.heldout, config.samples) < 1:
+        raise UserError("--chains must be at least 100; --steps, --heldout and --samples at least 1")
     flags = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
     file, seconds = out / "demo.json", out / "seconds.json"
-    if file.exists():
-        if json.loads(file.read_text()) != flags:
-            raise UserError(f"{out} holds a demo with other flags ({file.read_text()}): choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds no demo: choose another --out")
+    try:
+        started = json.loads(file.read_text()) if file.exists() else flags
+        spent = json.loads(seconds.read_text()) if seconds.exists() else {}
+    except (OSError, ValueError):
+        raise UserError(f"{file} or {seconds} is damaged: choose another --out") from None
+    if started != flags:
+        raise UserError(f"{out} holds a demo with other flags ({started}): choose another --out")
     cli.write_text(file, json.dumps(flags))
-    return json.loads(seconds.read_text()) if seconds.exists() else {}
+    return spent
 
 
 def main(config: Config) -> None:
@@ -177,11 +183,12 @@ def main(config: Config) -> None:
     stage("sft", out, out / "sft" / "model", sft_flags(config, out), sft.main, seconds)
     stage("rl", out, out / "rl" / "model", rl_flags(config, out), rl.main, seconds)
     stage("evaluate", out, out / "summary.json", evaluate_flags(config, out), evaluate.main, seconds)
-    if not (out / "model").exists():
-        shutil.copytree(out / "rl" / "model", out / "model")  # so that runs/demo is itself a --model
+    if not (out / "model").exists():  # so that runs/demo is itself a --model
+        shutil.copytree(out / "rl" / "model", out / "model.partial", dirs_exist_ok=True)
+        (out / "model.partial").rename(out / "model")
 
     measured = evaluate.load_results(out / "evaluation" / "results.json")
-    results = dict(zip(("SFT", "RL"), measured.values()))
+    results = {"SFT": measured[str(out / "sft")], "RL": measured[str(out / "rl")]}
     draw(results, read_metrics(out / "rl" / "metrics.jsonl"), out / "demo.png")
     summary = {
         "seconds": round(sum(seconds.values()), 1),
