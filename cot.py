@@ -315,8 +315,7 @@ def main(config: Config) -> None:
         raise UserError(f"--hazard {config.hazard}: a chance between 0 and 1")
     if not 0 <= config.give_up < 1:
         raise UserError(f"--give-up {config.give_up}: a chance from 0 up to 1")
-    if not config.operators or set(config.operators) - set("+-*/"):
-        raise UserError(f"--operators {config.operators!r}: some of + - * /")
+    tasks.check_operators(config.operators)
     rows = by_attempts(config) if config.data else list(by_program(config))
     cli.write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     print(f"wrote {len(rows)} chains to {config.out}")

@@ -131,9 +131,7 @@ def conversation(row: dict, where: str) -> list[dict]:
         question, response = row.get("problem", row.get("question")), row.get("response")
         if not isinstance(question, str) or not isinstance(response, str):
             raise UserError(f"{where}: expected `messages`, or `problem` (or `question`) and `response`")
-        task = row.get("task", "math")
-        if task not in tasks.JUDGES:
-            raise UserError(f"{where}: task {task!r} is none of {', '.join(tasks.JUDGES)}")
+        task = tasks.known_task(row, where)
         prompt = tasks.messages(tasks.Problem(question, str(row.get("answer", "")), task))
         return prompt + [{"role": "assistant", "content": response}]
     valid = isinstance(messages, list) and all(

@@ -19,6 +19,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import verify
@@ -48,23 +49,46 @@ class Walk:
     value: int
 
 
-def random_walk(numbers: list[int], operators: str, rng: random.Random) -> Walk:
+def check_operators(operators: str) -> None:
+    if not operators or set(operators) - set("+-*/"):
+        raise UserError(f"--operators {operators!r}: some of + - * /")
+
+
+def combine(x: int, operator: str, y: int) -> int:
+    """x operator y for x >= y, or 0 where the result is not a whole number in 1..LARGEST."""
+    result = {"+": x + y, "-": x - y, "*": x * y, "/": x // y if x % y == 0 else 0}[operator]
+    return result if result <= LARGEST else 0
+
+
+def has_walk(numbers: list[int], operators: str) -> bool:
+    """Whether `random_walk` can end at all: 49+49+49, say, is above LARGEST. Tries every way, draws nothing."""
+    for i, j in combinations(range(len(numbers)), 2):
+        rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
+        x, y = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
+        values = (combine(x, operator, y) for operator in operators)
+        if any(value and has_walk([*rest, value], operators) for value in values):
+            return True
+    return len(numbers) == 1
+
+
+def random_walk(numbers: list[int], operators: str, rng: random.Random, tries: int = 10_000) -> Walk:
     """Combine two random members until one is left; all values stay whole and within 1..LARGEST."""
-    while True:
+    for _ in range(tries):
         pool = [(number, str(number)) for number in numbers]
         steps = []
         while len(pool) > 1:
             a, b = (pool.pop(rng.randrange(len(pool))) for _ in range(2))
             (x, left), (y, right) = (a, b) if a[0] >= b[0] else (b, a)
-            results = {"+": x + y, "-": x - y, "*": x * y, "/": x // y if x % y == 0 else 0}
             operator = rng.choice(operators)
-            if not 1 <= results[operator] <= LARGEST:
+            result = combine(x, operator, y)
+            if not result:
                 break
-            steps.append(f"{x}{operator}{y}={results[operator]}")
-            pool.append((results[operator], f"({left}{operator}{right})"))
+            steps.append(f"{x}{operator}{y}={result}")
+            pool.append((result, f"({left}{operator}{right})"))
         else:
             value, expression = pool[0]
             return Walk(tuple(steps), expression.removeprefix("(").removesuffix(")"), value)
+    raise UserError(f"no way found to combine {numbers} with {operators} within 1 to {LARGEST} in {tries} tries")
 
 
 def countdown_problem(numbers: list[int], target: int, operators: str = "+-*") -> Problem:
@@ -83,17 +107,29 @@ def read_countdown(answer: str) -> tuple[int, list[int], str]:
 
 
 def countdown(seed: int, heldout: bool = False, numbers: int = 3, operators: str = "+-*") -> Iterator[Problem]:
-    """An endless stream of solvable, distinct problems; held-out and training problems share no set of numbers."""
+    """A stream of solvable, distinct problems; held-out and training problems share no set of numbers.
+
+    It goes on for as long as there are new ones: 10,000 draws in a row without any are a UserError, not a hang.
+    """
+    check_operators(operators)
     rng = random.Random(f"countdown {seed} {heldout}")
     seen = set()
-    while True:
+    idle = 0
+    while idle < 10_000:
         drawn = [rng.randint(1, LARGEST // 2) for _ in range(numbers)]
         if (zlib.crc32(repr(sorted(drawn)).encode()) % 10 == 0) != heldout:
+            continue
+        idle += 1
+        if not has_walk(drawn, operators):
             continue
         target = random_walk(drawn, operators, rng).value
         if (key := (*sorted(drawn), target)) not in seen:
             seen.add(key)
+            idle = 0
             yield countdown_problem(drawn, target, operators)
+    raise UserError(
+        f"only {len(seen)} distinct problems with {numbers} numbers and the operators {operators} were found"
+    )
 
 
 def judge_countdown(problem: Problem, response: str) -> Verdict:
@@ -145,14 +181,23 @@ def load(path: str | Path) -> list[Problem]:
             raise UserError(f"{path}, problem {number}: no `problem` (or `question`)")
         if row.get("answer") in (None, ""):
             raise UserError(f"{path}, problem {number}: no `answer`")
-        task = row.get("task", "math")
-        if task not in JUDGES:
-            raise UserError(f"{path}, problem {number}: task {task!r} is none of {', '.join(JUDGES)}")
+        task = known_task(row, f"{path}, problem {number}")
         answer = str(row["answer"]) if task == "countdown" else verify.reference_answer(str(row["answer"]))
         problems.append(Problem(question, answer, task))
         if task == "countdown":
-            read_countdown(answer)
+            try:
+                read_countdown(answer)
+            except UserError as error:
+                raise UserError(f"{path}, problem {number}: {error}") from None
     return problems
+
+
+def known_task(row: dict, where: str) -> str:
+    """The `task` of a row, `math` where it names none; UserError says `where` if there is no judge of that name."""
+    task = row.get("task", "math")
+    if not isinstance(task, str) or task not in JUDGES:
+        raise UserError(f"{where}: task {task!r} is none of {', '.join(JUDGES)}")
+    return task
 
 
 INSTRUCTION = "\nReason step by step, and put your final answer within \\boxed{}."
@@ -217,6 +262,12 @@ def garbled(text: str, question: str = "") -> bool:
 
 
 def script(letter: str) -> str:
-    """The script of a letter by its Unicode name ("LATIN", "CJK", ...). Styled maths letters count as Latin."""
-    name = unicodedata.name(letter, "UNKNOWN").split(" ")[0].split("-")[0]
-    return "LATIN" if name in ("MATHEMATICAL", "DOUBLE", "SCRIPT", "BLACK", "FULLWIDTH") else name
+    """The script of a letter by its Unicode name ("LATIN", "CJK", ...).
+
+    NFKC first, which turns maths' letters into the plain ones that they stand for: the micro sign into a mu, the Planck
+    constant and double-struck R into Latin letters. Only the infinite cardinals would become Hebrew.
+    """
+    if letter in "\u2135\u2136\u2137":
+        return "LATIN"
+    plain = unicodedata.normalize("NFKC", letter)[0]
+    return unicodedata.name(plain, "UNKNOWN").split(" ")[0].split("-")[0]

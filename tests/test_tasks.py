@@ -103,6 +103,24 @@ def test_problems_are_reproducible_and_distinct():
     assert stream(3) == stream(3) and len(set(stream(3))) == 3_000 and stream(3)[:50] != stream(4)[:50]
 
 
+@pytest.mark.parametrize("numbers, operators, count", [(3, "*", 232), (2, "+", 1105), (2, "/", 177)])
+def test_a_stream_that_runs_dry_says_so(numbers, operators, count):
+    """Guards against a hang: numbers that no way combines (9*9*9 > 99), and more problems asked for than there are."""
+    stream = tasks.countdown(0, numbers=numbers, operators=operators)
+    with pytest.raises(UserError, match=f"only {count} distinct problems with {numbers} numbers"):
+        assert len(list(islice(stream, count + 1))) <= count
+
+
+def test_numbers_without_a_walk():
+    """Guards against a walk that is looked for without end, and a stream of it begun with an unknown operator."""
+    assert not tasks.has_walk([49, 49, 49], "+") and tasks.has_walk([49, 49, 49], "+-")
+    with pytest.raises(UserError, match="no way found"):
+        tasks.random_walk([49, 49, 49], "+", random.Random(0))
+    for operators in ("", "x"):
+        with pytest.raises(UserError, match="--operators"):
+            next(tasks.countdown(0, operators=operators))
+
+
 @pytest.mark.parametrize("answer", ["22", "22 from 3", "22 from 3 5 with ^", "x from 3 5 with +", "22 from 3 5"])
 def test_countdown_answers_are_checked(answer):
     """Guards against a problem file whose mistakes become zero rewards."""
@@ -175,7 +193,8 @@ def test_problem_files(tmp_path):
         ([GOOD, GOOD, {"problem": "p"}], "problem 3: no `answer`"),
         ([{"problem": "p", "answer": ""}], "problem 1: no `answer`"),
         ([GOOD | {"task": "chess"}], "problem 1: task 'chess'"),
-        ([GOOD | {"task": "countdown"}], "not a countdown answer"),
+        ([GOOD | {"task": ["math"]}], "problem 1: task ['math']"),
+        ([GOOD, GOOD | {"task": "countdown"}], "problem 2: not a countdown answer"),
         ([""], "holds no problems"),
         (["1" * 5000 + "\n"], "line 1"),
         (["[" * 100_000 + "\n"], "line 1"),
@@ -183,7 +202,7 @@ def test_problem_files(tmp_path):
 )
 def test_bad_problem_files_name_the_place(tmp_path, lines, message):
     """Guards against a traceback, or worse a problem silently skipped, after hours of a run."""
-    with pytest.raises(UserError, match=r"problems\.jsonl|countdown") as error:
+    with pytest.raises(UserError, match=r"problems\.jsonl") as error:
         load(tmp_path, *lines)
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -253,6 +272,7 @@ def test_repeats_against_brute_force(tokens, ngram, times):
         ("Then α ≤ ½·x², so ∑ = 7 → done.\n", "", False),
         ("𝑥 + ℝ and ﬁne", "", False),
         ("the naïve façade", "", False),
+        ("5 \u00b5m at 90\u00ba, la 1\u00aa, \u210f\u03c9, \u2113, \uff21 and \u2135\u2080", "", False),
         ("broken \ufffd bytes", "", True),
         ("a bell \x07", "", True),
         ("so 答案 is", "", True),
