@@ -456,15 +456,14 @@ def open_tensors(folder: Path) -> dict[str, safe_open]:
 
 
 def save_pretrained(model: Transformer, path: str | Path, tokenizer=None, weights: dict | None = None) -> None:
-    """Write a Hugging Face folder, whole or not at all: until it is complete and on disk it is called PATH.partial.
+    """Write a Hugging Face folder, whole or not at all: until it is complete and on disk it is called .NAME.partial.
 
     tokenizer: its files are put beside the weights. weights: the full parameters by name, if the model's own are
     sharded over several processes.
     """
     path = Path(path)
-    partial_path, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    partial_path, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     shutil.rmtree(partial_path, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     partial_path.mkdir(parents=True)
 
     weights = dict(model.named_parameters()) if weights is None else weights
@@ -495,6 +494,7 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer=None, weight
         os.fsync(descriptor)
         os.close(descriptor)
     if path.exists():  # a rename cannot replace a folder that holds files
+        shutil.rmtree(old, ignore_errors=True)  # not before: without `path` it is what a crash left, the only copy
         path.rename(old)
     partial_path.rename(path)
     shutil.rmtree(old, ignore_errors=True)

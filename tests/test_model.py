@@ -269,6 +269,25 @@ def test_saving_replaces_and_an_interrupted_save_leaves_the_old_folder(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_saving_touches_nothing_of_others_and_keeps_the_last_good_copy(tmp_path, monkeypatch):
+    """A user's own model.old deleted in silence; or, after a crash between the two renames, the only copy."""
+    for neighbour in ("model.old", "model.partial"):
+        (tmp_path / neighbour).mkdir()
+        (tmp_path / neighbour / "mine").write_text("precious")
+    for seed in (0, 1):
+        save_pretrained(random_init(SMALL, seed), tmp_path / "model")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old", "model.partial"}
+    assert all((tmp_path / name / "mine").read_text() == "precious" for name in ("model.old", "model.partial"))
+    (tmp_path / "model").rename(tmp_path / ".model.old")  # as the crash leaves it
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "config_to_hf", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save_pretrained(random_init(SMALL, 2), tmp_path / "model")
+    load_pretrained(tmp_path / ".model.old")
+    save_pretrained(random_init(SMALL, 2), tmp_path / "model")
+    assert not (tmp_path / ".model.old").exists()
+
+
 def test_run_folder_is_recognised(tmp_path):
     """A run has a config.json of its own, its flags: --model RUN must mean RUN/model and never read the flags."""
     save_pretrained(random_init(SMALL, 0), tmp_path / "model")
