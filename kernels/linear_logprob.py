@@ -33,7 +33,7 @@ On a CPU the tiles are sized for its cache, and everything is computed in fp32. 
 import torch
 
 from .jit import wide
-from .logprob import accumulate, finish, logits_gradient, logprob_entropy, new_state
+from .logprob import accumulate, check_targets, finish, logits_gradient, logprob_entropy, new_state
 
 TILE_ROWS, TILE = 16384, 1 << 23  # at most so many rows, and about so many logits, in a tile: 32 MiB of fp32
 CPU_TILE_ROWS, CPU_TILE = 512, 1 << 18  # 1 MiB
@@ -45,8 +45,11 @@ def linear_logprob_entropy(
     """Log-prob of each target, and entropy, under softmax(hidden @ weight.T / temperature), without [N, V] in memory.
 
     hidden [N, D], weight [V, D], targets [N] int64 -> logprob [N], entropy [N] in fp32 (nats), both differentiable with
-    respect to hidden and weight. A target below 0 marks a row to ignore: 0, 0, no gradient.
+    respect to hidden and weight. A target below 0 marks a row to ignore: 0, 0, no gradient. V or more: IndexError on
+    a CPU; on CUDA the result has no meaning. One backward pass only: small problems keep their logits, and it
+    overwrites them.
     """
+    check_targets(targets, len(weight))
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     kind = hidden.device.type
     if kind == "cpu":

@@ -37,10 +37,17 @@ def logprob_entropy(
 
     logits [N, V] (fp32, bf16, fp16; -inf allowed), targets [N] int64 -> logprob [N], entropy [N] in fp32 (nats), both
     differentiable. A target below 0 marks a row to ignore: 0, 0, no gradient. `inplace`: the gradient overwrites the
-    logits; allowed when nobody reads them after the backward pass.
+    logits; allowed when nobody reads them after the backward pass. A second backward pass is then not possible.
+    A target of V or more: IndexError on a CPU; on CUDA, where to look would be to wait, the result has no meaning.
     """
+    check_targets(targets, logits.shape[1])
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     return _LogprobEntropy.apply(logits, targets.contiguous(), temperature, inplace)
+
+
+def check_targets(targets: torch.Tensor, vocabulary: int) -> None:
+    if targets.device.type == "cpu" and (targets >= vocabulary).any():
+        raise IndexError(f"target {int(targets.max())} is outside the vocabulary of {vocabulary}")
 
 
 class _LogprobEntropy(torch.autograd.Function):

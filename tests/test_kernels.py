@@ -220,6 +220,18 @@ def test_ignored_rows_count_for_nothing():
 
 
 @on_cpu
+@pytest.mark.parametrize("tile", [0, 1 << 23])
+def test_targets_beyond_the_vocabulary_are_refused(tile, monkeypatch):
+    """Guards against another tokenizer's ids: a target that no tile holds had a log-prob all the same, of nothing."""
+    monkeypatch.setattr(linear_logprob, "TILE", tile)
+    hidden, weight, targets = torch.randn(3, 8), torch.randn(300, 8), torch.tensor([299, -1, 300])
+    with pytest.raises(IndexError, match="target 300 is outside the vocabulary of 300"):
+        kernels.linear_logprob_entropy(hidden, weight, targets)
+    with pytest.raises(IndexError, match="target 300"):
+        kernels.logprob_entropy(hidden @ weight.T, targets)
+
+
+@on_cpu
 def test_frozen_halves_and_autocast():
     """Guards against demanding a gradient nobody asked for, and against autocast rounding the outputs to bf16."""
     hidden, weight, targets = torch.randn(9, 8), torch.randn(30, 8), torch.randint(30, (9,))
