@@ -38,6 +38,17 @@ def run(main: Callable[[Config], None], config_class: type[Config], args: list[s
         sys.exit(130)
 
 
+def read_json(path: str | Path) -> dict:
+    """The object that a JSON file holds."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers too long, nested too deep
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object, found {type(value).__name__}")
+    return value
+
+
 def read_jsonl(path: str | Path) -> list[dict]:
     """The objects of a JSONL file; UserError names the file and line of the first one that is not a JSON object."""
     try:
@@ -63,10 +74,29 @@ def read_jsonl(path: str | Path) -> list[dict]:
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing: a killed process leaves the old file, never half of a new one."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def check_parent(path: str | Path) -> None:
+    """UserError if `path` cannot be created: for a command that writes at its end, to find out at its start."""
+    nearest = next(parent for parent in Path(path).absolute().parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError(f"cannot write {path}: {nearest} is not a folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"cannot write {path}: no permission to write in {nearest}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder to the disk: only then does a rename in it outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

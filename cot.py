@@ -307,6 +307,7 @@ class Config:
 def main(config: Config) -> None:
     if Path(config.out).exists():
         raise UserError(f"{config.out} exists already: choose another --out")
+    cli.check_parent(config.out)
     if bool(config.data) != bool(config.model):
         raise UserError("--data and --model belong together: a problem file, and checkpoints that attempt it")
     if min(config.count, config.n, config.most, config.limit or 1) < 1 or config.failures < 0:

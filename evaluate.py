@@ -386,9 +386,13 @@ def main(config: Config) -> None:
         raise UserError(f"--n {config.n} samples cannot give pass@{max(ks)}: raise --n")
     if config.curate and (len(config.model) > 1 or config.n < 2 or Path(config.curate).exists()):
         raise UserError("--curate needs one --model, --n of at least 2, and a file that does not exist yet")
+    if config.curate:
+        cli.check_parent(config.curate)
     results: dict[str, Result] = {}
     saved = Path(config.out) / "results.json" if config.out else None
     flags = {k: v for k, v in asdict(config).items() if k not in ("model", "out", "resume", "curate", "max_batch")}
+    if saved:
+        cli.check_parent(saved)
     if saved and saved.exists():
         if not config.resume:
             raise UserError(f"{saved} exists: choose another --out, or --resume to add to it")

@@ -30,11 +30,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cli import UserError, write_text
+from cli import UserError, check_parent, sync_folder, write_text
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
 from packing import Packed
@@ -63,6 +64,8 @@ def start(device: str = "auto") -> World:
     """Join the ranks that torchrun started; without torchrun, a World of one with no process group at all."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"--device {device}: cpu, cuda or auto")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA device")
     if "RANK" not in os.environ:
@@ -330,36 +333,32 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], state: dict[
             shutil.rmtree(old.rename(old.with_suffix(".partial")))  # a half-removed one must not look complete
 
 
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def load_checkpoint(path: Path, parts: dict[str, Any], world: World) -> dict[str, Any]:
-    """Fill `parts` in place from a checkpoint written by any number of ranks, and return its `state` (with `step`).
+DAMAGE = (CheckpointException, LookupError, TypeError, OSError, ValueError, RuntimeError, EOFError, pickle.PickleError)
 
-    The generators are restored too, where this rank had one when it was written.
-    """
+
+def load_checkpoint(path: Path, parts: dict[str, Any], world: World, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Fill `parts` in place from a checkpoint of any number of ranks, and the generators where this rank had one.
+    Returns its state, which holds `step` and what is `needed`."""
     tensors = named_tensors(parts)
     try:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {path} is damaged: {error}") from None
-    for name, tensor in tensors.items():
-        if name not in stored:
-            raise UserError(f"checkpoint {path} does not hold {name}")
-        if stored[name].size != tensor.shape:
-            raise UserError(f"checkpoint {path}: {name} has shape {[*stored[name].size]}, expected {[*tensor.shape]}")
-    generators = {name: value for name, value in random_state(world).items() if name in stored}
-    dcp.load(tensors | generators, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
+        [state[name] for name in ("step", *needed)]  # missing: as damaged as the rest
+        for name, tensor in tensors.items():
+            if name not in stored:
+                raise UserError(f"checkpoint {path} does not hold {name}")
+            if (size := stored[name].size) != tensor.shape:
+                raise UserError(f"checkpoint {path}: {name} has shape {[*size]}, expected {[*tensor.shape]}")
+        generators = {name: value for name, value in random_state(world).items() if name in stored}
+        dcp.load(tensors | generators, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
+    except DAMAGE as error:  # torch's own would be pages, one for every tensor
+        raise UserError(f"checkpoint {path} is damaged ({type(error).__name__})") from None
     for name, value in generators.items():
         torch.set_rng_state(value) if ".cpu." in name else torch.cuda.set_rng_state(value, world.device)
     return state
@@ -377,6 +376,7 @@ def check_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str,
     if not resume:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists already: --resume to continue the run in it, or choose another --out")
+        check_parent(out)
         return flags
     if not out.is_dir():
         raise UserError(f"--resume: there is no run in {out}")
@@ -481,7 +481,7 @@ def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) ->
 
 @dataclasses.dataclass
 class Guard:
-    """Lets a step pass if its numbers are finite; skips and counts it if not; stops the run after `limit` in a row."""
+    """Lets a step pass if its numbers are finite; skips and counts it if not; UserError after `limit` in a row."""
 
     limit: int = 5
     skipped: int = 0
@@ -493,8 +493,7 @@ class Guard:
         if not bad:
             self.in_a_row = 0
             return True
-        self.skipped += 1
-        self.in_a_row += 1
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= self.limit:
-            raise RuntimeError(f"stopped: {' and '.join(bad)} not finite for {self.limit} steps in a row")
+            raise UserError(f"stopped: {' and '.join(bad)} not finite for {self.limit} steps in a row")
         return False

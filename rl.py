@@ -418,6 +418,7 @@ def export(config: Config, world: World) -> None:
         raise UserError(f"--export: there is no whole checkpoint in {config.out}")
     if Path(config.export).exists():
         raise UserError(f"--export: {config.export} exists already")
+    cli.check_parent(config.export)
     policy = parallel.shard(load_pretrained(config.model), world)
     parallel.load_checkpoint(saved[-1], {"policy": policy}, world)
     parallel.save_model(policy, Path(config.export), load_tokenizer(config.model), world)
@@ -444,7 +445,7 @@ def train(config: Config, world: World) -> None:
     parts = {name: part for name, part in parts.items() if part is not None}
     state, guard, done = {"cursor": 0, "entropy_coef": recipe.entropy_coef}, parallel.Guard(), 0
     if saved := parallel.complete_checkpoints(out / "checkpoints"):
-        found = parallel.load_checkpoint(saved[-1], parts, world)
+        found = parallel.load_checkpoint(saved[-1], parts, world, (*state, "skipped", "in_a_row"))
         done, state = found["step"], {name: found[name] for name in state}
         guard.skipped, guard.in_a_row = found["skipped"], found["in_a_row"]
     log = parallel.MetricsLog(out, done, world, config.log)

@@ -297,7 +297,7 @@ def train(config: Config, world: World) -> None:
     parts = {"policy": scorer, "adamw": optimizer}
     guard, step = parallel.Guard(config.max_skips), 0
     if saved := parallel.complete_checkpoints(out / "checkpoints"):
-        state = parallel.load_checkpoint(saved[-1], parts, world)
+        state = parallel.load_checkpoint(saved[-1], parts, world, ("data", "skipped", "in_a_row"))
         if state["data"] != fingerprint:
             raise UserError(f"--resume: the training data is not what {out} was started with")
         step, guard.skipped, guard.in_a_row = state["step"], state["skipped"], state["in_a_row"]

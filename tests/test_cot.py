@@ -239,6 +239,7 @@ def test_program_chains_as_a_file(tmp_path):
         ({"operators": "+^"}, "--operators"),
         ({"operators": ""}, "--operators"),
         ({"out": "taken"}, "exists"),
+        ({"out": "taken/sub/chains.jsonl"}, "taken is not a folder"),
     ],
 )
 def test_bad_flags_write_nothing(flags, message, tmp_path, monkeypatch):

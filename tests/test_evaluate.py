@@ -278,6 +278,8 @@ def test_pass_at_1_is_the_mean_rate(counts):
         ({"task": "countdown", "curate": "kept.jsonl", "model": ["a", "b"]}, "--curate"),
         ({"task": "countdown", "limit": 2}, "absent"),
         ({"task": "countdown", "out": "."}, "exists"),
+        ({"task": "countdown", "out": "results.json"}, "results.json is not a folder"),
+        ({"task": "countdown", "curate": "results.json/kept.jsonl"}, "results.json is not a folder"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(flags, message, tmp_path, monkeypatch):

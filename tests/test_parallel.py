@@ -328,6 +328,34 @@ def test_bad_checkpoints_are_named(tmp_path):
         parallel.load_checkpoint(saved, {"policy": scorer}, ALONE)
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing", "scrambled", "no state", "no object"])
+def test_damaged_checkpoints_are_one_line(tmp_path, damage):
+    """Bug: a data file cut off by a full disk ends in pages of traceback; torch's exception is no Exception."""
+    scorer = make_scorer(ALONE)
+    parallel.save_checkpoint(tmp_path, 1, {"policy": scorer}, {"seen": 5}, ALONE)
+    saved = tmp_path / "step-000001"
+    assert parallel.load_checkpoint(saved, {"policy": scorer}, ALONE, needed=("seen",))["seen"] == 5
+    (data,) = saved.glob("*.distcp")
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[:1000])
+    elif damage == "missing":
+        data.unlink()
+    elif damage == "scrambled":
+        data.write_bytes(bytes(len(data.read_bytes())))
+    else:
+        (saved / "state.json").write_text('{"step": 1}' if damage == "no state" else "7")
+    with pytest.raises(UserError, match="step-000001 is damaged") as error:
+        parallel.load_checkpoint(saved, {"policy": scorer}, ALONE, needed=("seen",))
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_devices_are_one_line():
+    """Bug: a typing mistake in --device shows as torch's traceback."""
+    for device in ("foo", "cuda:x", "mps:", ""):
+        with pytest.raises(UserError, match="--device"):
+            parallel.start(device)
+
+
 # --- the run folder ---------------------------------------------------------------------------------------------------
 
 
@@ -378,7 +406,7 @@ def test_guard_skips_then_stops():
     assert not guard.allows(loss=1.0, gradient=math.inf)
     assert guard.allows(loss=1.0, gradient=2.0) and guard.skipped == 2
     assert not guard.allows(loss=math.nan, gradient=1.0) and not guard.allows(loss=math.nan, gradient=1.0)
-    with pytest.raises(RuntimeError, match="loss not finite for 3 steps in a row"):
+    with pytest.raises(UserError, match="loss not finite for 3 steps in a row"):
         guard.allows(loss=math.nan, gradient=1.0)
 
 
