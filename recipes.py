@@ -4,10 +4,12 @@ A recipe says which baseline, which reward, where the KL enters, what is average
 in its paper. What the words mean is in rl.py (T1) and relatives.py (all others).
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from cli import UserError
+from tasks import check_operators
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,24 @@ def check(config: Config, recipe: Recipe) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
     for name in ("lr", "temperature"):
-        if getattr(recipe, name) <= 0:
+        if not 0 < getattr(recipe, name) < math.inf:
             raise UserError(f"--{name} must be above 0 in training, not {getattr(recipe, name)}")
+    for name in ("warmup", "cooldown", "show_every", "plan"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be below 0, but is {getattr(config, name)}")
+    for name in ("kl_coef", "entropy_coef", "clip_low", "clip_high"):
+        if not getattr(recipe, name) >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be below 0, but is {getattr(recipe, name)}")
+    for name, value in (("anchor-decay", recipe.anchor_decay), ("trace", config.trace)):
+        if not 0 <= value <= 1:
+            raise UserError(f"--{name} must lie between 0 and 1, but is {value}")
+    if not config.max_grad_norm > 0:
+        raise UserError(f"--max-grad-norm must be above 0, not {config.max_grad_norm}")
+    if recipe.reward == "soft_overlong" and config.max_tokens < 5:
+        raise UserError(f"--max-tokens {config.max_tokens}: the recipe {config.recipe} lets a fifth of it be a buffer")
+    if not 2 <= config.numbers <= 4:
+        raise UserError(f"--numbers must be 2, 3 or 4, not {config.numbers}")
+    check_operators(config.operators)
     if config.samples < 2 and recipe.by_group:
         raise UserError(f"--samples 1: the recipe {config.recipe} compares each response with others of its prompt")
     if config.judge and recipe.reward != "exploration":
