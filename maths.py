@@ -67,10 +67,8 @@ def unit_of(phrase: str) -> str:
 
     A plural that we do not know ("marbles") is what was counted; "is", "plus", "less", "guess" do not look like one.
     """
-    words = []
-    for word in (
-        phrase.lower().replace(".", "").replace(",", " ").replace("/", " per ").replace("mph", "mile per hour").split()
-    ):
+    words, phrase = [], phrase.lower().replace(".", "").replace(",", " ").replace("/", " per ")
+    for word in phrase.replace("mph", "mile per hour").split():
         name = UNITS.get(word) or UNITS.get(word.removesuffix("s"))
         if name is None and (word in NOT_COUNTED or not re.fullmatch(r"[a-z]+[^aiusz\W]s", word)):
             return ""
@@ -206,9 +204,8 @@ class Parser:
                 raise ParseError("two numbers side by side")
             right = self.expression(LEVEL[op if implicit else self.tokens.pop()] + 1)
             if LEVEL[op] == 1:
-                left = (
-                    ("chain", f"{left[1]} {op}", *left[2:], right) if left[0] == "chain" else ("chain", op, left, right)
-                )
+                signs, *parts = left[1:] if left[0] == "chain" else ("", left)
+                left = ("chain", f"{signs} {op}".strip(), *parts, right)
             elif op in "*/":
                 left = times(left, right if op == "*" else ("^", right, MINUS_ONE))
             else:
@@ -255,7 +252,9 @@ class Parser:
         if token.startswith("\\begin"):
             return self.environment(token.replace("begin", "end"))
         if token in FUNCTIONS:
-            return self.function(token)
+            self.deeper()  # \sqrt\sqrt2 nests without a bracket
+            node, self.depth = self.function(token), self.depth - 1
+            return node
         if not re.fullmatch(r"[A-Za-zℝ]+", token) or token in ("and", "or", "the end"):
             raise ParseError(f"expected a value, found {token!r}")
         if token in "fghFGH" and self.take("("):
@@ -302,7 +301,8 @@ def members(node: Node) -> tuple[Node, ...]:
 
 def read(text: str, loose: bool = True) -> Node:
     """The tree of an answer, ("text", words) if it is words; ± as the list of all that it may stand for."""
-    tokens = tokenise(re.sub(r"(?<!\\)[.,;\s]+$", "", text), loose)
+    bare = text.rstrip(".,; \t\r\n")
+    tokens = tokenise(text[: len(bare) + bare.endswith("\\")], loose)  # `\,` is one
     if all(token[:1] in ('"', ",", "") for token in tokens):
         return ("text", " ".join(tokens))
     signs = [k for k, token in enumerate(tokens) if token in ("±", "∓")]
@@ -334,9 +334,10 @@ def is_label(node: Node) -> bool:
             return bool(names(node))
         case ("call", "index" | "apply" | "prime", *_):
             return True
-        case ("tuple", _, *parts) | (":", *parts) | ("call", "abs", *parts) | ("^", *parts, ("num", "-1")):
+        case ("tuple", _, *parts) | (":", *parts) | ("call", "abs", *parts):
             return all(map(is_label, parts))
-        case ("*", ("name", first), *parts):
+        case ("*", ("name", first), *parts):  # AB/CD, too
+            parts = [part[1] if part[0] == "^" and part[2] == MINUS_ONE else part for part in parts]
             return (first.isupper() or len(first) > 1) and all(map(is_label, parts))
     return False
 
