@@ -31,7 +31,9 @@ What we do differently from the paper, and why:
 5. The temperature divides the logits in the trainer just as in the sampler. Otherwise the ratio compares two different
    policies. Sampling in training never truncates (no top-p, no min-p): the ratio would be biased by what was cut.
 6. The KL is estimated on the sampled tokens (the sum of log-ratios), which needs one pass of the anchor and no more.
-7. Nothing is scheduled but a warm-up of the learning rate: no other schedule has earned its place in an experiment yet.
+7. The learning rate may rise at the start (--warmup) and fall at the end (--cooldown, which the demo's small policy
+   wants). With a cool-down the number of steps is part of the run: --resume then refuses another.
+8. Centring the KL matters only to a baseline that does not subtract it anyway; leave-one-out does, see `centred_kl`.
 
 GRPO, Dr. GRPO, DAPO, REINFORCE and RLSP are the same loop with other pieces: relatives.py; what each takes: recipes.py.
 """
@@ -73,7 +75,8 @@ def penalise(outcomes: Tensor, patterns: list[str | None]) -> Tensor:
 def centred_kl(logprob: Tensor, anchor_logprob: Tensor, mask: Tensor) -> Tensor:
     """On-policy KL of each response to the anchor, in nats, less its mean over the batch. Inputs [N, T], output [N].
 
-    Centred, it cannot push all responses up or down at once; it only prefers those nearer to the anchor.
+    Centred, it cannot push all responses up or down at once; it only prefers those nearer to the anchor. As in the
+    paper; with leave-one-out, or any baseline that subtracts a constant from all, the mean cancels: it changes nothing.
     """
     kl = ((logprob - anchor_logprob) * mask).sum(dim=1)
     return kl - kl.mean()
@@ -188,7 +191,8 @@ def per_token(function: Callable[[Packed], Tensor], examples: list[Example], tok
     found = {}
     for rows in parallel.micro_batches([len(example.tokens) for example in examples], tokens, world):
         packed = pack([examples[i] for i in rows])
-        found |= dict(zip(rows, packed.extract(function(packed).cpu())))
+        values = packed.extract(function(packed).cpu())
+        found |= dict(zip(rows, (value.clone() for value in values)))  # a view is pickled with all that it views
     merged = {i: values for share in parallel.gather_objects(found) for i, values in share.items()}
     return [merged[i] for i in range(len(examples))]
 
@@ -437,10 +441,12 @@ PANELS = {
 def train(config: Config, world: World) -> None:
     recipe = resolve(config)
     check(config, recipe)
-    parallel.check_run(config.out, config, config.resume, MAY_CHANGE)
+    # The cool-down is counted from the end: with another number of steps, the steps already taken had the wrong rate.
+    may_change = tuple(name for name in MAY_CHANGE if name != "steps" or not config.cooldown)
+    parallel.check_run(config.out, config, config.resume, may_change)
     problems = read_problems(config, recipe)
     learner = make_learner(config, recipe, world)
-    out = parallel.open_run(config.out, config, config.resume, MAY_CHANGE, world)
+    out = parallel.open_run(config.out, config, config.resume, may_change, world)
     parts = {"policy": learner.policy, "anchor": learner.anchor, "critic": learner.critic, "adamw": learner.optimizer}
     parts = {name: part for name, part in parts.items() if part is not None}
     state, guard, done = {"cursor": 0, "entropy_coef": recipe.entropy_coef}, parallel.Guard(), 0

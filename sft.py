@@ -1,6 +1,6 @@
 """T1 stage 1, the training: supervised fine-tuning on chains of thought that try, fail, notice and verify.
 
-    python sft.py --task countdown --lr 2e-3 --epochs 2 --out runs/sft               # the demo's model, from scratch
+    python sft.py --task countdown --batch-tokens 1024 --lr 3e-3 --weight-decay 0 --epochs 1 --out runs/sft  # demo's
     python sft.py --model Qwen2.5-0.5B --data chains.jsonl --out runs/sft            # 3 epochs at 1e-5, as the paper
     torchrun --standalone --nproc_per_node=8 sft.py --model DIR --data chains.jsonl --out runs/sft
     python sft.py ... --out runs/sft --resume                                        # goes on where it was killed
@@ -50,8 +50,11 @@ from packing import Example, pack
 from parallel import Scorer, World
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
-MAY_CHANGE = ("resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every", "keep", "log")
-"""Flags that --resume accepts with another value. All others would make it a different run."""
+MAY_CHANGE = (
+    "out", "plan", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every", "keep",
+    "log",
+)  # fmt: skip
+"""Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +327,8 @@ def train(config: Config, world: World) -> None:
         if measured:
             with torch.no_grad():
                 metrics["heldout_loss"], _ = loss_of(scorer, heldout, config.micro_tokens, world)
-            bar.write(f"step {step}: loss {loss:.4f}, held-out {metrics['heldout_loss']:.4f}")
+            if world.main:
+                bar.write(f"step {step}: loss {loss:.4f}, held-out {metrics['heldout_loss']:.4f}")
         log.write(step, metrics)
         bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
         bar.update()

@@ -86,6 +86,17 @@ def test_centred_kl_by_hand():
     same(rl.centred_kl(logprob, anchor, mask), 1.5 - 2.25, 3 - 2.25)
 
 
+def test_centring_cancels_in_leave_one_out():
+    """Bug: a KL centred in another way than by one constant for all; under leave-one-out that constant must cancel."""
+    generator = torch.Generator().manual_seed(0)
+    logprob, anchor = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
+    rewards, mask = torch.randn(6, generator=generator, dtype=torch.float64), torch.ones(6, 5)
+    plain = rewards - 0.3 * (logprob - anchor).sum(dim=1)
+    centred = rewards - 0.3 * rl.centred_kl(logprob, anchor, mask)
+    assert not torch.allclose(plain, centred)
+    same(rl.leave_one_out(centred.view(2, 3)), *rl.leave_one_out(plain.view(2, 3)).flatten().tolist(), tolerance=1e-12)
+
+
 def test_leave_one_out_by_hand():
     """Bug: the response's own reward in its baseline (which is GRPO's mean, and biased)."""
     same(rl.leave_one_out(tensor(1, 0, 0, 0).view(1, 4)), 1, -1 / 3, -1 / 3, -1 / 3)

@@ -266,6 +266,15 @@ def test_other_flags_are_refused_on_resume(whole, model, tmp_path):
         rl.main(flags(model, tmp_path / "run", lr=2e-3, resume=True))
 
 
+def test_a_cooldown_fixes_the_number_of_steps(whole, model, tmp_path):
+    """Bug: a run whose rate had begun to fall is resumed with more steps, and its rate jumps up again."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    changed = json.loads((tmp_path / "run" / "config.json").read_text()) | {"cooldown": 2}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match="--steps"):
+        rl.main(flags(model, tmp_path / "run", cooldown=2, steps=50, resume=True))
+
+
 def test_export_writes_the_newest_policy(whole, model, tmp_path):
     """Bug: the exported folder holds the starting weights, or overwrites something."""
     rl.main(flags(model, whole[0], export=str(tmp_path / "exported")))

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,14 @@ def test_bad_flags_change_nothing(finished, tmp_path, capsys, arguments, complai
     assert complaint in capsys.readouterr().err
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "new").exists()
+
+
+def test_a_moved_folder_resumes(finished, tmp_path):
+    """Bug: --resume calls a run that was copied elsewhere another run, because --out is one of its flags."""
+    shutil.copytree(finished, tmp_path / "moved")
+    shutil.rmtree(tmp_path / "moved" / "model")
+    run(tmp_path / "moved", resume=True)
+    assert (tmp_path / "moved" / "model" / "model.safetensors").exists()
 
 
 def test_resuming_with_other_data_is_refused(tmp_path):
