@@ -35,7 +35,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -141,14 +141,18 @@ def load_sampler(path: str, max_batch: int = 256) -> tuple[Sampler, Tokenizer]:
 
 
 def ask(path: str, chats: list[list[dict]], n: int, params: SamplingParams, what: str) -> list[list[str]]:
-    """What a checkpoint answers to each chat, up to n answers; those that never end or are garbled are left out."""
+    """What a checkpoint answers to each chat, up to n answers; those that never end or are garbled are left out, and so
+    are chats without room for an answer: one long set of notes must not undo hours of attempts."""
     sampler, tokenizer = load_sampler(path)
     print(f"{what}: {len(chats)} x {n} from {path}")
     prompts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
-    answers = sampler.generate(prompts, n, params, progress=True)
-    texts = [
-        [tokenizer.decode(a.tokens[:-1], True).strip() for a in row if a.finish_reason == "stop"] for row in answers
-    ]
+    fits = [i for i, prompt in enumerate(prompts) if len(prompt) + params.max_tokens <= sampler.model.config.context]
+    if len(fits) < len(prompts):
+        print(f"{what}: {len(prompts) - len(fits)} prompts leave no room for {params.max_tokens} tokens: skipped")
+    answers = sampler.generate([prompts[i] for i in fits], n, params, keys=fits, progress=True)
+    texts: list[list[str]] = [[] for _ in chats]
+    for i, row in zip(fits, answers):
+        texts[i] = [tokenizer.decode(a.tokens[:-1], True).strip() for a in row if a.finish_reason == "stop"]
     contents = [chat[-1]["content"] for chat in chats]
     return [[t for t in row if t and not tasks.garbled(t, asked)] for row, asked in zip(texts, contents)]
 
@@ -259,7 +263,7 @@ def by_attempts(config: "Config") -> list[dict]:
         row = {"problem": problem.question, "answer": problem.answer, "task": problem.task, "response": response}
         rows.append(row | {"stop": True, "failures": len(failures)})
     if config.rewrite:
-        rewrite(config.rewrite, rows, params)
+        rewrite(config.rewrite, rows, replace(params, max_tokens=config.rewrite_tokens))
     return rows
 
 
@@ -302,6 +306,8 @@ class Config:
     """From attempts: checkpoint that writes the critiques; a plain template without it."""
     rewrite: str | None = None
     """From attempts: checkpoint that rewrites the merged chains; they stay as merged without it."""
+    rewrite_tokens: int = 1024
+    """From attempts: longest rewriting; it holds several attempts, so it needs more room than one of them."""
 
 
 def main(config: Config) -> None:
@@ -310,6 +316,8 @@ def main(config: Config) -> None:
     cli.check_parent(config.out)
     if bool(config.data) != bool(config.model):
         raise UserError("--data and --model belong together: a problem file, and checkpoints that attempt it")
+    if min(config.max_tokens, config.rewrite_tokens) < 1:
+        raise UserError("--max-tokens and --rewrite-tokens must be at least 1")
     if min(config.count, config.n, config.most, config.limit or 1) < 1 or config.failures < 0:
         raise UserError("--count, --n, --most and --limit must be at least 1, --failures at least 0")
     if not 0 < config.hazard < 1:

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from fractions import Fraction
 from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -19,7 +20,9 @@ import tasks
 import verify
 from cli import UserError
 from cot import Attempt
+from sample import Completion, SamplingParams
 from tasks import Problem
+from tokenizer import demo_tokenizer
 
 PROBLEM = Problem("Tom has 3 apples and buys twice as many. How many has he?", "9")
 WRONG = Attempt("Twice 3 is 6. The answer is \\boxed{6}", "6", False)
@@ -203,6 +206,21 @@ def write_problems(tmp_path):
     rows = [{"question": PROBLEM.question, "answer": "He buys 6.\n#### 9"}, {"question": "Hard?", "answer": "1"}]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(tmp_path / "problems.jsonl")
+
+
+def test_chats_without_room_are_skipped(monkeypatch, capsys):
+    """Guards against one long prompt that ends the command after all its work, and answers given to the wrong chat."""
+    tokenizer = demo_tokenizer(cot.WORDS)
+
+    def generate(prompts, n, params, keys, progress):
+        assert keys == [0, 2]
+        return [[Completion([*tokenizer.encode(f"{key}"), 0], [], "stop")] for key in keys]
+
+    sampler = SimpleNamespace(generate=generate, model=SimpleNamespace(config=SimpleNamespace(context=60)))
+    monkeypatch.setattr(cot, "load_sampler", lambda _: (sampler, tokenizer))
+    chats = [[{"role": "user", "content": content}] for content in ("1 2", "7 " * 100, "3 4")]
+    assert cot.ask("m", chats, 1, SamplingParams(20), "rewriting") == [["0"], [], ["2"]]
+    assert "1 prompts leave no room" in capsys.readouterr().out
 
 
 def test_attempts_become_training_data(tmp_path, monkeypatch, capsys):
