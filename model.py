@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cli import UserError
+from cli import UserError, read_json
 
 FAMILIES = ("llama", "qwen2", "qwen3", "glm", "glm4")  # Hugging Face's `model_type`
 GLM = ("glm", "glm4")
@@ -42,10 +42,9 @@ HF_NAMES = {  # our fields that config.json holds as they are
     "qkv_bias": "attention_bias", "mlp_bias": "mlp_bias", "pad_id": "pad_token_id",
 }  # fmt: skip
 ROPE_KEYS = {  # what each `rope_type` is parametrised by, beside its theta
-    "default": (),
-    "linear": ("factor",),
+    "default": (), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+}  # fmt: skip
 SHARD_BYTES = 5_000_000_000  # a safetensors file is no larger than this, unless a single tensor is
 
 
@@ -192,8 +191,11 @@ def document_starts(documents: Tensor) -> Tensor:
 
 def causal_attention(visible: Tensor | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention; visible [B, 1, T, T] says which keys a query sees, None means all up to itself."""
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=grouped)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.is_cuda and (visible is not None or q.dtype == torch.float32):
+        # By its dispatch rules PyTorch would hold all T x T scores here, to save this copy. Not measured on a GPU.
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=group > 1)
 
 
 def rotations(config: Config, positions: Tensor) -> Tensor:
@@ -253,32 +255,22 @@ def model_folder(path: str | Path) -> Path:
     raise UserError(f"{path} holds no model: neither a Hugging Face config.json nor a finished run's model/config.json")
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
-
-
 def read_config(folder: Path) -> Config:
     """The Config of a Hugging Face folder. UserError for anything in it that would be computed differently here."""
-    where, raw = f"{folder}/config.json", read_json(folder / "config.json")
+    where = f"{folder}/config.json"
+    raw = {key: value for key, value in read_json(folder / "config.json").items() if value is not None}
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{where}: model_type {family!r} is not supported (only {', '.join(FAMILIES)})")
-    refuse_unsupported(raw, where)
-    fields = {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if raw.get(theirs) is not None}
+    fields = {"context": Config.context} | {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if theirs in raw}
     if family == "llama":
         fields = {"kv_heads": fields.get("heads")} | fields
-    if family in ("llama", "qwen2") and {"dim", "heads"} <= fields.keys():
-        fields.setdefault("head_dim", fields["dim"] // fields["heads"])
-    for ours in ("vocab_size", "dim", "layers", "heads", "kv_heads", "head_dim", "mlp_dim", "norm_eps"):
+    for ours in ("vocab_size", "dim", "layers", "heads", "kv_heads", "mlp_dim", "context", "head_dim", "norm_eps"):
+        if ours == "head_dim" and family in ("llama", "qwen2"):
+            fields.setdefault("head_dim", fields["dim"] // fields["heads"])
         if not isinstance(fields.get(ours), float if ours == "norm_eps" else int) or fields[ours] <= 0:
             raise UserError(f"{where}: {HF_NAMES[ours]} is {fields.get(ours, 'missing')}")
-
+    refuse_unsupported(raw, where)
     rope = read_rope(raw, where)
     fields["rope_theta"] = rope.pop("rope_theta")
     fields["rope_dim"] = int(fields["head_dim"] * rope.pop("partial_rotary_factor"))
@@ -287,6 +279,9 @@ def read_config(folder: Path) -> Config:
     fields["qkv_bias"] = family == "qwen2" or fields.get("qkv_bias", family in GLM)
     generation = folder / "generation_config.json"
     eos = (raw | (read_json(generation) if generation.is_file() else {})).get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) for token in eos):
+        raise UserError(f"{folder}: eos_token_id is {eos}")
     return Config(
         **fields | {"mlp_bias": family == "llama" and fields.get("mlp_bias", False)},
         family=family,
@@ -294,12 +289,16 @@ def read_config(folder: Path) -> Config:
         out_bias=fields["qkv_bias"] and family in ("llama", "qwen3"),
         qk_norm=family == "qwen3",
         post_norms=family == "glm4",
-        eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        eos_ids=tuple(eos),
     )
 
 
 def refuse_unsupported(raw: dict, where: str) -> None:
     """UserError if an option that these families read, and this file does not, is set to change the result."""
+    kinds = {"layer_types": list, "max_window_layers": int, "rope_scaling": dict, "rope_parameters": dict}
+    for key, kind in kinds.items():
+        if not isinstance(raw.get(key, kind()), kind):
+            raise UserError(f"{where}: {key} is {raw[key]}")
     windows = raw.get("layer_types") or []
     if not windows and raw.get("use_sliding_window") and raw.get("sliding_window"):
         windows = ["sliding_attention"] * (raw["num_hidden_layers"] - raw.get("max_window_layers", 28))
@@ -309,9 +308,8 @@ def refuse_unsupported(raw: dict, where: str) -> None:
         "quantization_config": raw.get("quantization_config"),
         "sliding-window attention": any(kind != "full_attention" for kind in windows),
     }
-    for what, present in problems.items():
-        if present:
-            raise UserError(f"{where}: {what} is not supported")
+    for what in (what for what, present in problems.items() if present):
+        raise UserError(f"{where}: {what} is not supported")
 
 
 def read_rope(raw: dict, where: str) -> dict:
@@ -321,7 +319,7 @@ def read_rope(raw: dict, where: str) -> dict:
     """
     glm = raw["model_type"] in GLM
     rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    rope["rope_type"] = str(rope.pop("type", None) or rope.get("rope_type", "default"))
     rope.setdefault("rope_theta", raw.get("rope_theta", 10_000.0))
     rope.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor", 0.5 if glm else 1.0))
     if rope["rope_type"] == "llama3":
@@ -334,6 +332,9 @@ def read_rope(raw: dict, where: str) -> dict:
         raise UserError(f"{where}: rope parameters {sorted(rope)}, expected {sorted(expected)}")
     if rope["partial_rotary_factor"] != 1.0 and not glm:
         raise UserError(f"{where}: partial_rotary_factor is not supported for {raw['model_type']}")
+    for key in sorted(expected - {"rope_type"}):
+        if not isinstance(rope[key], int | float) or not 0 < rope[key] < math.inf:
+            raise UserError(f"{where}: {key} is {rope[key]}")
     return rope
 
 
@@ -458,8 +459,7 @@ def open_tensors(folder: Path) -> dict[str, safe_open]:
 def save_pretrained(model: Transformer, path: str | Path, tokenizer=None, weights: dict | None = None) -> None:
     """Write a Hugging Face folder, whole or not at all: until it is complete and on disk it is called .NAME.partial.
 
-    tokenizer: its files are put beside the weights. weights: the full parameters by name, if the model's own are
-    sharded over several processes.
+    tokenizer: its files go too. weights: the full parameters by name, if the model's own are sharded over processes.
     """
     path = Path(path)
     partial_path, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")

@@ -312,6 +312,17 @@ def test_run_folder_is_recognised(tmp_path):
         ({"num_key_value_heads": 3}, "key/value heads must divide"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is 2"),
+        ({"model_type": "llama", "head_dim": None, "num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"model_type": "llama", "head_dim": None, "num_attention_heads": "2"}, "num_attention_heads is 2"),
+        ({"max_position_embeddings": "long"}, "max_position_embeddings is long"),
+        ({"eos_token_id": "end"}, r"eos_token_id is \['end'\]"),
+        ({"layer_types": 3}, "layer_types is 3"),
+        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": "a"}, "max_window_layers is a"),
+        ({"rope_scaling": "x"}, "rope_scaling is x"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta is big"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is 4"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type .* is not supported"),
         ({"num_hidden_layers": 3}, "11 tensors are missing, the first is model.layers.2.input_layernorm.weight"),
         ({"num_hidden_layers": 1}, "11 tensors do not belong to the model"),
         ({"vocab_size": 51}, r"embed_tokens.weight is torch.float32 \[50, 32\]"),
@@ -324,6 +335,8 @@ def test_what_cannot_be_computed_is_refused(tmp_path, changes, message):
     raw = json.loads(path.read_text())
     if "rope_scaling" in changes:
         del raw["rope_parameters"]
+    if "eos_token_id" in changes:
+        (path.parent / "generation_config.json").unlink()
     path.write_text(json.dumps({key: value for key, value in (raw | changes).items() if value is not None}))
     with pytest.raises(UserError, match=message):
         load_pretrained(tmp_path)
@@ -362,6 +375,9 @@ def test_broken_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"model.safetensors is missing"):
         load_pretrained(folder)
     (folder / "config.json").write_text('{"model_type": ')
+    with pytest.raises(UserError, match=r"cannot read .*config.json"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"cannot read .*config.json"):
         load_pretrained(folder)
 
