@@ -37,6 +37,10 @@ PLAIN_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['r
 {% elif message['role'] == 'assistant' %}Answer: {{ message['content'] }}{{ eos_token }}
 {% else %}{{ message['content'] }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"""
+# What a template can raise: jinja2's own errors, and those of the Python operations that its expressions stand for.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError
+)  # fmt: skip
 QUOTE = "\ufdd0"  # a code point that stands for nothing in Unicode: see `Tokenizer.chat`
 
 
@@ -58,7 +62,7 @@ class Tokenizer:
         eos = (raw["model"]["vocab"] | self.added).get(self.special_texts.get("eos_token"))
         self.eos_ids = sorted({*eos_ids, *([] if eos is None else [eos])})
         self.vocab_size = max(self.pieces) + 1
-        self.chat_template = read_chat_template(files, settings)
+        self.chat_template = read_chat_template(files, settings, source)
 
     def _read_added_tokens(self, raw: dict) -> None:
         tokens = raw.get("added_tokens", [])
@@ -154,7 +158,7 @@ class Tokenizer:
             template = compile_template(self.chat_template)
             variables = self.special_texts | variables
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-        except (jinja2.TemplateError, TypeError) as error:
+        except TEMPLATE_ERRORS as error:
             raise UserError(f"{self.source}: the chat template refuses this conversation: {error}") from None
 
     def chat(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> list[int]:
@@ -184,17 +188,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             eos = parse_json((folder / name).read_bytes(), str(folder / name)).get("eos_token_id")
-            eos_ids |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+            eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+            if not all(isinstance(token, int) for token in eos):
+                raise UserError(f"{folder / name}: eos_token_id is {eos}")
+            eos_ids |= set(eos)
     try:
         return Tokenizer(files, str(folder), eos_ids)
-    except (KeyError, TypeError) as error:  # a part is missing or of another kind
+    except (LookupError, TypeError, AttributeError, ValueError) as error:  # a part is missing, or of another kind
         raise UserError(f"{folder}/tokenizer.json is not whole, or not byte-level BPE ({error!r})") from None
 
 
 def parse_json(content: bytes, where: str) -> dict:
     try:
         value = json.loads(content)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers too long, nested too deep
         raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, found {type(value).__name__}")
@@ -260,9 +267,12 @@ def read_post_processor(processor: dict | None, source: str) -> tuple[list[int],
     return prefix, suffix
 
 
-def read_chat_template(files: dict[str, bytes], settings: dict) -> str:
+def read_chat_template(files: dict[str, bytes], settings: dict, source: str) -> str:
     if "chat_template.jinja" in files:
-        return files["chat_template.jinja"].decode()
+        try:
+            return files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}/chat_template.jinja: not UTF-8 ({error})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")

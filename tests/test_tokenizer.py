@@ -282,9 +282,14 @@ def test_template_from_the_settings_file_and_its_errors(tmp_path, corpus):
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}{{ [].append(1) }}")
     with pytest.raises(UserError, match="chat template"):  # downloaded code stays in its sandbox
         load_tokenizer(tmp_path).chat(CHATS[0])
-    (tmp_path / "chat_template.jinja").write_text("{% if %}")
-    with pytest.raises(UserError, match="chat template"):
-        load_tokenizer(tmp_path).chat(CHATS[0])
+    failing = ("{% if %}", "{{ 1 / 0 }}", "{{ 10.0 ** 1000 }}", "{{ 'a'.encode('x') }}", "{{ '{1}'.format(1) }}")
+    for template in (*failing, "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(UserError, match="chat template"):
+            load_tokenizer(tmp_path).chat(CHATS[0])
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"chat_template.jinja: not UTF-8"):
+        load_tokenizer(tmp_path)
 
 
 def test_every_end_of_turn_is_known(tmp_path, corpus):
@@ -294,6 +299,10 @@ def test_every_end_of_turn_is_known(tmp_path, corpus):
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 2]}')
     assert load_tokenizer(tmp_path).eos_ids == [0, 2, 4]
+
+
+BAD_SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
 
 
 @pytest.mark.parametrize(
@@ -310,6 +319,9 @@ def test_every_end_of_turn_is_known(tmp_path, corpus):
         ({"added_tokens": [{"id": 0, "content": "<mask>", "lstrip": True}]}, "added token '<mask>'"),
         ({"model": None}, "not byte-level BPE"),
         ({"model": {"type": "BPE", "merges": []}}, r"is not whole.*vocab"),
+        ({"model": "x"}, r"tokenizer.json is not whole"),
+        ({"pre_tokenizer": "x"}, r"tokenizer.json is not whole"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BAD_SPLIT, BYTES]}}, "is not whole.*Parsing error"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "a"}}, "unknown token"),
         (
             {"model": {"type": "BPE", "vocab": {"\u2581a": 0}, "merges": [["\u2581", "a"]]}},
@@ -334,6 +346,12 @@ def test_folders_without_a_tokenizer_are_refused(tmp_path):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version"')
     with pytest.raises(UserError, match="not JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"tokenizer.json: not JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": "end"}')
+    with pytest.raises(UserError, match=r"config.json: eos_token_id is \['end'\]"):
         load_tokenizer(tmp_path)
 
 
