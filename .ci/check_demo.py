@@ -2,8 +2,8 @@
 
     python .ci/check_demo.py runs/demo/summary.json
 
-The bars are floors that a broken demo cannot reach, not the aim: that is 85 % after RL (the README says where it stands).
-They leave room for the luck of one seed; 1,024 problems of 16 samples give pass@1 itself to about a point.
+The bars are floors that a broken demo cannot reach, with room for the luck of one seed. They are not the aim: that is
+85 % after RL, and the README says where it stands. 1,024 problems of 16 samples give pass@1 itself to about a point.
 """
 
 import json
