@@ -20,11 +20,11 @@ Rollouts are most of RL's cost, and T1 takes many per prompt (K = 64, temperatur
 The log-probs are those of the very distribution the token was drawn from: after temperature, top-p and min-p.
 """
 
-import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -37,7 +37,7 @@ import cli
 import kernels
 import tasks
 from cli import UserError
-from model import Transformer, load_pretrained
+from model import Transformer, causal_attention, load_pretrained
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -55,8 +55,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, not {self.max_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature must be 0 (argmax) or more, not {self.temperature}")
+        if self.temperature != 0 and not 1e-3 <= self.temperature < float("inf"):  # below, logits / T can overflow
+            raise UserError(f"temperature must be 0 (argmax), or 0.001 or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p must be in (0, 1], not {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -122,6 +122,7 @@ class Batch:
     def resize(self, rows: int, capacity: int) -> None:
         """Move the cache into tensors of another size, a layer at a time: the peak is one layer above the sum."""
         self.graphs.clear()
+        self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # a pool of graphs dies with the last of them
         for layer, old in enumerate(self.cache):
             # Zeros, because a masked position still enters the product 0 * value, and 0 * NaN is NaN.
             new = old.new_zeros(2, rows, old.shape[2], capacity, old.shape[4])
@@ -166,7 +167,7 @@ class Batch:
         else:  # not yet measured on a GPU
             if self.graphs[key] is None:
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=self.pool):  # one pool: only one graph runs at a time
                     self.step(rows, length)
                 self.graphs[key] = graph.replay
             self.graphs[key]()
@@ -321,8 +322,7 @@ class Sampler:
     def make_batch(self, jobs: list[Job], params: SamplingParams) -> tuple[Batch, int]:
         """An empty batch of as many slots as the budget allows, and how many tokens one prefill may hold.
 
-        Slots are counted for the worst case, every row at its longest. That wastes some of a small budget, and never
-        has to throw a sequence out half-way.
+        Slots are counted for every row at its longest: that wastes some of a small budget, but throws no sequence out.
         """
         config = self.model.config
         shortest, longest = (f(len(job.prompt) for job in jobs) for f in (min, max))
@@ -370,7 +370,7 @@ class Sampler:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             layers.append(torch.stack((k, v)))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return causal_attention(None, layer, q, k, v)
 
         self.model(tokens, positions=torch.arange(width, device=tokens.device).expand_as(tokens), attend=attend)
         for i, job in enumerate(jobs):
@@ -378,19 +378,14 @@ class Sampler:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free now, those that torch holds but does not use included. 8 GiB where nothing tells."""
+    """Bytes that can be had now, those that torch or the page cache could give back included. 8 GiB: nothing tells."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
+        return int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+    except (OSError, TypeError):  # not Linux
         return 8 * 2**30
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -458,8 +453,9 @@ def show(tokenizer: Tokenizer, tokens: Iterator[int]) -> str:
 
 
 def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None:
-    """Questions from the terminal until Ctrl-D. The oldest turns are forgotten when the context is full."""
-    messages = []
+    """Questions from the terminal until Ctrl-D. The oldest turns are forgotten to leave room for an answer."""
+    messages, context = [], sampler.model.config.context
+    room = min(params.max_tokens, context // 4)
     while True:
         try:
             question = input("> ").strip()
@@ -470,10 +466,14 @@ def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None
         if not question:
             continue
         messages.append({"role": "user", "content": question})
-        while len(prompt := tokenizer.chat(messages)) >= sampler.model.config.context and len(messages) > 1:
+        while len(prompt := tokenizer.chat(messages)) + room > context and len(messages) > 1:
             del messages[:2]
         turn = replace(params, seed=params.seed + len(messages))
-        messages.append({"role": "assistant", "content": show(tokenizer, sampler.stream(prompt, turn))})
+        try:
+            messages.append({"role": "assistant", "content": show(tokenizer, sampler.stream(prompt, turn))})
+        except UserError as error:  # this question alone is too long
+            print(f"error: {error}")
+            messages.pop()
 
 
 def show_verdicts(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams, config: Config) -> None:

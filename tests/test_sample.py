@@ -1,6 +1,8 @@
 """The sampler: what it draws, that nobody else in the batch can change it, and what it says about its own draws."""
 
+import dataclasses
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -253,9 +255,15 @@ def test_context_is_the_limit():
         Sampler(MODEL).generate([[1], []], 1, SamplingParams(1))
 
 
-@pytest.mark.parametrize("bad", [{"max_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_tokens": 0}, {"temperature": -1}, {"temperature": 1e-40}, {"temperature": 9e-4}, {"top_p": 0},
+        {"top_p": 1.1}, {"min_p": 2},
+    ],
+)  # fmt: skip
 def test_bad_parameters(bad):
-    """A negative temperature or an empty nucleus that samples something all the same."""
+    """A negative temperature or an empty nucleus that samples something all the same; NaN from logits / 1e-40."""
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingParams(**({"max_tokens": 4} | bad))
 
@@ -274,6 +282,35 @@ def test_a_weight_update_takes_effect():
     after = sampler.generate(PROMPTS, 2, PARAMS)
     assert tokens_of(after) == tokens_of(Sampler(spread_out_model(seed=1), eos_ids=[EOS]).generate(PROMPTS, 2, PARAMS))
     assert tokens_of(after) != tokens_of(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs_draw_what_the_cpu_draws():
+    """A graph replayed with another shape's rows or length, a moved cache or old weights: all else here is eager."""
+    shape = dataclasses.replace(CONFIG, context=640)
+    model = Transformer(shape)
+    prompts = [*PROMPTS, [RNG.randrange(50) for _ in range(250)], [RNG.randrange(50) for _ in range(300)]]
+    params = SamplingParams(40, temperature=0.0)
+    on_cuda = Transformer(shape, device="cuda")
+    eos = None
+    sampler = Sampler(on_cuda, max_batch=5)
+    for seed in (0, 1):  # the second time with other weights in the same tensors
+        model.load_state_dict(spread_out_model(seed).state_dict())
+        on_cuda.load_state_dict(model.state_dict())
+        if eos is None:  # a token that does end some completion, half-way
+            eos = Sampler(model).generate(prompts, 1, params)[0][0].tokens[20]
+            sampler.eos_ids = [eos]
+        expected = Sampler(model, eos_ids=[eos]).generate(prompts, 6, params)
+        assert tokens_of(sampler.generate(prompts, 6, params)) == tokens_of(expected)
+
+
+def test_free_memory_counts_what_the_page_cache_would_give_back(monkeypatch):
+    """After a large download nearly all memory is page cache: counted as taken, it left the sampler no rows."""
+    monkeypatch.setattr(sample.Path, "read_text", lambda path: "MemFree:  10 kB\nMemAvailable:   2000 kB\n")
+    assert sample.free_memory(torch.device("cpu")) == 2000 * 1024
+    monkeypatch.setattr(sample.Path, "read_text", lambda path: Path("/absent").read_bytes())
+    assert sample.free_memory(torch.device("cpu")) == 8 * 2**30
 
 
 @pytest.mark.parametrize("budget", [90_000, 130_000, 300_000])
@@ -353,6 +390,39 @@ def test_ctrl_c_keeps_what_was_said(smollm2, capsys):
         raise KeyboardInterrupt
 
     assert sample.show(tokenizer, interrupted()) == "half an"
+
+
+class Letters:
+    """A tokenizer of one token per letter, without a template."""
+
+    def chat(self, messages):
+        return [ord(letter) % 50 for message in messages for letter in message["content"]]
+
+    def decode(self, tokens, skip_special):
+        return "." * len(tokens)
+
+
+def test_a_chat_forgets_to_leave_room_and_survives_a_question_that_is_too_long(monkeypatch, capsys):
+    """Answers that shrink to one token as the context fills; a question too long that ended the chat."""
+    questions, prompts = iter(["a" * 50, "b" * 49, "c" * 200, "d" * 30]), []
+    stream = Sampler.stream
+
+    def watched(sampler, prompt, params):
+        prompts.append(len(prompt))
+        return stream(sampler, prompt, params)
+
+    def ask(_):
+        for question in questions:
+            return question
+        raise EOFError
+
+    monkeypatch.setattr(Sampler, "stream", watched)
+    monkeypatch.setattr("builtins.input", ask)
+    sample.chat(Sampler(MODEL, eos_ids=[]), Letters(), SamplingParams(max_tokens=60, temperature=0.0))
+    assert prompts == [50, 49, 200, 30]  # 50 + 60 + 49 fit the context of 160, and leave room for one token
+    answer, second, refusal, last = capsys.readouterr().out.splitlines()
+    assert len(answer) == len(second) == len(last) == 60
+    assert refusal == f"error: a prompt of 200 tokens fills the model's context of {CONTEXT}"
 
 
 @pytest.mark.parametrize("flags", [{"n": 2}, {"verify": "3"}, {"n": 0, "question": "1+2?"}])
