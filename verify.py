@@ -10,14 +10,14 @@ expression, or sympy (which computes while it builds: 9^{9^9}, or the root of a 
 2. `maths.read` makes a tree of LaTeX or plain ASCII maths.
 3. `maths.Evaluator` gives a tree its value at a point: an exact rational, or else a number of 60 digits or more.
 4. `Checker.match` compares by kind. Two expressions are equal if they agree at several points, exactly or relative to
-   their own size: that finds every equal form without simplifying anything, and no near miss passes for equal.
+   their own size. That needs no simplifying, and finds forms that a rewriting system misses; it is a numerical test,
+   not a proof: two expressions that differ only outside of the sampled reals (ln x, ln |x|) pass for equal.
 
 The reference decides the form: a unit, currency, degree or % of the reference may be missing in the answer, a different
 one is wrong. `x = 3` is 3. Parenthesised tuples are ordered, bare lists and braces are sets. Decimals are exact, unless
 the caller passes a tolerance. Words left over that are not a unit, and chains such as x = 4 = 3, are wrong.
 """
 
-import atexit
 import functools
 import itertools
 import json
@@ -102,9 +102,11 @@ class Checker(maths.Evaluator):
         previous = None
         for precision in (1, 2):
             a, b = evaluate(precision)
-            if all(isinstance(x, Fraction) or abs(x) == self.mp.inf for x in (a, b)):
+            if isinstance(a, Fraction) and isinstance(b, Fraction):
                 return a == b
             a, b = self.mp.convert(a), self.mp.convert(b)
+            if not (self.mp.isfinite(a) and self.mp.isfinite(b)):
+                return a == b  # before any gap, which is infinite, hence as large as the size
             gap, size, unit = abs(a - b), max(abs(a), abs(b)), self.mp.mpf(10) ** (-self.digits)
             if gap <= size * unit ** (precision * 0.8):
                 return True
@@ -146,11 +148,14 @@ class Checker(maths.Evaluator):
         )
 
     def same_number(self, gold: Node, answer: Node) -> bool:
+        if inner_units(gold) != inner_units(answer):
+            return False
         if self.same(gold, answer):
             return True
         if names(gold, answer):
             return False
-        close = self.tolerance and abs(self.at(gold) - self.at(answer)) <= self.tolerance * abs(self.at(gold))
+        gap = self.at(("+", gold, times(MINUS_ONE, answer)))  # Undefined, if one is infinite
+        close = self.tolerance and abs(gap) <= self.tolerance * abs(self.at(gold))
         return bool(close) or self.prints(gold, answer, 15) or self.prints(answer, gold, 15)
 
     def match(self, gold: Node | str, answer: Node | str) -> bool:
@@ -227,19 +232,53 @@ class Checker(maths.Evaluator):
         if len(golds) > 1 or len(answers) > 1:
             return self.match(("list", *golds), ("list", *answers))
         (sign, a), (other, b) = ((part[1], ("+", part[3], times(MINUS_ONE, part[2]))) for part in golds + answers)
-        ratio = self.at(
-            ("*", a, ("^", b, MINUS_ONE))
-        )  # is the one side a multiple, a positive one for <, of the other?
+        if inner_units(gold) != inner_units(answer):
+            return False
+        ratio = self.at(("*", a, ("^", b, MINUS_ONE)))  # is one side a multiple, a positive one for <, of the other?
         multiple = ratio != 0 and (sign in ("=", "!=", "≈") or ratio > 0)
         return sign == other and multiple and self.same(("*", a, ("frozen", b)), ("*", b, ("frozen", a)))
 
     def ends(self, node: Node | str) -> list:
-        """The reals at which membership of a set can change, as far as they are written down."""
+        """The reals at which membership of a set can change: Undefined unless all of them are found."""
         if isinstance(node, str) or (node[0] == "name" and node != ("name", "infty")):
             return []
+        if node[0] == "chain" and node[1] != "∈":
+            return [x for pair in itertools.pairwise(node[2:]) for x in self.crossings(*pair)]
         if names(node) or node[0] in ("tuple", "list", "or", "chain", "∪", "∩", "∖"):
             return [x for child in node[1:] for x in self.ends(child)]
         return [self.mp.convert(self.at(node))]
+
+    def crossings(self, a: Node, b: Node) -> list:
+        """The kinks of a - b, which must be linear between them, and where each of its lines is zero."""
+
+        def line(*points) -> list:
+            """The zero of the line through the values of a - b at two points."""
+            u, v = (
+                self.mp.convert(self.at(a, real=True, **dict.fromkeys(free, p)))
+                - self.mp.convert(self.at(b, real=True, **dict.fromkeys(free, p)))
+                for p in points
+            )
+            flat = u == v or not self.mp.isfinite(u - v)
+            return [] if flat else [points[0] - u * (points[1] - points[0]) / (v - u)]
+
+        free = names(a, b)
+        kinks = sorted(self.kinks(a) + self.kinks(b))
+        grid = [kinks[0] - 1, *kinks, kinks[-1] + 1] if kinks else [self.mp.mpf(0), self.mp.mpf(1)]
+        return kinks + [x for pair in itertools.pairwise(grid) for x in line(*pair)]
+
+    def kinks(self, node: Node) -> list:
+        """Where |linear| terms have their corners; Undefined if the node is not a sum of such and linear terms."""
+        named = [child for child in node[1:] if isinstance(child, tuple) and names(child)]
+        match node:
+            case ("name", _):
+                return []
+            case ("call", "abs", inner) if named and not self.kinks(inner):
+                return self.crossings(inner, ("num", "0"))
+            case ("+", *_) | ("*", *_) if node[0] == "+" or len(named) <= 1:
+                return [x for child in named for x in self.kinks(child)]
+        if named:
+            raise Undefined("not linear")
+        return []
 
     def order(self, a, b) -> int:
         """-1, 0 or 1 for a < b, a = b (up to rounding), a > b."""
@@ -275,24 +314,24 @@ class Checker(maths.Evaluator):
         raise Undefined("not a set of reals")
 
     def same_set(self, gold: Node, answer: Node) -> bool:
-        """The same members among: every end of an interval, both its sides, a point between any two, and far away.
-
-        The ends must be written out, at least in one of the two: in `x > 2` they are, in `x^2 > 4` they are not.
-        """
-        bounds = [[part for m in walk(side) if m[0] == "chain" for part in m[2:]] for side in (gold, answer)]
-        if not any(all(part[0] == "name" or not names(part) for part in side) for side in bounds):
+        """The same members among: every end, both its sides, a point between any two, and far away."""
+        if max(len(names(gold)), len(names(answer))) > 1 or inner_units(gold) != inner_units(answer):
             return False
         try:
             ends = sorted({x for x in self.ends(gold) + self.ends(answer) if abs(x) != self.mp.inf})
             if len(ends) > 40:
                 return False
             points = [x + step for x in ends for step in (0, self.mp.mpf("1e-9"), -self.mp.mpf("1e-9"))]
-            points += [(a + b) / 2 for a, b in itertools.pairwise(ends)] + [
-                self.mp.mpf(x) for x in (-9999, -3, 0, 3, 9999)
-            ]
+            points += [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+            points += [self.mp.mpf(0), *(x for end in ends[:1] + ends[-1:] for x in (end - 9, end + 9))]
             return all(self.contains(gold, x) == self.contains(answer, x) for x in points)
         except (Undefined, TypeError, KeyError):
             return False
+
+
+def inner_units(node: Node) -> set[str]:
+    """The units below the root, which do not count in the value: 60 in `0 + (60 h)`."""
+    return {part[2] for part in walk(node) if part[0] == "unit" and part is not node} - {"degree"}
 
 
 def as_vector(node: Node) -> Node:
@@ -310,17 +349,17 @@ LOCK = threading.Lock()  # mpmath caches its constants without one
 
 def plain(text: str) -> str:
     """The words of an answer, without fonts, brackets and articles; a single letter keeps its case."""
-    text = re.sub(r"\\(?:text\w*|mbox|math\w\w|operatorname|left|right)(?![a-z])|[\\${}()~]|[.,:;]+(?=\s|$)", " ", text)
-    words = [word for word in text.split() if word.lower() not in ("an", "the")]
+    text = re.sub(r"\\(?:text\w*|mbox|math\w\w|operatorname|left|right)(?![a-z])|[\\${}()~]", " ", text)
+    words = [word for word in (w.rstrip(".,:;") for w in text.split()) if word.lower() not in ("", "an", "the")]
     return " ".join(words) if len(words) == 1 and len(words[0]) == 1 else " ".join(words).lower()
 
 
 def judge(answer: str, gold: str, deadline: float, tolerance: float) -> Verdict:
-    choice = re.fullmatch(
-        r"\(?([A-J])\)[\s.:]*([^A-Za-z()]+)", re.sub(r"\\(?:text\w*|math\w\w| )|[{}$~]", " ", answer).strip()
-    )
-    if choice:  # (C) 26
-        answer = choice[1] if re.fullmatch("[A-J]", plain(gold).strip("()")) else choice[2]
+    if max(len(answer), len(gold)) > maths.MAX_CHARS:  # before any regular expression meets it
+        return Verdict("unparsed", answer, "too long")
+    words = re.sub(r"\\(?:text\w*|math\w\w| )|[{}$~]", " ", answer).strip()
+    if choice := re.fullmatch(r"\(?([A-J])\)([^A-Za-z()]+)", words):  # (C) 26
+        answer = choice[1] if re.fullmatch("[A-J]", plain(gold)) else choice[2].lstrip(" \t\n.:")
     squeezed = [re.sub(r"\\(?:left|right)(?![a-z])|(?<!\w)\s+|\s+(?!\w)", "", text) for text in (answer, gold)]
     if squeezed[0] == squeezed[1] != "":
         return Verdict("correct", answer, answer, gold)
@@ -336,7 +375,8 @@ def judge(answer: str, gold: str, deadline: float, tolerance: float) -> Verdict:
     except ParseError as error:
         return Verdict("unparsed", answer, str(error), show(gold_read))
     reading = (answer, show(answer_read), show(gold_read))
-    digits = maths.DIGITS + sum(map(str.isdigit, answer + gold)) % 1000
+    huge = sum(map(int, re.findall(r"\^\{?([0-9]{1,3})", answer + gold)))  # \sqrt{10^{60} + 1} is not 10^{30}
+    digits = maths.DIGITS + sum(map(str.isdigit, answer + gold)) % 1000 + min(huge, 200)
     pairs = [(gold_read, answer_read)]
     if re.search(r"[0-9],[0-9]{3}", answer + " " + gold):  # 1,234 may be two numbers after all
         pairs.append((read(gold, loose=False), read(answer, loose=False)))
@@ -382,9 +422,11 @@ class Pool:
         if worker is None or worker.poll() is not None:
             command = [sys.executable, "-c", "import verify; verify.serve()"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
-            self.local.worker = worker = subprocess.Popen(command, cwd=Path(__file__).parent, **pipes)
-            atexit.register(worker.kill)
-            worker.stdout.readline()  # "ready": importing does not count
+            worker = subprocess.Popen(command, cwd=Path(__file__).parent, **pipes)  # it ends with us: see `serve`
+            if worker.stdout.readline() != "ready\n":  # importing does not count
+                worker.kill()
+                raise RuntimeError(f"a worker of verify_many did not start: {' '.join(command)}, code {worker.wait()}")
+            self.local.worker = worker
         last_resort = threading.Timer(5 * timeout + 1, worker.kill)
         last_resort.start()
         try:
@@ -431,13 +473,21 @@ class Config:
 
 
 def main(config: Config) -> None:
+    if bool(config.file) == bool(config.response or config.gold) or bool(config.response) != bool(config.gold):
+        raise cli.UserError("expected a response and a reference, or --file pairs.jsonl: see --help")
     if not config.file:
         verdict = verify(config.response, config.gold, lenient=config.lenient)
         for title, text in zip(("verdict", "extracted", "read as", "reference"), asdict(verdict).values()):
             print(f"{title:10s} {text}")
         return
     rows = cli.read_jsonl(config.file)
-    pairs = [(str(row.get("response")), str(row.get("gold"))) for row in rows]
+    for number, row in enumerate(rows, start=1):
+        for field in ("response", "gold"):
+            if isinstance(row.get(field), bool) or not isinstance(row.get(field), str | int | float):
+                raise cli.UserError(
+                    f"{config.file}, line {number} (blank ones aside): `{field}` is missing, or not a text or a number"
+                )
+    pairs = [(str(row["response"]), str(row["gold"])) for row in rows]
     outcomes = [verify(*pair, lenient=config.lenient).outcome for pair in tqdm(pairs)]
     for outcome in sorted(set(outcomes)):
         print(f"{outcome:10s} {outcomes.count(outcome):7d}  {outcomes.count(outcome) / len(rows):6.1%}")

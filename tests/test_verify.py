@@ -265,6 +265,11 @@ A \cup B ## A \cup B
 1.0 ## 1
 \frac{22}{7} ## 3\frac{1}{7}
 7:00 ## 7:00 \text{ AM}
+(2,\infty) ## 2x+1 > 5
+(-1,4) ## |2x-3| < 5
+(-\infty,5)\cup(6,\infty) ## |x-5|+|x-6|>1
+\frac{AB}{CD} = 2 ## 2
+5 ## 5\text{\,}.
 \frac{2}{3}\text{ hours} ## \frac23
 18\text{ mph} ## 18 \text{ miles per hour}
 4^\text{th} ## 4
@@ -421,6 +426,25 @@ x^2 ## x^{2.0001}
 1000 ## 1,00
 3.5 ## 3,5
 odd ## ddo
+\sqrt2 ## \infty
+\pi ## -\infty
+\infty ## \pi/2
+i ## \infty
+(0,\pi) ## (0,\infty)
+(-\infty,\infty) ## (-\sqrt2,\sqrt2)
+\tan 90^\circ ## \infty
+x>2 ## (x-2)(x-5)^2>0
+(2,\infty) ## (x-2)(x-5)(x-6)>0
+\mathbb{R} ## (x-7)^2>0
+\mathbb{R} ## |7x-3|>0
+\mathbb{R} ## 2x+1<7 \text{ or } 2x+1>7
+x>2 ## |x-5|+|x-6|>1
+(2,\infty) ## x>2, y>2
+60\text{ min} ## 0+(60\text{ hours})
+8 ## 5\text{ m}+3\text{ cm}
+2y=10\text{ m}+x ## 2y=10\text{ cm}+x
+3 ## x^{-1}=3
+10^{30} ## \sqrt{10^{60}+1}
 """
 
 
@@ -693,15 +717,21 @@ HEAVY = {
     "backslashes": "\\" * 1999,
     "long": r"\boxed{" * 100_000,
     "huge": "{" * 2_000_000,
+    "dots": "." * 90_000 + "x",
+    "choice": "A)" + "." * 90_000 + "x",
+    "spaces": " " * 90_000 + "x",
+    "roots": "√" * 900 + "2",
+    "fractions": r"\frac" * 350 + "1",
 }
 
 
 @pytest.mark.parametrize("name", HEAVY)
 def test_no_answer_is_heavy(name):
     """Guards against inputs built to be slow: 2 s at most, for any, whatever the reference."""
-    for gold in (HEAVY[name][:1500] + "+1", "42"):
+    for gold in (HEAVY[name][:1500] + "+1", "42", r"\text{even}"):
         start = time.thread_time()
-        verify.verify(f"\\boxed{{{HEAVY[name]}}}", gold, lenient=True)
+        got = verify.verify(f"\\boxed{{{HEAVY[name]}}}", gold, lenient=True)
+        assert "RecursionError" not in got.answer_read
         assert time.thread_time() - start < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**22  # KB; the 300 MB are measured in test_attacks
 
@@ -763,6 +793,20 @@ def test_a_hung_worker_is_killed_and_counted_as_a_timeout():
 def test_time_limit_is_a_timeout_not_a_wrong_answer():
     """Guards against undecided answers being rewarded or punished as if they had been judged."""
     assert verify.verify(r"\boxed{\sin x}", r"\cos x", timeout=0.0).outcome == "timeout"
+
+
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
+    """Guards against a broken installation that trains for hours on answers that all count as timeouts."""
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="did not start"):
+        pool = verify.Pool(1)
+        pool.threads.submit(pool.check, (r"\boxed{1}", "1"), 2.0).result()
+
+
+def test_tolerance_does_not_reach_infinity():
+    """Guards against infinity being within any relative tolerance of itself."""
+    for gold, answer in ((r"\infty", "3"), (r"\infty", r"-\infty"), ("3", r"\infty"), (r"\pi", r"\infty")):
+        assert not verify.verify(f"\\boxed{{{answer}}}", gold, tolerance=1e-3).correct
 
 
 def test_workers_do_not_import_torch():
@@ -884,3 +928,10 @@ def test_command_line(tmp_path):
     file.write_text("{")
     bad = command("--file", str(file))
     assert bad.returncode == 2 and "line 1" in bad.stderr and "Traceback" not in bad.stderr
+    for wrong in ({"answer": r"\boxed{1}", "gold": "1"}, {"response": r"\boxed{1}"}, {"response": None, "gold": "1"}):
+        file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(wrong))
+        bad = command("--file", str(file))
+        assert bad.returncode == 2 and str(file) in bad.stderr and "line 2" in bad.stderr
+    for arguments in ((), (r"\boxed{1}",), (r"\boxed{1}", "1", "--file", str(file))):
+        bad = command(*arguments)
+        assert bad.returncode == 2 and "Traceback" not in bad.stderr and "--file" in bad.stderr
