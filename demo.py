@@ -34,7 +34,7 @@ from parallel import read_metrics
 
 MOST = 8  # attempts in the longest chain the model is ever shown: about 110 tokens
 BUDGET = 256  # tokens a response may take in RL and in evaluation: more than twice that
-BUDGETS = "16,32,64,96,128,192,256"
+BUDGETS = "32,64,96,128,192,256"
 
 
 @dataclass
