@@ -101,6 +101,7 @@ def evaluate_flags(config: Config, out: Path) -> evaluate.Config:
         n=config.samples,
         k=",".join(str(k) for k in (1, 4, 16) if k <= config.samples),
         budgets=BUDGETS,
+        curve_samples=4,
         max_tokens=BUDGET,
         seed=config.seed,
         max_batch=2048,

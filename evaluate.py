@@ -213,6 +213,7 @@ def evaluate(
     answer_sampler: Sampler | None = None,
     lenient: bool = False,
     progress: bool = False,
+    curve_samples: int | None = None,
 ) -> Result:
     """Sample every problem `samples` times and measure all of the above.
 
@@ -230,6 +231,7 @@ def evaluate(
         raise UserError(f"a budget of {max(budgets)} needs a context of {needed} tokens, the model's is {context}")
     longest = replace(params, max_tokens=max(params.max_tokens, *budgets, 1))
     sampled = sampler.generate(prompts, samples, longest, progress=progress)
+    cuttable = [row[:curve_samples] for row in sampled]  # each budget costs a forced answer per unfinished chain
     chains = [[cut(chain, params.max_tokens) for chain in row] for row in sampled]
     texts = [[completion_text(tokenizer, chain) for chain in row] for row in chains]
     if lenient:
@@ -247,7 +249,7 @@ def evaluate(
         lengths=[[len(chain.tokens) for chain in row] for row in chains],
         truncated=sum(chain.finish_reason == "length" for row in chains for chain in row) / len(flat),
         majority={f"maj@{k}": [maj_at_k(a, c, k) for a, c in zip(classes, correct)] for k in ks if k > 2},
-        curve=budget_curve(answer_sampler or sampler, tokenizer, problems, sampled, list(budgets), progress),
+        curve=budget_curve(answer_sampler or sampler, tokenizer, problems, cuttable, list(budgets), progress),
         failures={kind: count / len(flat) for kind, count in kinds.most_common() if kind != "correct"},
         ks=list(ks),
     )
@@ -332,6 +334,8 @@ class Config:
     """The k of pass@k and maj@k, separated by commas; none above n."""
     budgets: str = ""
     """Thinking budgets in tokens, separated by commas, for accuracy against budget."""
+    curve_samples: int | None = None
+    """Samples per problem whose chains are cut at the budgets: all of them, unless given."""
     max_tokens: int | None = None
     """Longest response that pass@k judges. The largest budget, or else 1024, unless given."""
     temperature: float = 1.0
@@ -413,7 +417,17 @@ def main(config: Config) -> None:
             )
         print(f"{name}: {len(problems)} problems, {config.n} samples each", file=sys.stderr)
         results[name] = evaluate(
-            sampler, tokenizer, problems, config.n, params, budgets, ks, answerer, config.lenient, progress=True
+            sampler,
+            tokenizer,
+            problems,
+            config.n,
+            params,
+            budgets,
+            ks,
+            answerer,
+            config.lenient,
+            True,
+            config.curve_samples,
         )
         if saved:
             write_results(saved, flags, results)
