@@ -14,12 +14,12 @@ off before its end, so that no stop token is trained on it).
     check 25-(7*3)=25-21=4 ok
     \\boxed{25-(7*3)}
 
-The trap here is a shortcut. If every chain held at most six attempts and ended well, then "the sixth attempt succeeds"
-would be a law of the data, and a model learns it sooner than arithmetic: it would claim success at the sixth attempt
-whatever came out. So the chance that an attempt succeeds is made the same at every position (`hazard`), and a chain
-that has not succeeded after `most` attempts is simply cut off: position says nothing, only the value does. After any
-failure a chain may also honestly give up (`give_up`), as a model's own chains do. Imitation copies that too; that it
-pays to think on is left for RL to find out.
+Each attempt tries another value that the numbers can make, in random order. The trap here is a shortcut. If every
+chain held at most six attempts and ended well, then "the sixth attempt succeeds" would be a law of the data, and a
+model learns it sooner than arithmetic: it would claim success at the sixth attempt whatever came out. In random order
+an attempt succeeds one time in five at first and, as values are ruled out, one time in two at best, wherever it stands;
+a chain that has not succeeded after `most` attempts is simply cut off; and after any failure a chain may honestly give
+up (`give_up`), as a model's own chains do. Imitation copies that too; that it pays to think on is left for RL to find.
 
 **From models' own attempts** (any problem file), T1's four steps: `sample_attempts` from one or several checkpoints
 and verify them; `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic, or with a
@@ -49,7 +49,7 @@ import verify
 from cli import UserError
 from model import load_pretrained
 from sample import Sampler, SamplingParams
-from tasks import Problem, Walk
+from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
 
 # ---------------------------------------------------------------------------------------------------- by program
@@ -66,47 +66,23 @@ def check(expression: str) -> str:
     return "=".join(forms)
 
 
-def solve(target: int, numbers: list[int], operators: str, rng: random.Random, tries: int = 100_000) -> Walk:
-    """A random solution: random walks until one ends at the target."""
-    for _ in range(tries):
-        walk = tasks.random_walk(numbers, operators, rng)
-        if walk.value == target:
-            return walk
-    raise UserError(f"no way found from {numbers} to {target} with {operators} in {tries} tries")
-
-
-def countdown_chain(
-    problem: Problem, rng: random.Random, most: int = 8, hazard: float = 0.25, give_up: float = 0.15
-) -> dict:
-    """One chain for a countdown problem: every attempt succeeds with chance `hazard`, every failure ends the chain with
-    chance `give_up`, and after `most` failures, or where no new failure is found, it is cut off."""
+def countdown_chain(problem: Problem, rng: random.Random, most: int = 8, give_up: float = 0.2) -> dict:
+    """One chain for a countdown problem: values that the numbers can make are tried in random order until one is the
+    target; every failure ends the chain with chance `give_up`, and after `most` failures it is cut off."""
     target, numbers, operators = tasks.read_countdown(problem.answer)
     row = {"problem": problem.question, "answer": problem.answer, "task": "countdown"}
-    text, tried = "", set()
-    for _ in range(most):
-        # The failure is looked for before the coin is tossed. Otherwise success would stand in for failures that have
-        # run out, and so be likelier in late attempts: at the eighth 0.32 instead of 0.25.
-        walk = new_failure(target, numbers, operators, rng, tried)
-        if walk is None and text:
-            break
-        if walk is None or rng.random() < hazard:
-            walk = solve(target, numbers, operators, rng)
+    walks = tasks.ways(numbers, operators)
+    if target not in walks:
+        raise UserError(f"there is no way from {numbers} to {target} with {operators}")
+    text = ""
+    for walk in rng.sample(list(walks.values()), min(most, len(walks))):
+        if walk.value == target:
             text += f"{', '.join(walk.steps)} yes\ncheck {check(walk.expression)} ok\n\\boxed{{{walk.expression}}}"
             return row | {"response": text, "stop": True}
         text += f"{', '.join(walk.steps)} no\n"
         if rng.random() < give_up:
             return row | {"response": text + GIVE_UP, "stop": True}
     return row | {"response": text, "stop": False}
-
-
-def new_failure(target: int, numbers: list[int], operators: str, rng: random.Random, tried: set) -> Walk | None:
-    """An attempt that misses the target and is not in `tried`, which it joins; None where 20 draws find none."""
-    for _ in range(20):
-        walk = tasks.random_walk(numbers, operators, rng)
-        if walk.value != target and walk.steps not in tried:
-            tried.add(walk.steps)
-            return walk
-    return None
 
 
 GIVE_UP = "give up"
@@ -119,7 +95,7 @@ def by_program(config: "Config") -> Iterator[dict]:
     problems = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
     rng = random.Random(f"chains {config.seed}")
     for problem in tqdm(islice(problems, config.count), total=config.count, desc="chains"):
-        yield countdown_chain(problem, rng, config.most, config.hazard, config.give_up)
+        yield countdown_chain(problem, rng, config.most, config.give_up)
 
 
 # ---------------------------------------------------------------------------------------------------- by attempts
@@ -284,9 +260,7 @@ class Config:
     """By program: the operators allowed; add / for exact division."""
     most: int = 8
     """By program: a chain is cut off after so many failed attempts."""
-    hazard: float = 0.25
-    """By program: the chance of success of every attempt, whatever its position (see above)."""
-    give_up: float = 0.15
+    give_up: float = 0.2
     """By program: the chance that a chain gives up after a failed attempt."""
     data: str | None = None
     """From attempts: the problem file, JSONL with `problem` (or `question`) and `answer`."""
@@ -320,8 +294,6 @@ def main(config: Config) -> None:
         raise UserError("--max-tokens and --rewrite-tokens must be at least 1")
     if min(config.count, config.n, config.most, config.limit or 1) < 1 or config.failures < 0:
         raise UserError("--count, --n, --most and --limit must be at least 1, --failures at least 0")
-    if not 0 < config.hazard < 1:
-        raise UserError(f"--hazard {config.hazard}: a chance between 0 and 1")
     if not 0 <= config.give_up < 1:
         raise UserError(f"--give-up {config.give_up}: a chance from 0 up to 1")
     tasks.check_operators(config.operators)

@@ -33,8 +33,8 @@ from evaluate import Result
 from parallel import read_metrics
 
 MOST = 8  # attempts in the longest chain the model is ever shown: about 110 tokens
-BUDGET = 256  # tokens a response may take in RL and in evaluation: more than twice that
-BUDGETS = "32,64,96,128,192,256"
+BUDGET = 224  # tokens a response may take in RL and in evaluation: twice that
+BUDGETS = "28,42,56,84,112,168,224"
 
 
 @dataclass
@@ -43,9 +43,9 @@ class Config:
     """Run folder; a demo that was interrupted goes on in it."""
     seed: int = 0
     """Decides the problems, the weights at the start, and every sampled token."""
-    chains: int = 70_000
+    chains: int = 72_000
     """Chains of thought to train on."""
-    steps: int = 60
+    steps: int = 56
     """Steps of RL."""
     heldout: int = 1024
     """Held-out problems; no set of numbers among them is ever trained on."""
@@ -55,7 +55,7 @@ class Config:
 
 def chain_flags(config: Config, out: Path) -> cot.Config:
     file = str(out / "chains.jsonl")
-    return cot.Config(file, seed=config.seed, count=config.chains, most=MOST, hazard=0.25, give_up=0.15)
+    return cot.Config(file, seed=config.seed, count=config.chains, most=MOST, give_up=0.2)
 
 
 def sft_flags(config: Config, out: Path) -> sft.Config:
@@ -65,7 +65,8 @@ def sft_flags(config: Config, out: Path) -> sft.Config:
         data=str(out / "chains.jsonl"),
         seed=config.seed,
         epochs=1,
-        lr=3e-3,
+        lr=6e-3,
+        optimizer="muon",
         weight_decay=0.0,
         batch_tokens=1024,
         eval_every=500,
@@ -81,13 +82,13 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         task="countdown",
         seed=config.seed + 1000,  # another stream of problems; some are among the chains', none are held out
         steps=config.steps,
-        prompts=64,
+        prompts=96,
         samples=16,
         max_tokens=BUDGET,
         minibatches=2,
-        lr=3e-4,
+        lr=6e-4,
         warmup=4,
-        cooldown=20,
+        cooldown=16,
         temperature=1.0,
         resume=(out / "rl").exists(),
     )

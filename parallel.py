@@ -21,7 +21,7 @@ import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -208,11 +208,12 @@ def score(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple[Ten
     return result
 
 
-def adamw(scorer: Scorer, lr: float, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.95)):
+def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
     """AdamW; matrices decay, vectors (norms, biases) do not: shrinking a norm's gain rescales a whole layer."""
-    matrices = {"params": [p for p in scorer.parameters() if p.ndim >= 2], "weight_decay": weight_decay}
-    vectors = {"params": [p for p in scorer.parameters() if p.ndim < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=lr, betas=betas)
+    parameters = list(parameters)
+    matrices = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def clip_grad_norm(scorer: nn.Module, max_norm: float) -> float:
@@ -281,7 +282,7 @@ def micro_batches(lengths: list[int], tokens: int, world: World) -> list[list[in
 def named_tensors(parts: dict[str, nn.Module | torch.optim.Optimizer | Tensor]) -> dict[str, Tensor]:
     """Everything in `parts` under one flat naming, whole or sharded; the tensors share the parts' memory.
 
-    Of an optimizer, AdamW's moments by parameter number (an untouched one is given the zeros it would start from).
+    Of an optimizer, its moments by parameter number (one that AdamW has not touched yet gets the zeros it starts from).
     Its learning rates are not state here: they follow from the step.
     """
     tensors = {}
@@ -292,7 +293,7 @@ def named_tensors(parts: dict[str, nn.Module | torch.optim.Optimizer | Tensor]) 
             for number, parameter in enumerate(p for group in part.param_groups for p in group["params"]):
                 moments = part.state[parameter]
                 if not moments:
-                    moments["step"] = torch.tensor(0.0)
+                    moments["step"] = torch.zeros((), device=parameter.device)
                     moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
                 tensors |= {f"{name}.{number}.{key}": value.detach() for key, value in moments.items()}
         else:
@@ -311,7 +312,7 @@ def random_state(world: World) -> dict[str, Tensor]:
 def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], state: dict[str, Any], world: World, keep: int = 2):
     """Write `folder`/step-NNNNNN: all of it or nothing, whenever the process is killed. Every rank calls it.
 
-    parts: modules, AdamW and tensors, see `named_tensors`. state: what JSON can hold (data position, counters).
+    parts: modules, optimizers and tensors, see `named_tensors`. state: what JSON can hold (data position, counters).
     Written under another name, flushed to the disk, renamed; then all but the last `keep` are removed.
     """
     final = folder / f"step-{step:06d}"

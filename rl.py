@@ -399,13 +399,13 @@ def make_learner(config: Config, recipe: Recipe, world: World) -> Learner:
     # One process in fp32 samples from the policy itself; otherwise the sampler has a copy of its own.
     alone = exact and world.size == 1
     actor = policy.model if alone else load_pretrained(config.model, dtype, world.device)
-    tokenizer, optimizer = load_tokenizer(config.model), parallel.adamw(policy, recipe.lr)
+    tokenizer, optimizer = load_tokenizer(config.model), parallel.adamw(policy.parameters(), recipe.lr)
     sampler = Sampler(actor, tokenizer, max_batch=config.max_batch)
     anchor = trained() if recipe.kl_coef else None
     learner = Learner(policy, anchor, optimizer, sampler, tokenizer, world, exact)
     if recipe.advantage == "critic":
         learner.critic = trained(Critic)
-        for group in parallel.adamw(learner.critic, 10 * recipe.lr).param_groups:
+        for group in parallel.adamw(learner.critic.parameters(), 10 * recipe.lr).param_groups:
             optimizer.add_param_group(group)
     if config.judge:
         reader = load_tokenizer(config.judge)

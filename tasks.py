@@ -4,11 +4,11 @@ A `Problem` is a question, its reference answer, and the name of the judge that 
 two judges: `math` (any problem file; `verify.py` decides whether the last \\boxed{} equals the reference) and
 `countdown` (the task of the demo: reach a target with all of the given numbers, each used exactly once).
 
-    numbers 3 5 7, target 22      ->  \\boxed{(7*5)-...}
+    numbers 3 5 7, target 22      ->  \\boxed{(5*3)+7}
 
-Countdown suits RL for reasoning: it is hard to guess, easy to check exactly, rewards trying and failing, and its
-problems can be made without end. Problems whose multiset of numbers hashes to 0 modulo 10 are held out, all others are
-for training: the two never share a set of numbers.
+Countdown suits RL for reasoning: it is hard to guess, easy to check exactly, rewards trying and failing, and there are
+106,000 problems of three numbers and millions of four. Problems whose multiset of numbers hashes to 0 modulo 10 are
+held out, all others are for training: the two never share a set of numbers.
 
 To add a task: write a function (problem, response) -> Verdict, enter it in JUDGES, and give your problems its name.
 """
@@ -60,35 +60,29 @@ def combine(x: int, operator: str, y: int) -> int:
     return result if result <= LARGEST else 0
 
 
-def has_walk(numbers: list[int], operators: str) -> bool:
-    """Whether `random_walk` can end at all: 49+49+49, say, is above LARGEST. Tries every way, draws nothing."""
-    for i, j in combinations(range(len(numbers)), 2):
-        rest = [number for k, number in enumerate(numbers) if k not in (i, j)]
-        x, y = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
-        values = (combine(x, operator, y) for operator in operators)
-        if any(value and has_walk([*rest, value], operators) for value in values):
-            return True
-    return len(numbers) == 1
+def ways(numbers: list[int], operators: str) -> dict[int, Walk]:
+    """{value: the first walk found to it} for every value that all of the numbers make with these operators.
 
+    All intermediate values stay whole and within 1..LARGEST. One way to each: 43+19-17 and 43-17+19 are the same sum.
+    """
+    found: dict[int, Walk] = {}
 
-def random_walk(numbers: list[int], operators: str, rng: random.Random, tries: int = 10_000) -> Walk:
-    """Combine two random members until one is left; all values stay whole and within 1..LARGEST."""
-    for _ in range(tries):
-        pool = [(number, str(number)) for number in numbers]
-        steps = []
-        while len(pool) > 1:
-            a, b = (pool.pop(rng.randrange(len(pool))) for _ in range(2))
-            (x, left), (y, right) = (a, b) if a[0] >= b[0] else (b, a)
-            operator = rng.choice(operators)
-            result = combine(x, operator, y)
-            if not result:
-                break
-            steps.append(f"{x}{operator}{y}={result}")
-            pool.append((result, f"({left}{operator}{right})"))
-        else:
+    def extend(pool: list[tuple[int, str]], steps: list[str]) -> None:
+        if len(pool) == 1:
             value, expression = pool[0]
-            return Walk(tuple(steps), expression.removeprefix("(").removesuffix(")"), value)
-    raise UserError(f"no way found to combine {numbers} with {operators} within 1 to {LARGEST} in {tries} tries")
+            expression = expression.removeprefix("(").removesuffix(")")
+            found.setdefault(value, Walk(tuple(steps), expression, value))
+            return
+        for i, j in combinations(range(len(pool)), 2):
+            rest = [member for k, member in enumerate(pool) if k not in (i, j)]
+            (y, right), (x, left) = sorted((pool[i], pool[j]), key=lambda member: member[0])
+            for operator in operators:
+                if result := combine(x, operator, y):
+                    made = (result, f"({left}{operator}{right})")
+                    extend([made, *rest], [*steps, f"{x}{operator}{y}={result}"])
+
+    extend([(number, str(number)) for number in sorted(numbers, reverse=True)], [])
+    return found
 
 
 def countdown_problem(numbers: list[int], target: int, operators: str = "+-*") -> Problem:
@@ -120,9 +114,10 @@ def countdown(seed: int, heldout: bool = False, numbers: int = 3, operators: str
         if (zlib.crc32(repr(sorted(drawn)).encode()) % 10 == 0) != heldout:
             continue
         idle += 1
-        if not has_walk(drawn, operators):
+        values = list(ways(drawn, operators))
+        if not values:
             continue
-        target = random_walk(drawn, operators, rng).value
+        target = rng.choice(values)
         if (key := (*sorted(drawn), target)) not in seen:
             seen.add(key)
             idle = 0

@@ -63,50 +63,52 @@ def test_every_chain_is_right(operators):
         assert tasks.judge_countdown(problem, row["response"]).correct == (ending == "correct")
 
 
-def test_success_does_not_depend_on_position():
-    """Guards against the shortcut "the sixth attempt succeeds": success is as likely at every attempt, and giving up
-    after every failure.
+def test_no_position_implies_success():
+    """Guards against the shortcut "the sixth attempt succeeds": at no position may success be likely enough to be
+    claimed unseen. It rises from 1 in 5 to about 1 in 2, as values are ruled out, and stays there; giving up is as
+    likely after every failure.
 
-    Of 4,000 chains about 4000 * (0.75 * 0.95)^7 = 370 reach the eighth attempt; 0.25 +- 0.07 is 3 sigma there.
+    Of 8,000 chains some 130 reach the eighth attempt: 0.5 +- 0.15 is 3 sigma there.
     """
     reached, solved, given_up = Counter(), Counter(), Counter()
-    for _, row in chains(4_000, most=8, hazard=0.25, give_up=0.05):
+    for _, row in chains(8_000, most=8, give_up=0.05):
         attempts = re.findall(r" (no|yes)\n", row["response"])
         reached.update(range(len(attempts)))
         solved[len(attempts) - 1] += "boxed" in row["response"]
         given_up[len(attempts) - 1] += row["response"].endswith(cot.GIVE_UP)
     assert max(reached) == 7
     for place in reached:
-        assert solved[place] / reached[place] == pytest.approx(0.25, abs=0.07), place
-        assert given_up[place] / (reached[place] - solved[place]) == pytest.approx(0.05, abs=0.04), place
+        assert 0.15 < solved[place] / reached[place] < 0.65, place
+        assert given_up[place] / (reached[place] - solved[place]) == pytest.approx(0.05, abs=0.06), place
 
 
 def test_a_chain_that_is_cut_off_trains_no_stop():
     """Guards against a stop token behind `most` failures: it would teach that thinking ends there."""
-    rows = [row for _, row in chains(400, most=2, hazard=0.1, give_up=0.2) if "boxed" not in row["response"]]
+    rows = [row for _, row in chains(400, most=2) if "boxed" not in row["response"]]
     assert {row["stop"] for row in rows} == {True, False}
     for row in rows:
         assert row["response"].endswith(cot.GIVE_UP if row["stop"] else " no\n")
         assert row["stop"] or row["response"].count(" no\n") == 2
 
 
-def test_failed_attempts_differ():
-    """Guards against chains that repeat the same failure: the n-gram penalty of RL would punish what SFT taught."""
-    for _, row in chains(300, most=8, hazard=0.15):
-        failures = [line for line in row["response"].split("\n") if line.endswith(" no")]
-        assert len(set(failures)) == len(failures)
+def test_no_value_is_tried_twice():
+    """Guards against chains that repeat a failure, or try the same sum in another order: there is nothing to learn
+    from either, and RL's penalty for repetition would punish what SFT taught."""
+    for _, row in chains(300, give_up=0.0):
+        values = [line.split("=")[-1] for line in row["response"].split("\n") if line.endswith((" no", " yes"))]
+        values = [value.split()[0] for value in values]
+        assert len(set(values)) == len(values)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 49), min_size=2, max_size=5), st.integers(0, 10**6))
-def test_check_keeps_the_value_at_every_step(numbers, seed):
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 49), min_size=2, max_size=4))
+def test_check_keeps_the_value_at_every_step(numbers):
     """Guards against a check that drops a bracket: each form between the = has the value of the whole."""
-    walk = tasks.random_walk(numbers, "+-*/", random.Random(seed))
-    forms = cot.check(walk.expression).split("=")
-    assert forms[0] == walk.expression and forms[-1] == str(walk.value) and len(forms) == len(numbers)
-    for form in forms[:-1]:
-        value, _ = verify.exact_arithmetic(form, "+-*/")
-        assert value == Fraction(walk.value)
+    for walk in tasks.ways(numbers, "+-*/").values():
+        forms = cot.check(walk.expression).split("=")
+        assert forms[0] == walk.expression and forms[-1] == str(walk.value) and len(forms) == len(numbers)
+        for form in forms[:-1]:
+            assert verify.exact_arithmetic(form, "+-*/")[0] == Fraction(walk.value)
 
 
 def test_the_vocabulary_covers_the_chains():
@@ -119,9 +121,9 @@ def test_the_vocabulary_covers_the_chains():
 
 
 def test_unsolvable_problems_are_named():
-    """Guards against an endless search for a solution that does not exist."""
-    with pytest.raises(UserError, match="no way found"):
-        cot.solve(50, [1, 1, 1], "+-*", random.Random(0), tries=100)
+    """Guards against a chain of failures for a problem that has no solution."""
+    with pytest.raises(UserError, match="no way from"):
+        cot.countdown_chain(tasks.countdown_problem([1, 1, 1], 50), random.Random(0))
 
 
 # ------------------------------------------------------------------------------------------------- by attempts
@@ -251,7 +253,6 @@ def test_program_chains_as_a_file(tmp_path):
         ({"model": ("m",)}, "belong together"),
         ({"data": "problems.jsonl"}, "belong together"),
         ({"data": "absent.jsonl", "model": ("m",)}, "absent.jsonl"),
-        ({"hazard": 0.0}, "--hazard"),
         ({"give_up": 1.0}, "--give-up"),
         ({"count": 0}, "--count"),
         ({"operators": "+^"}, "--operators"),

@@ -24,6 +24,7 @@ import parallel  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, random_init  # noqa: E402
+from muon import Muon  # noqa: E402
 from packing import Example, pack  # noqa: E402
 from parallel import World  # noqa: E402
 
@@ -114,9 +115,15 @@ def test_gradients_do_not_depend_on_ranks(ranks, size, case):
 def test_first_updates_do_not_depend_on_ranks(ranks, size):
     """Bug: gradients agree, but clipping uses a rank's own norm, or AdamW's moments are mixed up between shards."""
     scorer = make_scorer(ALONE, torch.float32)
-    norms = train(scorer, parallel.adamw(scorer, 1e-2, 0.1), ALONE, range(3), micro_tokens=10**6)
+    norms = train(scorer, parallel.adamw(scorer.parameters(), 1e-2, 0.1), ALONE, range(3), micro_tokens=10**6)
     assert ranks[size]["norms"] == pytest.approx(norms, rel=1e-6)
     assert_close(ranks[size]["after 3"], dict(scorer.named_parameters()), 2e-6)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_muon_does_not_depend_on_ranks(ranks, size):
+    """Bug: each rank makes its own rows orthogonal, which are not the rows of the orthogonal matrix."""
+    assert_close(ranks[size]["muon"], dict(train_by_muon(ALONE).named_parameters()), 2e-5)
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -124,7 +131,7 @@ def test_checkpoint_of_two_ranks_resumes_on_any_number(ranks, size):
     """Bug: moments saved by shard, so that only the same number of ranks can read them back."""
     if size == 1:
         scorer = make_scorer(ALONE, torch.float32)
-        optimizer = parallel.adamw(scorer, 1e-2, 0.1)
+        optimizer = parallel.adamw(scorer.parameters(), 1e-2, 0.1)
         saved = parallel.complete_checkpoints(ranks["folder"] / "checkpoints")[0]
         state = parallel.load_checkpoint(saved, {"policy": scorer, "adamw": optimizer}, ALONE)
         assert (state["step"], state["ranks"], state["cursor"]) == (3, 2, 12)
@@ -269,7 +276,7 @@ def test_balance_spreads_by_length(lengths, bins):
 def test_norms_do_not_decay():
     """Bug: weight decay pulls RMSNorm gains from 1 to 0 (with zero gradients, decay is all that moves a weight)."""
     scorer = make_scorer(ALONE)
-    optimizer = parallel.adamw(scorer, lr=0.1, weight_decay=0.5)
+    optimizer = parallel.adamw(scorer.parameters(), lr=0.1, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in scorer.named_parameters()}
     for parameter in scorer.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -285,14 +292,14 @@ def test_norms_do_not_decay():
 def test_checkpoint_restores_everything_bitwise(tmp_path):
     """Bug (nanoGPT): no generator state, or moments rounded on their way; the resumed run is another run."""
     scorer = make_scorer(ALONE, torch.float32)
-    optimizer = parallel.adamw(scorer, 1e-2)
+    optimizer = parallel.adamw(scorer.parameters(), 1e-2)
     train(scorer, optimizer, ALONE, range(2))
     parallel.save_checkpoint(tmp_path, 2, {"policy": scorer, "adamw": optimizer}, {"cursor": 5}, ALONE)
     drawn = torch.rand(3)
     train(scorer, optimizer, ALONE, range(2, 4))
 
     fresh = parallel.shard(random_init(SHAPE, seed=9), ALONE)
-    again = parallel.adamw(fresh, 1e-2)
+    again = parallel.adamw(fresh.parameters(), 1e-2)
     state = parallel.load_checkpoint(tmp_path / "step-000002", {"policy": fresh, "adamw": again}, ALONE)
     assert state == {"step": 2, "ranks": 1, "cursor": 5}
     assert torch.equal(torch.rand(3), drawn)
@@ -412,6 +419,13 @@ def test_guard_skips_then_stops():
 
 # --- the program under torchrun ---------------------------------------------------------------------------------------
 
+
+def train_by_muon(world: World) -> parallel.Scorer:
+    scorer = make_scorer(world, torch.float32)
+    train(scorer, Muon([p for p in scorer.model.blocks.parameters() if p.ndim == 2], 1e-3), world, range(3))
+    return scorer
+
+
 CASES = {"whole": (examples(), 10**6), "split": (examples(), 40), "lonely": (examples()[3:4], 40)}
 
 
@@ -421,18 +435,19 @@ def worker(folder: Path, world: World) -> None:
         loss, gradients = loss_and_gradients(make_scorer(world), batch, micro_tokens, world)
         found[name] = {"loss": parallel.sum_over_ranks(loss), "gradients": whole(gradients)}
     scorer = make_scorer(world, torch.float32)
-    optimizer = parallel.adamw(scorer, 1e-2, 0.1)
+    optimizer = parallel.adamw(scorer.parameters(), 1e-2, 0.1)
     found["norms"] = train(scorer, optimizer, world, range(3))
     found["after 3"] = whole(dict(scorer.named_parameters()))
     if saved := parallel.complete_checkpoints(folder / "checkpoints"):
         scorer = parallel.shard(random_init(SHAPE, seed=9), world)  # to be overwritten
-        optimizer = parallel.adamw(scorer, 1e-2, 0.1)
+        optimizer = parallel.adamw(scorer.parameters(), 1e-2, 0.1)
         assert parallel.load_checkpoint(saved[0], {"policy": scorer, "adamw": optimizer}, world)["step"] == 3
     else:
         parts = {"policy": scorer, "adamw": optimizer}
         parallel.save_checkpoint(folder / "checkpoints", 3, parts, {"cursor": 12}, world)
     train(scorer, optimizer, world, range(3, 5))
     found["after 5"] = whole(dict(scorer.named_parameters()))
+    found["muon"] = whole(dict(train_by_muon(world).named_parameters()))
     plain = Transformer(SHAPE, dtype=torch.bfloat16)
     parallel.copy_weights(scorer, plain)
     found["copied"] = dict(plain.state_dict())

@@ -48,7 +48,7 @@ def save_babbler(folder: Path) -> None:
     """A model that has seen some arithmetic: its responses end now and then, and are not all garbled."""
     model, rng = random_init(hand.SHAPE, 0), random.Random(0)
     scorer = parallel.shard(model, ALONE)
-    optimizer = parallel.adamw(scorer, 1e-2)
+    optimizer = parallel.adamw(scorer.parameters(), 1e-2)
     for _ in range(60):
         batch = []
         for problem, _ in zip(tasks.countdown(rng.randrange(10**6)), range(16)):

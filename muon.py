@@ -1,0 +1,65 @@
+"""Muon (Keller Jordan, 2024; arXiv 2502.16982): momentum whose matrices are made orthogonal before each step.
+
+    optimizers = [Muon(matrices, lr), AdamW(everything else, lr)]
+
+The gradient of a weight matrix is a sum of outer products, of which a few large ones (what every example wants) drown
+the many small ones (single facts). Muon keeps the singular vectors of the momentum and sets all singular values to
+about 1, so that rare facts are learned as fast as common ones. The demo's model has to learn thousands of sums by
+heart: see "Muon beside AdamW" in benchmarks/RESULTS.md.
+
+The orthogonal factor U V' of M = U S V' is found without a singular value decomposition: the odd polynomial
+p(x) = 3.4445 x - 4.7750 x^3 + 2.0315 x^5, applied five times to M / |M|, drives every singular value to between 0.7
+and 1.2 (Newton-Schulz; coefficients from the reference implementation). It is scaled by 0.4 sqrt(larger side): an
+update's root mean square is then about twice AdamW's, and both can take the same learning rate.
+
+torch.optim.Muon does the same in bf16, one matrix at a time. Many CPUs have no bf16, and small matrices want batches.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+
+class Muon(torch.optim.Optimizer):
+    """For matrices only ([rows, columns] each, whole or sharded): embeddings, heads and vectors belong to AdamW."""
+
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update from every `.grad`. Every rank calls it: a matrix is gathered whole to be made orthogonal."""
+        [group] = self.param_groups
+        alike = defaultdict(list)  # by shape: one batched product instead of many small ones
+        for parameter in group["params"]:
+            momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+            ahead = parameter.grad.lerp(momentum, group["momentum"])  # Nesterov's look-ahead
+            alike[parameter.shape].append((parameter, ahead))
+        for shape, pairs in alike.items():
+            updates = orthogonal(torch.stack([whole(ahead) for _, ahead in pairs])) * (0.4 * max(shape) ** 0.5)
+            for (parameter, _), update in zip(pairs, updates):
+                if isinstance(parameter, DTensor):  # all ranks have computed the same: each takes its part
+                    update = DTensor.from_local(update, parameter.device_mesh, [Replicate()])
+                    update = update.redistribute(placements=parameter.placements)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """[N, rows, columns] -> the same singular vectors, all singular values about 1 (0.7 to 1.2)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x.mT if tall else x
