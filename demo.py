@@ -32,8 +32,8 @@ from cli import UserError
 from evaluate import Result
 from parallel import read_metrics
 
-MOST = 8  # attempts in the longest chain the model is ever shown: about 110 tokens
-BUDGET = 224  # tokens a response may take in RL and in evaluation: twice that
+MOST = 8  # attempts in the longest chain the model is ever shown: 120 tokens
+BUDGET = 224  # tokens a response may take in RL and in evaluation: nearly twice that
 BUDGETS = "28,42,56,84,112,168,224"
 
 

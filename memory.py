@@ -13,6 +13,8 @@ from torch import Tensor
 from model import Block, Config, Transformer, rotations
 
 GB = 10**9
+HELD = ("fp32 masters", "AdamW, two moments", "EMA anchor, fp32", "inference copy, bf16")  # in both phases
+CACHE = "KV cache, bf16"
 USABLE = 0.9  # of a GPU's memory: the CUDA context, NCCL's buffers and fragmentation take the rest
 
 
@@ -21,7 +23,7 @@ def plan(
     gpus: int,
     sequence_length: int,
     rl: bool,
-    sequences: int = 64,
+    sequences: int = 1,
     micro_tokens: int | None = None,
     checkpoint_activations: bool = True,
 ) -> dict[str, int]:
@@ -40,12 +42,8 @@ def plan(
     # The mask of packed documents: bool, and in bf16 for the attention kernel.
     activations = 3 * tokens * sequence_length + 4 * stream
     activations += config.layers * stream + working if checkpoint_activations else config.layers * working
-    held = {
-        "fp32 masters": 4 * parameters // gpus,
-        "AdamW, two moments": 8 * parameters // gpus,
-        "EMA anchor, fp32": 4 * parameters // gpus if rl else 0,
-        "inference copy, bf16": 2 * parameters if rl else 0,
-    }
+    anchor, copy = (4 * parameters // gpus, 2 * parameters) if rl else (0, 0)
+    held = dict(zip(HELD, (4 * parameters // gpus, 8 * parameters // gpus, anchor, copy)))
     training = {
         "gradients, fp32": 4 * parameters // gpus,
         # bf16 weights and fp32 gradients, of the block at work, of the next one, and of the root group
@@ -53,20 +51,31 @@ def plan(
         "activations": activations,
     }
     kv_bytes = 2 * 2 * config.layers * config.kv_heads * config.head_dim
-    sampling = {"KV cache, bf16": sequences * sequence_length * kv_bytes if rl else 0}
+    sampling = {CACHE: sequences * sequence_length * kv_bytes if rl else 0}
     peak = sum(held.values()) + max(sum(training.values()), sum(sampling.values()))
     return held | training | sampling | {"peak": peak}
 
 
 def table(config: Config, gpus: list[int], sequence_length: int, rl: bool, gpu_gb: float = 80.0, **options) -> str:
-    """`plan` for several numbers of GPUs side by side, and whether each fits GPUs of `gpu_gb` GB."""
-    columns = [plan(config, number, sequence_length, rl, **options) for number in gpus]
+    """`plan` for several numbers of GPUs side by side, and whether each fits GPUs of `gpu_gb` GB.
+
+    The sampler takes what memory there is and decodes fewer sequences at once where that is little: the table says how
+    many of full length, at most 64, and counts their cache.
+    """
+    columns, at_once = [], []
+    for number in gpus:
+        one = plan(config, number, sequence_length, rl, **options)
+        room = USABLE * gpu_gb * GB - sum(one[name] for name in HELD)
+        at_once.append(max(1, min(64, int(room // one[CACHE]))) if rl else 1)
+        columns.append(plan(config, number, sequence_length, rl, sequences=at_once[-1], **options))
     parameters = columns[0]["fp32 masters"] * gpus[0] / 4 / GB
     lines = [f"{parameters:.2f}B parameters, sequences of {sequence_length} tokens; GB on each GPU"]
     lines.append(f"{'GPUs':22}" + "".join(f"{number:>9}" for number in gpus))
     for name in columns[0]:
         if any(column[name] for column in columns):
             lines.append(f"{name:22}" + "".join(f"{column[name] / GB:9.1f}" for column in columns))
+    if rl:
+        lines.append(f"{'sequences at once':22}" + "".join(f"{count:>9}" for count in at_once))
     fits = ["yes" if column["peak"] <= USABLE * gpu_gb * GB else "no" for column in columns]
     lines.append(f"{f'fits {gpu_gb:g} GB ({USABLE:.0%})':22}" + "".join(f"{answer:>9}" for answer in fits))
     return "\n".join(lines)

@@ -109,12 +109,12 @@ class Block(nn.Module):
         self.post_mlp_norm = RMSNorm(dim, eps, **factory) if config.post_norms else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Tensor, attend: Callable[..., Tensor]) -> Tensor:
-        config, dtype = self.config, self.qkv.weight.dtype
+        config, dtype, kv_heads = self.config, self.qkv.weight.dtype, self.config.kv_heads
         heads = self.qkv(self.attention_norm(x).to(dtype)).unflatten(-1, (-1, config.head_dim))
-        q, k, v = heads.split([config.heads, config.kv_heads, config.kv_heads], dim=-2)
-        q = rotate(self.q_norm(q), rotation).to(v.dtype)
-        k = rotate(self.k_norm(k), rotation).to(v.dtype)
-        mixed = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        q, k, v = heads.split([config.heads, kv_heads, kv_heads], dim=-2)
+        qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=-2) if config.qk_norm else heads[..., :-kv_heads, :]
+        q, k = rotate(qk, rotation).to(v.dtype).transpose(1, 2).split([config.heads, kv_heads], dim=1)
+        mixed = attend(self.layer, q, k, v.transpose(1, 2))
         x = x + self.post_attention_norm(self.out(mixed.transpose(1, 2).flatten(-2)))
 
         gate, up = self.gate_up(self.mlp_norm(x).to(dtype)).chunk(2, dim=-1)
@@ -428,7 +428,6 @@ def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32, device
         extra -= {"lm_head.weight"} if torch.equal(head, embedding) else set()
     if extra:
         raise UserError(f"{folder}: {len(extra)} tensors do not belong to the model, the first is {min(extra)}")
-
     model = Transformer(config, dtype, device="meta").to_empty(device=device)
     for name, parameter in tqdm(model.named_parameters(), "loading", len(table), delay=3):
         rows = [piece.rows for piece in table[name]]
@@ -444,8 +443,10 @@ def load_pretrained(path: str | Path, dtype: torch.dtype = torch.float32, device
 def open_tensors(folder: Path) -> dict[str, safe_open]:
     """For every tensor in a folder the open safetensors file that holds it (nothing is read before `get_tensor`)."""
     index, tensors = folder / "model.safetensors.index.json", {}
-    names = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
-    for name in sorted(set(names)):
+    weight_map = read_json(index).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: weight_map should name a file for each tensor")
+    for name in sorted(set(weight_map.values())):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name} is missing (weights are read from safetensors files only)")
         try:
@@ -465,7 +466,6 @@ def save_pretrained(model: Transformer, path: str | Path, tokenizer=None, weight
     partial_path, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
     shutil.rmtree(partial_path, ignore_errors=True)
     partial_path.mkdir(parents=True)
-
     weights = dict(model.named_parameters()) if weights is None else weights
     shards: list[dict[Piece, Tensor]] = [{}]
     for name, pieces in layout(model.config).items():

@@ -119,6 +119,8 @@ class Config:
     """Do not train: write the policy of the newest checkpoint in --out to this Hugging Face folder."""
     plan: int = 0
     """Do not train: print what each of this many GPUs would have to hold."""
+    gpu_gb: float = 80.0
+    """With --plan: the memory of one GPU, in GB (A100 and H100: 80, H200: 141)."""
     max_batch: int = 1024
     """Sequences decoded at once, at most."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
@@ -130,8 +132,8 @@ class Config:
 
 
 MAY_CHANGE = (
-    "out", "steps", "resume", "export", "plan", "log", "show_every", "checkpoint_every", "micro_tokens", "max_batch",
-    "device",
+    "out", "steps", "resume", "export", "plan", "gpu_gb", "log", "show_every", "checkpoint_every", "micro_tokens",
+    "max_batch", "device",
 )  # fmt: skip
 """Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
 

@@ -481,8 +481,8 @@ def train(config: Config, world: World) -> None:
 
 def main(config: Config) -> None:
     if config.plan:
-        shape = read_config(model_folder(config.model))
-        print(memory.table(shape, [config.plan], config.max_tokens, rl=True, checkpoint_activations=config.recompute))
+        shape, length = read_config(model_folder(config.model)), config.max_tokens
+        print(memory.table(shape, [config.plan], length, True, config.gpu_gb, checkpoint_activations=config.recompute))
         return
     with parallel.session(config.device) as world:
         (export if config.export else train)(config, world)

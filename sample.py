@@ -180,9 +180,9 @@ class Batch:
         bias = torch.zeros_like(hidden_from, dtype=self.cache[0].dtype).masked_fill_(hidden_from, -torch.inf)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.cache[layer][:, :rows]
-            keys[row, :, position], values[row, :, position] = k[:, :, 0], v[:, :, 0]
-            return decode_attention(q, keys[:, :, :length], values[:, :, :length], bias)
+            cached = self.cache[layer][:, :rows]
+            cached[:, row, :, position] = torch.stack((k[:, :, 0], v[:, :, 0]), dim=1)
+            return decode_attention(q, *cached[:, :, :, :length], bias)
 
         tokens = self.tokens[row, position]
         hidden = self.model(tokens[:, None], positions=position[:, None], attend=attend)

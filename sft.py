@@ -54,8 +54,8 @@ from parallel import Scorer, World
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
 MAY_CHANGE = (
-    "out", "plan", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every", "keep",
-    "log",
+    "out", "plan", "gpu_gb", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every",
+    "keep", "log",
 )  # fmt: skip
 """Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
 
@@ -116,6 +116,8 @@ class Config:
     """Where metrics go besides metrics.jsonl."""
     plan: int = 0
     """Print what each of so many GPUs would hold for --model, and whether it fits, and stop. Reads no weights."""
+    gpu_gb: float = 80.0
+    """With --plan: the memory of one GPU, in GB (A100 and H100: 80, H200: 141)."""
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ def main(config: Config) -> None:
             raise UserError("--plan needs --model: the demo's model fits anywhere")
         shape = read_config(model_folder(config.model))
         length = config.max_length or shape.context
-        print(memory.table(shape, [config.plan], length, rl=False, checkpoint_activations=config.recompute))
+        print(memory.table(shape, [config.plan], length, False, config.gpu_gb, checkpoint_activations=config.recompute))
         return
     with parallel.session(config.device) as world:
         train(config, world)

@@ -1,4 +1,5 @@
-"""The sampler beside transformers' `generate`: same weights, prompts and limits, taking turns in one run; medians.
+"""The sampler beside transformers' `generate` and continuous batching: the same weights, prompts and limits, taking
+turns in one run; medians.
 
     python benchmarks/sample_bench.py                       # CPU: SmolLM2-135M (real weights) and the demo's model
     python benchmarks/sample_bench.py --only one demo --rounds 5
@@ -9,7 +10,8 @@ on with a batch until its last row has ended, and what it writes into the other 
 
 On a GPU two things are measured. A decode step, against the time that reading its weights, keys and values takes at the
 bandwidth of a large copy measured in the same run. And rollouts as RL needs them: 16 prompts x 64, whose lengths are
-spread (random weights do not end: one token in 128 is made a stop token, up to 512 tokens).
+spread (random weights do not end: one token in 128 is made a stop token, up to 512 tokens). Continuous batching takes
+part on a GPU only: that is what it is made for.
 """
 
 import statistics
@@ -70,6 +72,18 @@ def peer(model: transformers.PreTrainedModel, prompts: Rows, n: int, params: Sam
     return [row[:end] for row, end in zip(rows, ends)]
 
 
+def continuous(
+    model: transformers.PreTrainedModel, prompts: Rows, n: int, params: SamplingParams, eos: list[int]
+) -> Rows:
+    """transformers' own continuous batching, each prompt n times."""
+    config = transformers.GenerationConfig(
+        max_new_tokens=params.max_tokens, do_sample=True, temperature=params.temperature, top_p=1.0, top_k=0,
+        eos_token_id=eos or None, pad_token_id=0,
+    )  # fmt: skip
+    outputs = model.generate_batch([prompt for prompt in prompts for _ in range(n)], generation_config=config)
+    return [output.generated_tokens for output in outputs.values()]
+
+
 def compare(name: str, bar: float, rounds: int, contenders: dict[str, Callable[[], Rows]]) -> None:
     """Take turns, and print a row of the table: medians of tokens that count per second, and their ratio."""
     speeds: dict[str, list[float]] = {contender: [] for contender in contenders}
@@ -88,13 +102,15 @@ def ours(sampler: Sampler, prompts: Rows, n: int, params: SamplingParams) -> Row
     return [completion.tokens for row in sampler.generate(prompts, n, params) for completion in row]
 
 
-def versus(name: str, bar: float, rounds: int, sampler: Sampler, theirs, prompts: Rows, n: int, params) -> None:
-    eos = sampler.eos_ids
-    short = SamplingParams(2)
-    ours(sampler, prompts[:1], 2, short), peer(theirs, prompts[:1], 2, short, eos)  # warm up
+def versus(
+    name: str, bar: float, rounds: int, sampler: Sampler, theirs, prompts: Rows, n: int, params, other=peer
+) -> None:
+    """`compare` ours with `other` (`peer` or `continuous`), both warmed up."""
+    eos, short = sampler.eos_ids, SamplingParams(2)
+    ours(sampler, prompts[:1], 2, short), other(theirs, prompts[:1], 2, short, eos)
     contenders = {
         "nanoT1": lambda: ours(sampler, prompts, n, params),
-        "transformers generate": lambda: peer(theirs, prompts, n, params, eos),
+        {peer: "generate", continuous: "continuous batching"}[other]: lambda: other(theirs, prompts, n, params, eos),
     }
     compare(name, bar, rounds, contenders)
 
@@ -237,6 +253,7 @@ def gpu_rows(config: Config) -> None:
     prompts = [[1 + (7 * i + j) % 1000 for j in range(64 + 4 * i)] for i in range(16)]
     sampler, params = Sampler(model, max_batch=1024, eos_ids=eos), SamplingParams(512)
     versus("RL: 16 x 64, <= 512", 10, 1, sampler, theirs, prompts, 64, params)
+    versus("RL: 16 x 64, <= 512", 2, 1, sampler, theirs, prompts, 64, params, continuous)
 
 
 def main(config: Config) -> None:

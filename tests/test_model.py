@@ -252,6 +252,10 @@ def test_sharded_folders(tmp_path, monkeypatch):
     next((tmp_path / "theirs").glob("model-00002*")).unlink()
     with pytest.raises(UserError, match=r"model-00002.* is missing"):
         load_pretrained(tmp_path / "theirs")
+    for broken in (["model-00001"], {"lm_head.weight": 3}, None):
+        (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": broken}))
+        with pytest.raises(UserError, match=r"index.json: weight_map should name a file"):
+            load_pretrained(tmp_path / "theirs")
 
 
 def test_saving_replaces_and_an_interrupted_save_leaves_the_old_folder(tmp_path, monkeypatch):

@@ -1,13 +1,24 @@
 """The README names files, functions, tests and flags; each must exist, or a reader is sent to look for a ghost."""
 
 import ast
+import json
+import os
 import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import cot
 import demo
 import sft
+from model import Config as ModelConfig
+from model import random_init, save_pretrained
+from tokenizer import demo_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -50,7 +61,7 @@ def test_tests_exist(name: str):
 
 def test_flags_exist():
     """Commands are copied from the README: a flag that is gone makes the first try fail."""
-    for script, rest in re.findall(r"^(?:\$ )?python (\w+\.py)([^\n#]*)", README, flags=re.M):
+    for script, rest in re.findall(r"^(?:\$ )?(?:python|torchrun [^\n]*?) ?(\w+\.py)([^\n#]*)", README, flags=re.M):
         known = {name.replace("_", "-") for source in (script, "recipes.py") for name in fields(ROOT / source)}
         for flag in re.findall(r"--([a-z-]+)", rest):
             assert flag in known, f"README.md: {script} has no --{flag}"
@@ -61,6 +72,55 @@ def test_no_figure_is_left_to_fill_in():
     assert not re.findall(r"DEMO_[A-Z]+", README)
     assert f"{demo.Config.chains:,} chains" in README
     assert f"{sum(p.numel() for p in sft.begin(sft.Config(out=''))[0].parameters()):,} parameters" in README
+
+
+RECIPES = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README.split("### On GPUs")[1].split("### ")[0], flags=re.S)
+    for line in block.strip().split("\n")
+    if "--plan" not in line
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with what the recipes for GPUs name: random weights in the shape of Qwen2.5, chains, and problems."""
+    folder, tokenizer = tmp_path_factory.mktemp("recipes"), demo_tokenizer(cot.WORDS)
+    shape = ModelConfig(
+        tokenizer.vocab_size, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=64, family="qwen2",
+        qkv_bias=True, context=12_000, eos_ids=tuple(tokenizer.eos_ids),
+    )  # fmt: skip
+    save_pretrained(random_init(shape, 0), folder / "qwen", tokenizer)
+    rows = [
+        {"problem": f"What is {n} + 1?", "answer": str(n + 1), "response": f"\\boxed{{{n + 1}}}"} for n in range(20)
+    ]
+    for name in ("chains.jsonl", "train.jsonl"):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(RECIPES)))
+def test_recipes_for_gpus_run(tiny: Path, number: int):
+    """Guards against recipes that nobody has tried: a flag that is gone, FSDP that refuses bf16, a missing rendezvous.
+    As in the README but for sizes, the number of processes and the device; RL starts from the SFT run before it."""
+    words = shlex.split(RECIPES[number])
+    script = next(word for word in words if word.endswith(".py"))
+    port = socket.create_server(("localhost", 0)).getsockname()[1]
+    small = {
+        "sft.py": "--device cpu --steps 1 --batch-tokens 128",
+        "rl.py": "--device cpu --steps 1 --prompts 2 --samples 2 --max-tokens 8",
+    }
+    renamed = {"--nproc_per_node=8": "--nproc_per_node=2", "--nnodes=4": "--nnodes=1", "Qwen2.5-0.5B": "qwen"}
+    renamed |= {"Qwen2.5-7B": "qwen", "--rdzv-endpoint=HOST:29500": f"--rdzv-endpoint=localhost:{port}"}
+    words = [renamed.get(word, word) for word in words]
+    words[0:1] = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    words[words.index(script)] = str(ROOT / script)
+    out = tiny / words[words.index("--out") + 1]
+    shutil.rmtree(out, ignore_errors=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*words, *small[script].split()], cwd=tiny, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (out / "model" / "config.json").exists()
 
 
 def fields(path: Path) -> set[str]:
