@@ -17,9 +17,10 @@ off before its end, so that no stop token is trained on it).
 Each attempt tries another value that the numbers can make, in random order. The trap here is a shortcut. If every
 chain held at most six attempts and ended well, then "the sixth attempt succeeds" would be a law of the data, and a
 model learns it sooner than arithmetic: it would claim success at the sixth attempt whatever came out. In random order
-an attempt succeeds one time in five at first and, as values are ruled out, one time in two at best, wherever it stands;
-a chain that has not succeeded after `most` attempts is simply cut off; and after any failure a chain may honestly give
-up (`give_up`), as a model's own chains do. Imitation copies that too; that it pays to think on is left for RL to find.
+an attempt succeeds one time in five at first and, as values are ruled out, one time in two at best; a chain that has
+not succeeded after `most` attempts is simply cut off; and after any failure a chain may honestly give up (`give_up`),
+as a model's own chains do. Imitation copies that too; that it pays to think on is left for RL to find. (Three numbers
+make five values on average. Four make fifteen, and want a larger --most and a smaller --give-up.)
 
 **From models' own attempts** (any problem file), T1's four steps: `sample_attempts` from one or several checkpoints
 and verify them; `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic, or with a

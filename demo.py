@@ -1,6 +1,6 @@
 """T1 in miniature, from nothing to a policy that thinks longer and answers better, on a laptop CPU.
 
-    python demo.py                      # `make demo`: about a quarter of an hour on 2 cores
+    python demo.py                      # `make demo`: about ten minutes on 2 cores
     python demo.py --seed 1 --out runs/demo-1
 
 Five stages, each the very command that a large run would use; a stage that is done is not repeated, so an interrupted
@@ -80,7 +80,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         model=str(out / "sft"),
         out=str(out / "rl"),
         task="countdown",
-        seed=config.seed + 1000,  # another stream of problems; some are among the chains', none are held out
+        seed=config.seed + 1000,  # another stream of problems; most are among the chains', none are held out
         steps=config.steps,
         prompts=96,
         samples=16,

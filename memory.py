@@ -1,15 +1,18 @@
 """Will it fit? What each GPU holds in a training run, from a model's config.json alone: `--plan` of sft.py and rl.py.
 
-    print(table(read_config(model_folder("path/to/Qwen2.5-32B")), [8, 16, 64], sequence_length=8192, rl=True))
+    print(table(read_config(model_folder("path/to/Qwen2.5-32B")), gpus=64, sequence_length=8192, rl=True))
 
 Counted on meta tensors, which have shapes and no memory: parameters from the model itself, activations from what
 autograd would really save in one block. What is divided by the number of GPUs and what is not follows parallel.py
 (FSDP2: masters, gradients, AdamW and anchor are divided; the sampler's copy is whole on every GPU) and sample.py.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from cli import UserError
 from model import Block, Config, Transformer, rotations
 
 GB = 10**9
@@ -56,29 +59,37 @@ def plan(
     return held | training | sampling | {"peak": peak}
 
 
-def table(config: Config, gpus: list[int], sequence_length: int, rl: bool, gpu_gb: float = 80.0, **options) -> str:
-    """`plan` for several numbers of GPUs side by side, and whether each fits GPUs of `gpu_gb` GB.
+def table(
+    config: Config,
+    gpus: int,
+    sequence_length: int,
+    rl: bool,
+    gpu_gb: float = 80.0,
+    micro_tokens: int = 0,
+    checkpoint_activations: bool = True,
+) -> str:
+    """`plan` line by line, and whether it fits GPUs of `gpu_gb` GB.
 
-    The sampler takes what memory there is and decodes fewer sequences at once where that is little: the table says how
-    many of full length, at most 64, and counts their cache.
+    micro_tokens: as the flag; packed into rows of `sequence_length`, whole rows are what it comes to at worst. The
+    sampler takes half of the memory that is free and decodes fewer sequences at once where that is little: counted is
+    the cache of as many of full length as find room, 64 at most.
     """
-    columns, at_once = [], []
-    for number in gpus:
-        one = plan(config, number, sequence_length, rl, **options)
-        room = USABLE * gpu_gb * GB - sum(one[name] for name in HELD)
-        at_once.append(max(1, min(64, int(room // one[CACHE]))) if rl else 1)
-        columns.append(plan(config, number, sequence_length, rl, sequences=at_once[-1], **options))
-    parameters = columns[0]["fp32 masters"] * gpus[0] / 4 / GB
-    lines = [f"{parameters:.2f}B parameters, sequences of {sequence_length} tokens; GB on each GPU"]
-    lines.append(f"{'GPUs':22}" + "".join(f"{number:>9}" for number in gpus))
-    for name in columns[0]:
-        if any(column[name] for column in columns):
-            lines.append(f"{name:22}" + "".join(f"{column[name] / GB:9.1f}" for column in columns))
+    if gpu_gb <= 0:
+        raise UserError(f"--gpu-gb must be above 0, not {gpu_gb}")
+    tokens = max(1, math.ceil(micro_tokens / sequence_length)) * sequence_length
+    held = plan(config, gpus, sequence_length, rl, 1, tokens, checkpoint_activations)
+    at_once = 1
     if rl:
-        lines.append(f"{'sequences at once':22}" + "".join(f"{count:>9}" for count in at_once))
-    fits = ["yes" if column["peak"] <= USABLE * gpu_gb * GB else "no" for column in columns]
-    lines.append(f"{f'fits {gpu_gb:g} GB ({USABLE:.0%})':22}" + "".join(f"{answer:>9}" for answer in fits))
-    return "\n".join(lines)
+        room = USABLE * gpu_gb * GB - sum(held[name] for name in HELD)
+        at_once = max(1, min(64, int(room / 2 // held[CACHE])))
+        held = plan(config, gpus, sequence_length, rl, at_once, tokens, checkpoint_activations)
+    parameters = held["fp32 masters"] * gpus / 4 / GB
+    lines = [f"{parameters:.2f}B parameters, sequences of {sequence_length} tokens; GB on each of {gpus} GPUs"]
+    lines += [f"{name:22}{size / GB:9.1f}" for name, size in held.items() if size]
+    if rl:
+        lines.append(f"{'sequences at once':22}{at_once:>9}")
+    answer = "yes" if held["peak"] <= USABLE * gpu_gb * GB else "no"
+    return "\n".join([*lines, f"{f'fits {gpu_gb:g} GB ({USABLE:.0%})':22}{answer:>9}"])
 
 
 class Flash(torch.autograd.Function):

@@ -8,11 +8,14 @@ about 1, so that rare facts are learned as fast as common ones. The demo's model
 heart: see "Muon beside AdamW" in benchmarks/RESULTS.md.
 
 The orthogonal factor U V' of M = U S V' is found without a singular value decomposition: the odd polynomial
-p(x) = 3.4445 x - 4.7750 x^3 + 2.0315 x^5, applied five times to M / |M|, drives every singular value to between 0.7
-and 1.2 (Newton-Schulz; coefficients from the reference implementation). It is scaled by 0.4 sqrt(larger side): an
-update's root mean square is then about twice AdamW's, and both can take the same learning rate.
+p(x) = 3.4445 x - 4.7750 x^3 + 2.0315 x^5, applied five times to M / |M|, drives singular values (all but those below
+about |M| / 500) to between 0.65 and 1.25 (Newton-Schulz; coefficients from the reference implementation). It is scaled
+by 0.4 sqrt(larger side): an update's root mean square is then about twice AdamW's, and both can take the same learning
+rate.
 
-torch.optim.Muon does the same in bf16, one matrix at a time. Many CPUs have no bf16, and small matrices want batches.
+Made for models that fit one GPU: every rank holds the whole matrices of one shape while they are made orthogonal. `qkv`
+and `gate_up` count as one matrix each. torch.optim.Muon does the same in bf16, one matrix at a time; many CPUs have no
+bf16, and small matrices want batches.
 """
 
 from collections import defaultdict
@@ -54,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """[N, rows, columns] -> the same singular vectors, all singular values about 1 (0.7 to 1.2)."""
+    """[N, rows, columns] -> the same singular vectors, all singular values about 1."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)

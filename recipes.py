@@ -133,7 +133,7 @@ class Config:
 
 MAY_CHANGE = (
     "out", "steps", "resume", "export", "plan", "gpu_gb", "log", "show_every", "checkpoint_every", "micro_tokens",
-    "max_batch", "device",
+    "max_batch", "device", "recompute",
 )  # fmt: skip
 """Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
 

@@ -327,6 +327,7 @@ def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step:
         critic_norm = parallel.clip_grad_norm(learner.critic, config.max_grad_norm) if learner.critic else 0.0
         if guard.allows(loss=losses[-1], gradient=norms[-1], critic=critic_norm):
             learner.optimizer.step()
+    learner.optimizer.zero_grad()  # the sampler can use the room
     sums = {name: parallel.sum_over_ranks(value) for name, value in sums.items()}
     metrics = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
     metrics |= {"entropy": sums["entropy"] / sums["tokens"], "clip_fraction": sums["clipped"] / sums["tokens"]}
@@ -481,8 +482,8 @@ def train(config: Config, world: World) -> None:
 
 def main(config: Config) -> None:
     if config.plan:
-        shape, length = read_config(model_folder(config.model)), config.max_tokens
-        print(memory.table(shape, [config.plan], length, True, config.gpu_gb, checkpoint_activations=config.recompute))
+        shape, sizes = read_config(model_folder(config.model)), (config.max_tokens, True, config.gpu_gb)
+        print(memory.table(shape, config.plan, *sizes, config.micro_tokens, config.recompute))
         return
     with parallel.session(config.device) as world:
         (export if config.export else train)(config, world)

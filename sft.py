@@ -55,7 +55,7 @@ from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
 MAY_CHANGE = (
     "out", "plan", "gpu_gb", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every",
-    "keep", "log",
+    "keep", "log", "recompute",
 )  # fmt: skip
 """Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
 
@@ -365,7 +365,7 @@ def main(config: Config) -> None:
             raise UserError("--plan needs --model: the demo's model fits anywhere")
         shape = read_config(model_folder(config.model))
         length = config.max_length or shape.context
-        print(memory.table(shape, [config.plan], length, False, config.gpu_gb, checkpoint_activations=config.recompute))
+        print(memory.table(shape, config.plan, length, False, config.gpu_gb, config.micro_tokens, config.recompute))
         return
     with parallel.session(config.device) as world:
         train(config, world)

@@ -6,8 +6,8 @@ two judges: `math` (any problem file; `verify.py` decides whether the last \\box
 
     numbers 3 5 7, target 22      ->  \\boxed{(5*3)+7}
 
-Countdown suits RL for reasoning: it is hard to guess, easy to check exactly, rewards trying and failing, and there are
-106,000 problems of three numbers and millions of four. Problems whose multiset of numbers hashes to 0 modulo 10 are
+Countdown suits RL for reasoning: it takes several tries, is easy to check exactly, rewards trying and failing, and has
+105,000 problems of three numbers and millions of four. Problems whose multiset of numbers hashes to 0 modulo 10 are
 held out, all others are for training: the two never share a set of numbers.
 
 To add a task: write a function (problem, response) -> Verdict, enter it in JUDGES, and give your problems its name.

@@ -19,7 +19,7 @@ def rows(summaries: list[dict]) -> dict[str, list[list[float]]]:
     first = summaries[0]["rl"]
     kinds = dict.fromkeys(kind for s in summaries for stage in ("rl", "sft") for kind in s[stage]["failures"])
     return {
-        **{f"{name}, %": pick(lambda s, name=name: 100 * s[name]) for name in ("pass@1", "pass@4", "pass@16")},
+        **{f"{name}, %": pick(lambda s, name=name: 100 * s[name]) for name in first if f"{name}_ci" in first},
         "mean tokens": pick(lambda s: s["mean_tokens"]),
         **{f"cut at {b} tokens, %": pick(lambda s, b=b: 100 * s["budget_curve"][b]) for b in first["budget_curve"]},
         **{f"fails: {kind}, %": pick(lambda s, kind=kind: 100 * s["failures"].get(kind, 0.0)) for kind in kinds},

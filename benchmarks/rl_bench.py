@@ -47,7 +47,7 @@ class Config:
     samples: int = 16
     """K, responses per prompt."""
     max_tokens: int = 256
-    """Longest response (the demo's)."""
+    """Longest response."""
     steps: int = 3
     """Timed steps per process and round; one more, not timed, comes first."""
     rounds: int = 2

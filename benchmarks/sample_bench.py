@@ -30,12 +30,12 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import cli  # noqa: E402
-import cot  # noqa: E402
+import sft  # noqa: E402
 import tasks  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
-from model import Transformer, load_pretrained, random_init, save_pretrained  # noqa: E402
+from model import Transformer, load_pretrained, save_pretrained  # noqa: E402
 from sample import Batch, Sampler, SamplingParams  # noqa: E402
-from tokenizer import demo_tokenizer, load_tokenizer  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
 
 Rows = list[list[int]]  # completions, one after another
 
@@ -81,6 +81,8 @@ def continuous(
         eos_token_id=eos or None, pad_token_id=0,
     )  # fmt: skip
     outputs = model.generate_batch([prompt for prompt in prompts for _ in range(n)], generation_config=config)
+    if len(outputs) < len(prompts) * n:
+        raise RuntimeError(f"continuous batching ended {len(outputs)} of {len(prompts) * n} sequences")
     return [output.generated_tokens for output in outputs.values()]
 
 
@@ -144,23 +146,12 @@ def cpu_rows(config: Config) -> None:
 def demo_row(config: Config) -> None:
     """64 countdown problems x 16 with the demo's policy."""
     trained = Path(config.demo_model).exists()
-    tokenizer = load_tokenizer(config.demo_model) if trained else demo_tokenizer(cot.WORDS)
-    eos = list(tokenizer.eos_ids)
     if trained:
-        model = load_pretrained(config.demo_model)
+        model, tokenizer = load_pretrained(config.demo_model), load_tokenizer(config.demo_model)
+        eos = list(tokenizer.eos_ids)
     else:
-        shape = ModelConfig(
-            tokenizer.vocab_size,
-            dim=96,
-            layers=4,
-            heads=4,
-            kv_heads=4,
-            head_dim=24,
-            mlp_dim=256,
-            context=512,
-            tied=True,
-        )
-        model, eos = random_init(shape, 0), list(range(tokenizer.vocab_size // 50))
+        model, tokenizer = sft.begin(sft.Config(out=""))
+        eos = list(range(tokenizer.vocab_size // 50))
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -1,8 +1,10 @@
 """memory.py: the plan of a training run adds up, and its activations are those that a real block keeps."""
 
+import pytest
 import torch
 
 import memory
+from cli import UserError
 from memory import GB, plan, saved_bytes, table
 from model import Block, Config, causal_attention, rotations
 
@@ -59,9 +61,27 @@ def test_checkpointing_saves_activations():
 
 def test_table_says_whether_it_fits():
     """Qwen2.5-32B by supervised fine-tuning: not on 8 GPUs of 80 GB, but on 16. The line that a user reads."""
-    text = table(QWEN_32B, [8, 16], 8192, rl=False)
+    text = table(QWEN_32B, 8, 8192, rl=False)
     assert text.startswith("32.76B parameters")
-    assert text.splitlines()[-1].split()[-2:] == ["no", "yes"]
-    assert "KV cache" not in text
+    assert text.endswith("no") and table(QWEN_32B, 16, 8192, rl=False).endswith("yes")
+    assert "KV cache" not in text and "sequences at once" not in text
     assert plan(QWEN_32B, 8, 8192, rl=False)["peak"] > memory.USABLE * 80 * GB
-    assert table(QWEN_32B, [8], 8192, rl=False, gpu_gb=141).splitlines()[-1].endswith("yes")
+    assert table(QWEN_32B, 8, 8192, rl=False, gpu_gb=141).endswith("yes")
+    with pytest.raises(UserError, match="--gpu-gb"):
+        table(QWEN_32B, 8, 8192, rl=False, gpu_gb=0)
+
+
+def test_table_counts_the_sequences_that_fit():
+    """Guards against a plan that calls a run impossible because 64 sequences do not fit at once: the sampler decodes
+    fewer. Of 72 GB, 36.8 are held; half of the rest holds 8 sequences of 10,240 tokens, 192 KiB each position."""
+    qwen_14b = Config(152064, 5120, 48, 40, 8, 128, 13824, family="qwen2", qkv_bias=True)
+    lines = table(qwen_14b, 32, 10_240, rl=True).splitlines()
+    assert lines[-2].split()[-1] == "8" and lines[-1].endswith("yes")
+    assert table(QWEN_32B, 64, 10_240, rl=True).endswith("no")  # the sampler's whole copy alone is 65.5 GB
+    assert table(QWEN_32B, 64, 10_240, rl=True, gpu_gb=141).endswith("yes")
+
+
+def test_table_counts_whole_rows():
+    """Guards against activations of one row where --micro-tokens lets two of them into a forward pass."""
+    one, two, more = (table(QWEN_32B, 64, 10_240, rl=True, micro_tokens=tokens) for tokens in (10_240, 20_480, 16_384))
+    assert one != two == more

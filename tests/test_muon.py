@@ -28,21 +28,25 @@ def test_orthogonal_does_not_depend_on_scale_or_batch():
 
 
 def test_two_steps_by_hand():
-    """Guards against a wrong look-ahead, momentum that is scaled twice, or decay that is applied to the update."""
+    """Guards against a wrong look-ahead, momentum that is scaled twice, decay that is applied to the update, and
+    matrices of one shape that are given each other's updates."""
     generator = torch.Generator().manual_seed(2)
-    start, first, second = (torch.randn(6, 8, generator=generator) for _ in range(3))
-    weight = torch.nn.Parameter(start.clone())
-    optimizer = Muon([weight], lr=0.1, weight_decay=0.5, momentum=0.9)
-    expected = start.clone()
-    momentum = torch.zeros_like(start)
-    for gradient in (first, second):
-        weight.grad = gradient.clone()
+    shapes = [(6, 8), (6, 8), (8, 6)]
+    starts, *gradients = ([torch.randn(shape, generator=generator) for shape in shapes] for _ in range(3))
+    weights = [torch.nn.Parameter(start.clone()) for start in starts]
+    optimizer = Muon(weights, lr=0.1, weight_decay=0.5, momentum=0.9)
+    momenta = [torch.zeros_like(start) for start in starts]
+    expected = starts
+    for step in gradients:
+        for weight, gradient in zip(weights, step):
+            weight.grad = gradient.clone()
         optimizer.step()
-        momentum = 0.9 * momentum + 0.1 * gradient
-        ahead = 0.1 * gradient + 0.9 * momentum
-        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.4 * 8**0.5 * orthogonal(ahead[None])[0]
-        torch.testing.assert_close(weight.detach(), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(weight.grad, second)  # the gradient is somebody else's
+        momenta = [0.9 * momentum + 0.1 * gradient for momentum, gradient in zip(momenta, step)]
+        for i, (momentum, gradient) in enumerate(zip(momenta, step)):
+            ahead = 0.1 * gradient + 0.9 * momentum
+            expected[i] = expected[i] * (1 - 0.1 * 0.5) - 0.1 * 0.4 * 8**0.5 * orthogonal(ahead[None])[0]
+            torch.testing.assert_close(weights[i].detach(), expected[i], atol=1e-5, rtol=1e-5)
+            assert torch.equal(weights[i].grad, gradient)  # the gradient is somebody else's
 
 
 def test_it_agrees_with_torch():

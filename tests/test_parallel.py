@@ -69,7 +69,7 @@ def whole(tensors: dict) -> dict:
 def train(scorer, optimizer, world: World, steps: range, micro_tokens: int = 60) -> list[float]:
     norms = []
     for step in steps:
-        optimizer.zero_grad()
+        scorer.zero_grad()
         loss_and_gradients(scorer, examples(4 + step), micro_tokens, world)
         norms.append(parallel.clip_grad_norm(scorer, 1.0))
         optimizer.step()

@@ -69,7 +69,8 @@ def test_flags_exist():
 
 def test_no_figure_is_left_to_fill_in():
     """A placeholder that was forgotten, or a number that the code has left behind."""
-    assert not re.findall(r"DEMO_[A-Z]+", README)
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
+    assert not re.findall(r"\b[A-Z]+_(?:SAMPLE|TABLE|PLAN|ROWS?|RATIO|VERSION)\b", README + results)
     assert f"{demo.Config.chains:,} chains" in README
     assert f"{sum(p.numel() for p in sft.begin(sft.Config(out=''))[0].parameters()):,} parameters" in README
 
@@ -94,6 +95,7 @@ def tiny(tmp_path_factory) -> Path:
     rows = [
         {"problem": f"What is {n} + 1?", "answer": str(n + 1), "response": f"\\boxed{{{n + 1}}}"} for n in range(20)
     ]
+    shutil.copytree(folder / "qwen", folder / "runs" / "sft" / "model")  # for RL, where its SFT has not run
     for name in ("chains.jsonl", "train.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -118,7 +120,9 @@ def test_recipes_for_gpus_run(tiny: Path, number: int):
     out = tiny / words[words.index("--out") + 1]
     shutil.rmtree(out, ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*words, *small[script].split()], cwd=tiny, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*words, *small[script].split()], cwd=tiny, env=environment, capture_output=True, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "model" / "config.json").exists()
 

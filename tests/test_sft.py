@@ -30,7 +30,10 @@ from tokenizer import demo_tokenizer, load_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("NANOT1_KILLS", 2))  # 20 for the long form of the test
 STEPS = 6 * KILLS
-TINY = {"task": "countdown", "chains": 120, "lr": 3e-3, "batch_tokens": 700, "micro_tokens": 300, "device": "cpu"}
+TINY = {
+    "task": "countdown", "chains": 120, "lr": 3e-3, "batch_tokens": 700, "micro_tokens": 300, "device": "cpu",
+    "optimizer": "muon",  # and AdamW for the embedding and the norms: both are in every test
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +318,7 @@ def test_a_moved_folder_resumes(finished, tmp_path):
     """Bug: --resume calls a run that was copied elsewhere another run, because --out is one of its flags."""
     shutil.copytree(finished, tmp_path / "moved")
     shutil.rmtree(tmp_path / "moved" / "model")
-    run(tmp_path / "moved", resume=True)
+    run(tmp_path / "moved", resume=True, recompute=True)  # which the README recommends where memory runs out
     assert (tmp_path / "moved" / "model" / "model.safetensors").exists()
 
 
@@ -329,3 +332,13 @@ def test_resuming_with_other_data_is_refused(tmp_path):
     data.write_text("\n".join(rows[:-1] + [rows[0]]))
     with pytest.raises(UserError, match="the training data is not what"):
         run(tmp_path / "run", **flags, resume=True)
+
+
+@pytest.mark.parametrize("optimizer, names", [("adamw", {"adamw"}), ("muon", {"adamw", "muon"})])
+def test_every_parameter_has_one_optimizer(optimizer, names):
+    """Bug: a matrix that two optimizers move, or none does."""
+    scorer = parallel.Scorer(sft.begin(sft.Config(out=""))[0])
+    optimizers = sft.make_optimizers(scorer, sft.Config(out="", optimizer=optimizer))
+    moved = [id(p) for part in optimizers.values() for group in part.param_groups for p in group["params"]]
+    assert optimizers.keys() == names
+    assert sorted(moved) == sorted(id(parameter) for parameter in scorer.parameters())
