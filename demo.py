@@ -202,7 +202,7 @@ def main(config: Config) -> None:
     }
     cli.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"\n{evaluate.table(results)}\n\nin {summary['seconds']:.0f} s; the figure is {out / 'demo.png'}")
-    print(f'Watch it think:  python sample.py --model {out} "numbers 3 5 7, target 22"')
+    print(f'Watch it think:  python sample.py --model {out} "numbers 19 17 43, target 41"')
 
 
 if __name__ == "__main__":

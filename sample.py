@@ -1,6 +1,6 @@
 """The sampler: K completions per prompt, batched, with a KV cache; also a command to talk to a checkpoint.
 
-    python sample.py --model runs/demo "numbers 3 5 7, target 22"       # one streamed answer
+    python sample.py --model runs/demo "numbers 19 17 43, target 41"    # one streamed answer
     python sample.py --model DIR                                        # a chat; Ctrl-C stops an answer, Ctrl-D ends
     python sample.py --model DIR "What is 3/4 of 28?" --n 8 --verify 21 # how many of 8 answers are right?
 
