@@ -99,8 +99,8 @@ class Block(nn.Module):
         query_rows, kv_rows = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.attention_norm = RMSNorm(dim, eps, **factory)
         self.qkv = nn.Linear(dim, query_rows + 2 * kv_rows, bias=config.qkv_bias, **factory)
-        self.q_norm = RMSNorm(config.head_dim, eps, **factory) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, eps, **factory) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, eps, **factory) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, eps, **factory) if config.qk_norm else None
         self.out = nn.Linear(query_rows, dim, bias=config.out_bias, **factory)
         self.post_attention_norm = RMSNorm(dim, eps, **factory) if config.post_norms else nn.Identity()
         self.mlp_norm = RMSNorm(dim, eps, **factory)

@@ -1,7 +1,9 @@
 """Several seeds of the demo as one table: the mean over the runs, and in brackets the least and the most of them.
 
-for seed in 0 1 2; do python demo.py --seed $seed --out runs/demo-$seed; done
-python benchmarks/demo_seeds.py runs/demo-*
+The README's table is made by
+
+    for seed in 0 1 2; do python demo.py --seed $seed --out runs/demo-$seed; done
+    python benchmarks/demo_seeds.py runs/demo-*
 """
 
 import json
