@@ -260,7 +260,7 @@ class Sampler:
         max_batch: int = 256,
         eos_ids: list[int] | None = None,
         cache_bytes: int | None = None,
-        prefill_tokens: int = 4096,
+        prefill_tokens: int = 1024,
     ) -> None:
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, not {max_batch}")

@@ -26,7 +26,7 @@ import torch
 
 from .jit import LOG2_E, constexpr, exp2, jit, launch_shape, log2, tl, use_triton, wide
 
-CPU_TILE = 1 << 16  # elements that are drawn from at a time: they stay in the cache
+CPU_TILE = 1 << 18  # elements that are drawn from at a time: they stay in the cache
 WEYL = -1640531535  # 2^32 / golden ratio (as int32): neighbouring tokens start the hash far apart
 SMALL = 2.0**-31 * (1 - 2.0**-23)  # scramble()'s result times this is -w, inside (-1, 0) even after rounding
 
