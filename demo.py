@@ -30,7 +30,7 @@ import rl
 import sft
 from cli import UserError
 from evaluate import Result
-from parallel import read_metrics
+from runfolder import read_metrics
 
 MOST = 8  # attempts in the longest chain the model is ever shown: 120 tokens
 BUDGET = 224  # tokens a response may take in RL and in evaluation: nearly twice that

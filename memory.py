@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cli import UserError
 from model import Block, Config, Transformer, rotations
+from parallel import MICRO_TOKENS
 
 GB = 10**9
 HELD = ("fp32 masters", "AdamW, two moments", "EMA anchor, fp32", "inference copy, bf16")  # in both phases
@@ -43,7 +44,7 @@ def plan(
     stream = 4 * tokens * config.dim
     working = saved_bytes(config, tokens)
     # The mask of packed documents: bool, and in bf16 for the attention kernel.
-    activations = 3 * tokens * sequence_length + 4 * stream
+    activations = 3 * tokens * max(sequence_length, config.dim) + 4 * stream
     activations += config.layers * stream + working if checkpoint_activations else config.layers * working
     anchor, copy = (4 * parameters // gpus, 2 * parameters) if rl else (0, 0)
     held = dict(zip(HELD, (4 * parameters // gpus, 8 * parameters // gpus, anchor, copy)))
@@ -65,7 +66,7 @@ def table(
     sequence_length: int,
     rl: bool,
     gpu_gb: float = 80.0,
-    micro_tokens: int = 0,
+    micro_tokens: int | None = None,
     checkpoint_activations: bool = True,
 ) -> str:
     """`plan` line by line, and whether it fits GPUs of `gpu_gb` GB.
@@ -76,7 +77,7 @@ def table(
     """
     if gpu_gb <= 0:
         raise UserError(f"--gpu-gb must be above 0, not {gpu_gb}")
-    tokens = max(1, math.ceil(micro_tokens / sequence_length)) * sequence_length
+    tokens = math.ceil((micro_tokens or MICRO_TOKENS["cuda"]) / sequence_length) * sequence_length
     held = plan(config, gpus, sequence_length, rl, 1, tokens, checkpoint_activations)
     at_once = 1
     if rl:

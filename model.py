@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from cli import UserError, read_json
+from packing import positions_and_mask
 
 FAMILIES = ("llama", "qwen2", "qwen3", "glm", "glm4")  # Hugging Face's `model_type`
 GLM = ("glm", "glm4")
@@ -145,21 +146,21 @@ class Transformer(nn.Module):
         documents: Tensor | None = None,
         positions: Tensor | None = None,
         attend: Callable[[int, Tensor, Tensor, Tensor], Tensor] | None = None,
+        parents: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, for tokens [B, T].
 
         documents [B, T]: number of the document that each token belongs to, in runs (packed rows; padding is simply a
             last document). Attention stays within a run and positions restart in it. None: a row is one document.
+        parents [B, T]: number of an earlier document in the row that this token's document continues, or -1: it sees
+            all of that one too, and its positions go on from there. So K responses share one prompt.
         positions [B, T]: overrides the rotary positions, which otherwise count from 0 in each document.
         attend(layer, q [B, H, T, Dh], k, v [B, Hkv, T, Dh]) -> [B, H, T, Dh]: replaces causal attention. q and k are
             rotated. This is where a sampler keeps its keys and values; it must give `positions`.
         """
-        place = torch.arange(tokens.shape[1], device=tokens.device)
-        start = None if documents is None else document_starts(documents)
-        if positions is None:
-            positions = place[None] if start is None else place - start
         if attend is None:
-            visible = None if start is None else ((place >= start[..., None]) & (place <= place[:, None]))[:, None]
+            places, visible = positions_and_mask(tokens, documents, parents)
+            positions = places if positions is None else positions
             attend = partial(causal_attention, visible)
 
         rotation = rotations(self.config, positions)
@@ -180,13 +181,6 @@ class Transformer(nn.Module):
 def wide(dtype: torch.dtype) -> torch.dtype:
     """fp32 for bf16 and fp16, else the dtype itself (float64 references stay float64)."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def document_starts(documents: Tensor) -> Tensor:
-    """[B, T]: for each token of documents [B, T], where its run of equal numbers begins."""
-    place = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=False)
-    return torch.where(begins, place, 0).cummax(dim=1).values
 
 
 def causal_attention(visible: Tensor | None, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

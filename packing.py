@@ -6,12 +6,18 @@
     by_sequence = packed.extract(logprob)
 
 Padding each sequence to the longest would waste most of the work where lengths vary as chains of thought do. Here short
-ones share a row; attention and positions stay within a sequence (`model.Transformer`, `documents`).
+ones share a row; attention and positions stay within a sequence: see `positions_and_mask`, which the model calls.
+
+K responses to one prompt share more: what precedes the prompt's last token, their `stem`, stands in a row once, and
+each response continues it (`parents`). Only the work is less: log-probs and gradients are those of K whole sequences.
+(Each response has the last token of the prompt for itself, because that is the position that predicts its first one.)
 """
 
 import dataclasses
+from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -27,6 +33,11 @@ class Example:
     spans: list[tuple[int, int]]
 
     @property
+    def stem(self) -> tuple[int, ...]:
+        """What sequences with the same prompt can share: the tokens before the one that predicts the first target."""
+        return tuple(self.tokens[: max(self.spans[0][0] - 1, 0)]) if self.spans else ()
+
+    @property
     def targets(self) -> int:
         """How many tokens are trained on. The first token of a sequence cannot be predicted from anything."""
         return sum(end - max(start, 1) for start, end in self.spans)
@@ -37,13 +48,15 @@ class Packed:
     """Sequences packed into R rows of T tokens. Position t of a document predicts its token t + 1.
 
     tokens[R, T] int64; documents[R, T] int64, the number of the document in its row (padding: one more document), or
-    None where every row holds one document; targets[R, T] int64, the next token of the document (0 where there is
+    None where every row holds one document; parents[R, T] int64, the document that this one continues (-1: none), or
+    None where none does; targets[R, T] int64, the next token of the document (0 where there is
     none); mask[R, T] bool, true where the target is trained on; index[N] int64, the same positions in flattened form,
     sequence after sequence in the order in which they were given; counts[i], how many of them are sequence i's.
     """
 
     tokens: Tensor
     documents: Tensor | None
+    parents: Tensor | None
     targets: Tensor
     mask: Tensor
     index: Tensor
@@ -68,39 +81,93 @@ class Packed:
         return dataclasses.replace(self, **tensors)
 
 
-def pack(examples: list[Example], row_length: int = 0) -> Packed:
-    """Fill rows of `row_length` tokens (at least the longest sequence) by first-fit decreasing."""
-    lengths = [len(example.tokens) for example in examples]
-    capacity = max([row_length, *lengths])
+def fill_rows(examples: list[Example], row_length: int = 0) -> tuple[list[list[int]], list[int]]:
+    """Rows of at most `row_length` tokens (or one sequence): which examples each holds, and how many tokens that is.
+
+    First-fit decreasing. A stem is counted once per row, and the sequences that share one come one after another.
+    """
+    numbers: dict[tuple[int, ...], int] = {}
+    family = [numbers.setdefault(example.stem, len(numbers)) for example in examples]
+    stems = [len(stem) for stem in numbers]
+    longest = [0] * len(numbers)
+    for i, example in enumerate(examples):
+        longest[family[i]] = max(longest[family[i]], len(example.tokens))
+    capacity = max([row_length, *longest])
     rows: list[list[int]] = []
-    free: list[int] = []
-    for i in sorted(range(len(examples)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, room in enumerate(free) if room >= lengths[i]), len(rows))
+    filled: list[int] = []
+    homes: list[list[int]] = [[] for _ in numbers]  # of each stem, the rows that hold it
+    for i in sorted(range(len(examples)), key=lambda i: (-longest[family[i]], family[i], -len(examples[i].tokens), i)):
+        alone, home = len(examples[i].tokens), homes[family[i]]
+        shared = alone - stems[family[i]]
+        row = next((r for r in home if filled[r] + shared <= capacity), None)
+        if row is None:
+            row = next((r for r, used in enumerate(filled) if used + alone <= capacity), len(rows))
+            home.append(row)
+            shared = alone
         if row == len(rows):
             rows.append([])
-            free.append(capacity)
+            filled.append(0)
         rows[row].append(i)
-        free[row] -= lengths[i]
-    height, width = max(len(rows), 1), capacity - min(free) if rows else 1
+        filled[row] += shared
+    return rows, filled
+
+
+def pack(examples: list[Example], row_length: int = 0) -> Packed:
+    """The tensors of `fill_rows`."""
+    rows, filled = fill_rows(examples, row_length)
+    height, width = max(len(rows), 1), max(filled, default=1)
     tokens = torch.zeros(height, width, dtype=torch.long)
     targets = torch.zeros_like(tokens)
     documents = torch.zeros_like(tokens)
+    parents = torch.full_like(tokens, -1)
     positions: list[list[int]] = [[]] * len(examples)
     for r, row in enumerate(rows):
+        uses = Counter(examples[i].stem for i in row)
+        runs: list[tuple[list[int], int]] = []  # tokens, and the number of the run that they continue
+        homes: dict[tuple[int, ...], int] = {}
         column = 0
-        for number, i in enumerate(row):
-            end = column + lengths[i]
-            tokens[r, column:end] = torch.tensor(examples[i].tokens)
-            targets[r, column : end - 1] = tokens[r, column + 1 : end]
-            documents[r, column:] = number
-            origin = r * width + column - 1  # the position before a token is the one that predicts it
+        for i in row:
+            stem, parent = examples[i].stem, -1
+            if uses[stem] > 1 and stem:
+                if stem not in homes:
+                    homes[stem] = len(runs)
+                    runs.append((list(stem), -1))
+                    column += len(stem)
+                parent = homes[stem]
+            cut = len(stem) if parent >= 0 else 0
+            origin = r * width + column - cut - 1  # the position before a token is the one that predicts it
             positions[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
-            column = end
-        documents[r, column:] = len(row)
+            runs.append((examples[i].tokens[cut:], parent))
+            column += len(runs[-1][0])
+        tokens[r, :column] = torch.tensor([token for run, _ in runs for token in run])
+        targets[r, :column] = torch.tensor([token for run, _ in runs for token in (*run[1:], 0)])
+        documents[r] = len(runs)
+        documents[r, :column] = torch.tensor([number for number, (run, _) in enumerate(runs) for _ in run])
+        parents[r, :column] = torch.tensor([parent for run, parent in runs for _ in run])
     index = torch.tensor([p for sequence in positions for p in sequence], dtype=torch.long)
     mask = torch.zeros(height * width, dtype=torch.bool)
     mask[index] = True
     # One document per row: causal attention alone keeps it from the padding, which comes after it. No mask to build.
     alone = all(len(row) == 1 for row in rows)
     counts = [len(sequence) for sequence in positions]
-    return Packed(tokens, None if alone else documents, targets, mask.view(height, width), index, counts)
+    parents = parents if (parents >= 0).any() else None
+    return Packed(tokens, None if alone else documents, parents, targets, mask.view(height, width), index, counts)
+
+
+def positions_and_mask(
+    tokens: Tensor, documents: Tensor | None, parents: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """What packing means to a model: each token's position [B or 1, T], and which keys each query sees [B, 1, T, T].
+
+    Documents are runs of equal numbers. None for the keys: all up to the query itself.
+    """
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    if documents is None:
+        return place[None], None
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=False)
+    start = torch.where(begins, place, 0).cummax(dim=1).values
+    positions, visible = place - start, place >= start[..., None]
+    if parents is not None:
+        parent = documents[:, None] == parents[..., None]
+        positions, visible = positions + parent.sum(-1), visible | parent
+    return positions, (visible & (place <= place[:, None]))[:, None]

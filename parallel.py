@@ -35,10 +35,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cli import UserError, check_parent, sync_folder, write_text
+from cli import UserError, sync_folder, write_text
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
-from packing import Packed
+from packing import Example, Packed, fill_rows, pack
 from tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of every save by one process alone
@@ -151,18 +151,19 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, documents: Tensor | None, targets: Tensor, index: Tensor, temperature: float):
-        hidden = self.model(tokens, documents=documents)
+    def forward(self, packed: Packed, temperature: float):
+        index = packed.index
+        hidden = self.model(packed.tokens, packed.documents, parents=packed.parents)
         # A micro-batch with nothing to train on still runs the whole graph, on one position times zero: the other ranks
         # are waiting in the same collectives.
         where = index if len(index) else index.new_zeros(1)
         weight = self.model.head_weight
         rows = hidden.flatten(0, 1)[where].to(weight.dtype)
-        logprob, entropy = linear_logprob_entropy(rows, weight, targets.flatten()[where], temperature)
+        logprob, entropy = linear_logprob_entropy(rows, weight, packed.targets.flatten()[where], temperature)
         if not len(index):
             logprob, entropy = 0 * logprob, 0 * entropy
-        blank = logprob.new_zeros(tokens.shape)
-        where = (where // tokens.shape[1], where % tokens.shape[1])
+        blank = logprob.new_zeros(packed.tokens.shape)
+        where = (where // blank.shape[1], where % blank.shape[1])
         return blank.index_put(where, logprob), blank.index_put(where, entropy)
 
 
@@ -202,7 +203,7 @@ def score(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple[Ten
     Zero wherever `packed.mask` is false: only response positions ever meet the vocabulary.
     """
     packed = packed.to(next(scorer.parameters()).device)
-    result = scorer(packed.tokens, packed.documents, packed.targets, packed.index, temperature)
+    result = scorer(packed, temperature)
     if isinstance(scorer, FSDPModule) and not torch.is_grad_enabled():
         scorer.reshard()  # FSDP keeps the root whole for a backward that will not come
     return result
@@ -262,18 +263,30 @@ def balance(lengths: list[int], bins: int) -> list[list[int]]:
     return filled
 
 
-def micro_batches(lengths: list[int], tokens: int, world: World) -> list[list[int]]:
-    """This rank's micro-batches, as indices into `lengths` (of the whole step, the same list on every rank).
+MICRO_TOKENS = {"cpu": 2_048, "cuda": 8_192}  # a CPU is fastest while a layer's temporaries fit into its caches
 
-    None holds more than `tokens` tokens (unless one sequence alone does), and every rank gets the same number of
-    them, because FSDP's collectives must match; some may be empty.
+
+def micro_batches(
+    examples: list[Example], tokens: int | None, row_length: int, world: World
+) -> Iterator[tuple[list[int], Packed]]:
+    """This rank's micro-batches: which of `examples` (of the whole step, the same on every rank) each holds, packed.
+
+    What is spread are the rows of `packing.fill_rows`, so that responses to one prompt stay together. None holds more
+    than `tokens` tokens or the longest sequence (None: what suits the device), and every rank gets the same number
+    of them, because FSDP's collectives must match; some may be empty.
     """
     count = max(1, math.ceil(sum(lengths) / (tokens * world.size)))
+    tokens = tokens or MICRO_TOKENS[world.device.type]
+    row_length = min(row_length, tokens)
+    rows, lengths = fill_rows(examples, row_length)
     while True:
         bins = balance(lengths, count * world.size)
-        if all(len(b) <= 1 or sum(lengths[i] for i in b) <= tokens for b in bins):
-            return bins[world.rank :: world.size]
-        count += 1 + count // 16  # not by ones: where two sequences never fit together, it has to double
+        if all(len(b) <= 1 or sum(lengths[r] for r in b) <= tokens for b in bins):
+            break
+        count += 1 + count // 16  # not by ones: where two rows never fit together, it has to double
+    for part in bins[world.rank :: world.size]:
+        chosen = [i for r in part for i in rows[r]]
+        yield chosen, pack([examples[i] for i in chosen], row_length)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -363,138 +376,3 @@ def load_checkpoint(path: Path, parts: dict[str, Any], world: World, needed: tup
     for name, value in generators.items():
         torch.set_rng_state(value) if ".cpu." in name else torch.cuda.set_rng_state(value, world.device)
     return state
-
-
-# --- the run folder ---------------------------------------------------------------------------------------------------
-
-
-def check_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...]) -> dict[str, Any]:
-    """UserError if this run cannot be started in, or resumed from, the folder `out`. Writes nothing: for the first
-    second of a command. Arguments as for `open_run`; returns the flags as JSON holds them."""
-    flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    same_on_all_ranks(flags)
-    out = Path(out)
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists already: --resume to continue the run in it, or choose another --out")
-        check_parent(out)
-        return flags
-    if not out.is_dir():
-        raise UserError(f"--resume: there is no run in {out}")
-    try:
-        first = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"--resume: {out} is no run, or only half of one: no readable config.json in it") from None
-    names = [name for name in flags if name not in may_change and flags[name] != first.get(name)]
-    if names:
-        changes = (f"--{name.replace('_', '-')} {first.get(name)} (now {flags[name]})" for name in names)
-        raise UserError(f"--resume: {out} was started with other flags: {', '.join(changes)}")
-    return flags
-
-
-def open_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...], world: World) -> Path:
-    """`check_run`, then create the folder with its config.json (unless resumed). Nothing is ever overwritten.
-
-    config: the command's dataclass. may_change: its fields that may differ from the first start (`steps`, `resume`).
-    Call it when all inputs have been read: a run whose data does not exist should leave no folder behind.
-    """
-    out, flags = Path(out), check_run(out, config, resume, may_change)
-    barrier()  # all have looked before anything is there
-    if world.main and not resume:
-        staging = out.with_name(out.name + ".partial")  # so that no kill leaves a folder without its config.json
-        (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
-        staging.rename(out)
-    return out
-
-
-class MetricsLog:
-    """metrics.jsonl: one line per step, flushed; on other ranks than 0 it swallows everything.
-
-    A resumed run goes on from its checkpoint's `step`: lines after that are cut off, as they will be written again, so
-    the file ends up as that of a run never interrupted.
-    """
-
-    def __init__(self, out: Path, step: int, world: World, backend: str = "none"):
-        self.path = out / "metrics.jsonl"
-        self.file = self.tensorboard = self.wandb = None
-        if not world.main:
-            return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-        try:
-            if backend == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-            elif backend == "wandb":
-                import wandb
-
-                self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
-        except ImportError:
-            raise UserError(f"--log {backend}: {backend} is not installed") from None
-
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        if self.file is None:
-            return
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
-        self.file.flush()
-        if self.tensorboard:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(metrics, step=step)
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
-    rows = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            rows.append(json.loads(line))
-    return rows
-
-
-def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) -> None:
-    """Draw a metrics.jsonl: one panel per title, with a line for each of its metrics over the steps."""
-    from matplotlib.figure import Figure  # here, not above: a second of importing that the other ranks need not pay
-
-    rows = read_metrics(metrics)
-    columns = min(3, len(panels))
-    height = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout="constrained")
-    axes = figure.subplots(height, columns, squeeze=False)
-    for axis, (title, names) in zip(axes.flat, panels.items()):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axis.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.2)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(fontsize=7)
-    for axis in list(axes.flat)[len(panels) :]:
-        axis.set_visible(False)
-    partial = Path(path).with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
-
-
-@dataclasses.dataclass
-class Guard:
-    """Lets a step pass if its numbers are finite; skips and counts it if not; UserError after `limit` in a row."""
-
-    limit: int = 5
-    skipped: int = 0
-    in_a_row: int = 0
-
-    def allows(self, **values: float) -> bool:
-        """values: the step's loss and gradient norm, the same on every rank (so that all skip, or none)."""
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if not bad:
-            self.in_a_row = 0
-            return True
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row >= self.limit:
-            raise UserError(f"stopped: {' and '.join(bad)} not finite for {self.limit} steps in a row")
-        return False

@@ -105,8 +105,8 @@ class Config:
     """Steps at the end over which it falls again: at a constant rate a small policy jitters around its own average."""
     max_grad_norm: float = 1.0
     """Longer gradients are scaled down to this."""
-    micro_tokens: int = 16384
-    """Tokens per forward pass: bounds the memory, changes no result."""
+    micro_tokens: int | None = None
+    """Tokens per forward pass of a rank (None: 8,192 on a GPU, 2,048 on a CPU): bounds memory, changes no result."""
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
     checkpoint_every: int = 10
@@ -151,8 +151,8 @@ def check(config: Config, recipe: Recipe) -> None:
         raise UserError("exactly one of --task and --data says where the problems come from")
     counts = "steps prompts samples max_tokens epochs minibatches micro_tokens checkpoint_every max_batch"
     for name in counts.split():
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     for name in ("lr", "temperature"):
         if not 0 < getattr(recipe, name) < math.inf:
             raise UserError(f"--{name} must be above 0 in training, not {getattr(recipe, name)}")

@@ -166,15 +166,15 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value.weight)
         nn.init.zeros_(self.value.bias)
 
-    def forward(self, tokens: Tensor, documents: Tensor | None) -> Tensor:
-        hidden = self.model(tokens, documents=documents)
+    def forward(self, packed: Packed) -> Tensor:
+        hidden = self.model(packed.tokens, packed.documents, parents=packed.parents)
         return self.value(hidden.to(self.value.weight.dtype)).squeeze(-1).float()
 
 
 def values_of(critic: Critic, packed: Packed) -> Tensor:
     """[R, T]: what is expected before each response token, at the position that predicts it; 0 elsewhere."""
     packed = packed.to(next(critic.parameters()).device)
-    values = critic(packed.tokens, packed.documents) * packed.mask
+    values = critic(packed) * packed.mask
     if isinstance(critic, FSDPModule) and not torch.is_grad_enabled():
         critic.reshard()  # see parallel.score
     return values

@@ -52,9 +52,10 @@ import cli
 import memory
 import parallel
 import relatives
+import runfolder
 from cli import UserError
 from model import load_pretrained, model_folder, read_config
-from packing import Example, Packed, pack
+from packing import Example, Packed
 from parallel import Scorer, World
 from recipes import MAY_CHANGE, Config, Recipe, check, resolve
 from relatives import Critic
@@ -148,6 +149,11 @@ class Learner:
     critic: Critic | None = None
     judge: tuple[Sampler, Tokenizer] | None = None
 
+    def cut(self, config: Config) -> tuple[int | None, int, World]:
+        """For `parallel.micro_batches`. Rows as long as the model is wide hold a prompt and many of its responses, and
+        attention over the whole row is no more than a sixth of the work."""
+        return config.micro_tokens, self.policy.model.config.dim, self.world
+
 
 def collect(learner: Learner, problems: list[Problem], cursor: int, config: Config, recipe: Recipe, watch: Stopwatch):
     """(rollouts, new cursor). Dynamic sampling draws prompts until `prompts` groups are mixed, or 3 times as many."""
@@ -186,11 +192,13 @@ def mixed_groups(rewards: Tensor, samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def per_token(function: Callable[[Packed], Tensor], examples: list[Example], tokens: int, world: World) -> list[Tensor]:
-    """What `function` (packed rows -> [R, T]) says of every response token: a tensor per example, on every rank."""
+def per_token(function: Callable[[Packed], Tensor], examples: list[Example], *cut) -> list[Tensor]:
+    """What `function` (packed rows -> [R, T]) says of every response token: a tensor per example, on every rank.
+
+    cut: how to cut the work, see `parallel.micro_batches`.
+    """
     found = {}
-    for rows in parallel.micro_batches([len(example.tokens) for example in examples], tokens, world):
-        packed = pack([examples[i] for i in rows])
+    for rows, packed in parallel.micro_batches(examples, *cut):
         values = packed.extract(function(packed).cpu())
         found |= dict(zip(rows, (value.clone() for value in values)))  # a view is pickled with all that it views
     merged = {i: values for share in parallel.gather_objects(found) for i, values in share.items()}
@@ -255,7 +263,7 @@ def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe
     def logprobs(scorer: Scorer) -> list[Tensor]:
         return per_token(lambda packed: parallel.score(scorer, packed, recipe.temperature)[0], *passes)
 
-    passes = (kept.examples, config.micro_tokens, learner.world)
+    passes = (kept.examples, *learner.cut(config))
     sampled = [torch.tensor(c.logprobs) for c in kept.completions]
     old = sampled if learner.exact else logprobs(learner.policy)
     anchor, kl = [], torch.zeros_like(mask)
@@ -282,7 +290,7 @@ def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe
     return batch, metrics
 
 
-def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step: int, guard: parallel.Guard) -> dict:
+def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step: int, guard: runfolder.Guard) -> dict:
     """The PPO loop over one batch: one optimizer step per minibatch."""
     sums = dict.fromkeys(("tokens", "entropy", "clipped", "value_loss", "gap", "gap_tokens"), 0.0)
     losses, norms = [], []
@@ -291,10 +299,8 @@ def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step:
         learner.optimizer.zero_grad()
         token_count = sum(batch.examples[i].targets for i in rows)
         total = 0.0
-        lengths = [len(batch.examples[i].tokens) for i in rows]
-        for part in parallel.micro_batches(lengths, config.micro_tokens, learner.world):
-            chosen = [rows[j] for j in part]
-            packed = pack([batch.examples[i] for i in chosen]).to(learner.world.device)
+        for part, packed in parallel.micro_batches([batch.examples[i] for i in rows], *learner.cut(config)):
+            chosen, packed = [rows[j] for j in part], packed.to(learner.world.device)
             old, advantage, weight = (
                 packed.place([values[i] for i in chosen]) for values in (batch.old, batch.advantages, batch.weights)
             )
@@ -340,7 +346,7 @@ def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step:
 
 
 def train_step(
-    step: int, learner: Learner, problems: list[Problem], state: dict, config: Config, guard: parallel.Guard
+    step: int, learner: Learner, problems: list[Problem], state: dict, config: Config, guard: runfolder.Guard
 ):
     """(metrics, rollouts) of one step of T1; `state` (the data position, the entropy coefficient) moves on."""
     recipe, watch = replace(resolve(config), entropy_coef=state["entropy_coef"]), Stopwatch()
@@ -444,13 +450,13 @@ def train(config: Config, world: World) -> None:
     check(config, recipe)
     # The cool-down is counted from the end: with another number of steps, the steps already taken had the wrong rate.
     may_change = tuple(name for name in MAY_CHANGE if name != "steps" or not config.cooldown)
-    parallel.check_run(config.out, config, config.resume, may_change)
+    runfolder.check_run(config.out, config, config.resume, may_change)
     problems = read_problems(config, recipe)
     learner = make_learner(config, recipe, world)
-    out = parallel.open_run(config.out, config, config.resume, may_change, world)
+    out = runfolder.open_run(config.out, config, config.resume, may_change, world)
     parts = {"policy": learner.policy, "anchor": learner.anchor, "critic": learner.critic, "adamw": learner.optimizer}
     parts = {name: part for name, part in parts.items() if part is not None}
-    state, guard, done = {"cursor": 0, "entropy_coef": recipe.entropy_coef}, parallel.Guard(), 0
+    state, guard, done = {"cursor": 0, "entropy_coef": recipe.entropy_coef}, runfolder.Guard(), 0
     if saved := parallel.complete_checkpoints(out / "checkpoints"):
         found = parallel.load_checkpoint(saved[-1], parts, world, (*state, "skipped", "in_a_row"))
         done, state = found["step"], {name: found[name] for name in state}

@@ -44,12 +44,13 @@ import cli
 import cot
 import memory
 import parallel
+import runfolder
 import tasks
 from cli import UserError
 from model import Config as ModelConfig
 from model import Transformer, load_pretrained, model_folder, random_init, read_config
 from muon import Muon
-from packing import Example, pack
+from packing import Example
 from parallel import Scorer, World
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
@@ -92,8 +93,8 @@ class Config:
     """Largest global gradient norm, so that one odd batch cannot throw the weights."""
     batch_tokens: int = 32_768
     """Tokens per update, over all ranks: sequences vary in length, the size of an update should not."""
-    micro_tokens: int = 8_192
-    """Tokens per forward pass of one rank: bounds the memory, changes nothing else."""
+    micro_tokens: int | None = None
+    """Tokens per forward pass of a rank (None: 8,192 on a GPU, 2,048 on a CPU): bounds memory, changes no result."""
     max_length: int | None = None
     """Longest sequence, prompt included (None: the model's context). Longer responses are cut, without a stop token."""
     heldout: int = 256
@@ -238,7 +239,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def loss_of(
-    scorer: Scorer, examples: list[Example], micro_tokens: int, world: World, backward: bool = False
+    scorer: Scorer, examples: list[Example], micro_tokens: int | None, world: World, backward: bool = False
 ) -> tuple[float, int]:
     """(mean negative log-likelihood, trained tokens) over all ranks; with `backward`, its gradient in every `.grad`.
 
@@ -247,8 +248,7 @@ def loss_of(
     """
     count = sum(example.targets for example in examples)
     total = torch.zeros((), device=world.device)
-    for indices in parallel.micro_batches([len(example.tokens) for example in examples], micro_tokens, world):
-        packed = pack([examples[i] for i in indices])
+    for _, packed in parallel.micro_batches(examples, micro_tokens, 0, world):
         logprob, _ = parallel.score(scorer, packed)
         loss = -logprob.sum() / count
         if backward:
@@ -298,7 +298,7 @@ def check(config: Config) -> None:
 
 def train(config: Config, world: World) -> None:
     check(config)
-    parallel.check_run(config.out, config, config.resume, MAY_CHANGE)
+    runfolder.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
     max_length = config.max_length or model.config.context
     examples = read_examples(config, tokenizer, max_length, world)
@@ -309,12 +309,12 @@ def train(config: Config, world: World) -> None:
     steps = len(batches)
     fingerprint = hashlib.sha256(repr((examples, heldout)).encode()).hexdigest()
 
-    out = parallel.open_run(config.out, config, config.resume, MAY_CHANGE, world)
+    out = runfolder.open_run(config.out, config, config.resume, MAY_CHANGE, world)
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if world.device.type == "cuda" else "float32"
     scorer = parallel.shard(model, world, getattr(torch, dtype), config.recompute)
     optimizers = make_optimizers(scorer, config)
     parts = {"policy": scorer} | optimizers
-    guard, step = parallel.Guard(config.max_skips), 0
+    guard, step = runfolder.Guard(config.max_skips), 0
     if saved := parallel.complete_checkpoints(out / "checkpoints"):
         state = parallel.load_checkpoint(saved[-1], parts, world, ("data", "skipped", "in_a_row"))
         if state["data"] != fingerprint:
@@ -354,7 +354,7 @@ def train(config: Config, world: World) -> None:
             parallel.save_checkpoint(out / "checkpoints", step, parts, state, world, config.keep)
         if measured and world.main:
             panels = {"loss": ["loss", "heldout_loss"], "gradient norm": ["grad_norm"], "learning rate": ["lr"]}
-            parallel.plot(out / "metrics.jsonl", out / "metrics.png", panels)
+            runfolder.plot(out / "metrics.jsonl", out / "metrics.png", panels)
     bar.close()
     parallel.save_model(scorer, out / "model", tokenizer, world)
 

@@ -70,6 +70,7 @@ def problems(config: Config) -> list[tasks.Problem]:
 def run_ours(config: Config, recipe: str) -> dict:
     import parallel
     import rl
+    import runfolder
 
     tasks.JUDGES["countdown"] = lambda _, response: Verdict("correct" if coin(response) else "wrong")
     flags = rl.Config(
@@ -79,7 +80,7 @@ def run_ours(config: Config, recipe: str) -> dict:
     )  # fmt: skip
     seconds, lengths, dropped = [], [], []
     with parallel.session("auto") as world:
-        chosen, guard = rl.resolve(flags), parallel.Guard()
+        chosen, guard = rl.resolve(flags), runfolder.Guard()
         learner, state = rl.make_learner(flags, chosen, world), {"cursor": 0, "entropy_coef": chosen.entropy_coef}
         for step in range(1, config.steps + 2):
             began = time.perf_counter()

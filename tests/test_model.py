@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
 import model
+import packing
 from cli import UserError
 from model import Config, Transformer, load_pretrained, model_folder, random_init, save_pretrained
 
@@ -150,10 +151,11 @@ def test_packed_documents_do_not_see_each_other():
         torch.testing.assert_close(packed[row : row + 1, start:end], alone)
 
 
-def test_document_starts():
+def test_positions_of_documents():
     """Rotary positions are relative, so that a wrong start hardly shows in a result: here the numbers themselves."""
     documents = torch.tensor([[5, 3, 3, 4, 4, 4], [0, 0, 1, 0, 0, 0]])
-    assert model.document_starts(documents).tolist() == [[0, 1, 1, 3, 3, 3], [0, 0, 2, 3, 3, 3]]
+    positions, _ = packing.positions_and_mask(documents, documents, None)
+    assert positions.tolist() == [[0, 0, 1, 0, 1, 2], [0, 1, 0, 0, 1, 2]]
 
 
 def test_future_tokens_have_no_gradient():

@@ -23,9 +23,10 @@ sys.path.insert(0, str(ROOT))  # for the worker; pytest has it already
 import parallel  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
+import runfolder  # noqa: E402
 from model import Transformer, random_init  # noqa: E402
 from muon import Muon  # noqa: E402
-from packing import Example, pack  # noqa: E402
+from packing import Example, fill_rows, pack, positions_and_mask  # noqa: E402
 from parallel import World  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -34,12 +35,14 @@ SHAPE = ModelConfig(vocab_size=50, dim=24, layers=2, heads=3, kv_heads=1, head_d
 
 
 def examples(count: int = 11) -> list[Example]:
-    """Prompts and responses of uneven lengths, the longest many times the shortest; all share the vocabulary's STOP."""
+    """Responses of uneven lengths, the longest many times the shortest, to four prompts of 1 to 6 tokens; the STOP that
+    ends each is the prompts' first token, too."""
     generator = torch.Generator().manual_seed(5)
     made = []
     for i in range(count):
-        prompt, response = 1 + i % 4, 1 + (i * i) % 23
-        tokens = torch.randint(0, 50, (prompt + response,), generator=generator).tolist()
+    prompts = [torch.randint(0, 50, (length,), generator=generator).tolist() for length in (1, 2, 4, 6)]
+        prompt, response = len(prompts[i % 4]), 1 + (i * i) % 23
+        tokens = prompts[i % 4] + torch.randint(0, 50, (response,), generator=generator).tolist()
         tokens[0] = tokens[-1] = STOP
         made.append(Example(tokens, [(prompt, prompt + response)]))
     return made
@@ -53,8 +56,7 @@ def loss_and_gradients(scorer, batch: list[Example], micro_tokens: int, world: W
     """This rank's part of the loss, and the gradients, of a step over `batch`: likelihood plus an entropy term."""
     count = sum(example.targets for example in batch)
     total = 0.0
-    for indices in parallel.micro_batches([len(e.tokens) for e in batch], micro_tokens, world):
-        packed = pack([batch[i] for i in indices])
+    for _, packed in parallel.micro_batches(batch, micro_tokens, 40, world):
         logprob, entropy = parallel.score(scorer, packed, temperature=1.2)
         loss = -(logprob + 0.1 * entropy).sum() / count
         loss.backward()
@@ -214,6 +216,38 @@ def test_documents_in_a_row_do_not_see_each_other():
 
 def test_mask_comes_from_lengths_not_from_values():
     """Bug: a mask made by comparing tokens (with padding, or with the stop token) loses the response's stop token, or
+def test_responses_share_a_prompt():
+    """Bug: K responses packed behind one copy of their prompt see each other, stand at other positions than alone, or
+    pull at the prompt with another gradient. Against rows that hold one whole sequence each."""
+    batch = examples()
+    together, *alone = pack(batch, row_length=80), *(pack([example]) for example in batch)
+    assert together.parents is not None and sum(fill_rows(batch, 80)[1]) < sum(len(example.tokens) for example in batch)
+    scorer, reference = make_scorer(ALONE), make_scorer(ALONE)
+    logprob, entropy = parallel.score(scorer, together)
+    (logprob + entropy.square()).sum().backward()
+    for got, got_entropy, packed in zip(together.extract(logprob), together.extract(entropy), alone):
+        wanted, wanted_entropy = parallel.score(reference, packed)
+        (wanted + wanted_entropy.square()).sum().backward()
+        torch.testing.assert_close(got, packed.extract(wanted)[0])
+        torch.testing.assert_close(got_entropy, packed.extract(wanted_entropy)[0])
+    for mine, theirs in zip(scorer.parameters(), reference.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_shared_prompt_by_hand():
+    """Bug: a branch that predicts from another branch's last token, or begins after the prompt's last token, whose
+    position must predict each branch's own first token."""
+    batch = [Example([1, 2, 3, 4, 5], [(3, 5)]), Example([9, 9], [(1, 2)]), Example([1, 2, 3, 7, 8, 6], [(3, 6)])]
+    packed = pack(batch, row_length=9)
+    assert packed.tokens.tolist() == [[1, 2, 3, 7, 8, 6, 3, 4, 5], [9, 9, 0, 0, 0, 0, 0, 0, 0]]
+    assert packed.documents.tolist() == [[0, 0, 1, 1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1]]
+    assert packed.parents.tolist() == [[-1, -1, 0, 0, 0, 0, 0, 0, 0], [-1] * 9]
+    assert [t.tolist() for t in packed.extract(packed.targets)] == [[4, 5], [9], [7, 8, 6]]
+    positions, visible = positions_and_mask(packed.tokens, packed.documents, packed.parents)
+    assert positions[0].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4]
+    assert visible[0, 0, 7].tolist() == [True, True, False, False, False, False, True, True, False]
+
+
     trains on the prompt's: the prompt here holds the stop token, which is also the padding's id."""
     packed = pack([Example([0, 5, 0, 6, 0], [(3, 5)]), Example([1, 2], [(1, 2)])], row_length=9)
     assert packed.tokens.tolist() == [[0, 5, 0, 6, 0, 1, 2]]
@@ -238,11 +272,15 @@ def test_stop_token_has_gradient():
 lengths_strategy = st.lists(st.integers(2, 60), min_size=0, max_size=40)
 
 
-@given(lengths=lengths_strategy, row_length=st.integers(0, 200))
+@given(lengths=lengths_strategy, row_length=st.integers(0, 200), prompts=st.integers(1, 50))
 @settings(max_examples=60, deadline=None)
-def test_packing_loses_and_repeats_nothing(lengths, row_length):
+def test_packing_loses_and_repeats_nothing(lengths, row_length, prompts):
     """Bug: a sequence left out or cut when rows are full, a target from the next document, waste nobody noticed."""
-    batch = [Example([100 * i + t for t in range(n)], [(1 + i % (n - 1), n)]) for i, n in enumerate(lengths)]
+    batch = []
+    for i, n in enumerate(lengths):
+        start = 1 + i % prompts % (n - 1)
+        tokens = [100 * (i if t >= start else i % prompts) + t for t in range(n)]
+        batch.append(Example(tokens, [(start, n)]))
     packed = pack(batch, row_length)
     values = [[float(t) for t in range(*example.spans[0])] for example in batch]
     grid = packed.place([torch.tensor(v) for v in values])
@@ -258,11 +296,12 @@ def test_packing_loses_and_repeats_nothing(lengths, row_length):
 @settings(max_examples=100, deadline=None)
 def test_every_rank_gets_as_many_micro_batches(lengths, budget, size):
     """Bug: ranks that run different numbers of micro-batches wait for each other for ever; a sequence trained twice."""
-    shares = [parallel.micro_batches(lengths, budget, World(rank, size, torch.device("cpu"))) for rank in range(size)]
+    batch, cpu = [Example([0] * n, [(1, n)]) for n in lengths], torch.device("cpu")
+    shares = [[i for i, _ in parallel.micro_batches(batch, budget, 0, World(rank, size, cpu))] for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(lengths)))
     for micro in (micro for share in shares for micro in share):
-        assert len(micro) <= 1 or sum(lengths[i] for i in micro) <= budget
+        assert sum(lengths[i] for i in micro) <= max([budget, *lengths])
 
 
 @given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=60), bins=st.integers(1, 8))
@@ -374,40 +413,40 @@ class Flags:
 
 def test_run_folders_are_never_overwritten(tmp_path):
     """Bug: a command repeated without --resume starts over the top of a finished run."""
-    out = parallel.open_run(tmp_path / "run", Flags(), False, ("steps",), ALONE)
+    out = runfolder.open_run(tmp_path / "run", Flags(), False, ("steps",), ALONE)
     assert json.loads((out / "config.json").read_text()) == {"lr": 0.1, "steps": 10}
     with pytest.raises(UserError, match="exists already: --resume"):
-        parallel.open_run(out, Flags(), False, ("steps",), ALONE)
-    parallel.open_run(out, Flags(steps=20), True, ("steps",), ALONE)
+        runfolder.open_run(out, Flags(), False, ("steps",), ALONE)
+    runfolder.open_run(out, Flags(steps=20), True, ("steps",), ALONE)
     with pytest.raises(UserError, match=r"was started with other flags: --lr 0.1 \(now 0.2\)$"):
-        parallel.open_run(out, Flags(lr=0.2), True, ("steps",), ALONE)
+        runfolder.open_run(out, Flags(lr=0.2), True, ("steps",), ALONE)
     with pytest.raises(UserError, match="there is no run in"):
-        parallel.open_run(tmp_path / "other", Flags(), True, ("steps",), ALONE)
+        runfolder.open_run(tmp_path / "other", Flags(), True, ("steps",), ALONE)
     (out / "config.json").write_text('{"lr": 0.')
     with pytest.raises(UserError, match="only half of one"):
-        parallel.open_run(out, Flags(), True, ("steps",), ALONE)
+        runfolder.open_run(out, Flags(), True, ("steps",), ALONE)
     assert (out / "config.json").read_text() == '{"lr": 0.'
 
 
 def test_metrics_go_on_from_the_checkpoint(tmp_path):
     """Bug: steps done again after a kill stand in metrics.jsonl twice; a half-written last line breaks the plot."""
-    log = parallel.MetricsLog(tmp_path, 0, ALONE)
+    log = runfolder.MetricsLog(tmp_path, 0, ALONE)
     for step in (1, 2, 3):
         log.write(step, {"loss": step / 3})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
-    parallel.MetricsLog(tmp_path, 2, ALONE).write(3, {"loss": 1.0})
-    rows = parallel.read_metrics(tmp_path / "metrics.jsonl")
+    runfolder.MetricsLog(tmp_path, 2, ALONE).write(3, {"loss": 1.0})
+    rows = runfolder.read_metrics(tmp_path / "metrics.jsonl")
     assert rows == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "loss": 1.0}]
-    parallel.plot(tmp_path / "metrics.jsonl", tmp_path / "metrics.png", {"loss": ["loss", "absent"], "b": ["b"]})
+    runfolder.plot(tmp_path / "metrics.jsonl", tmp_path / "metrics.png", {"loss": ["loss", "absent"], "b": ["b"]})
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="wandb is not installed"):
-        parallel.MetricsLog(tmp_path, 2, ALONE, "wandb")
+        runfolder.MetricsLog(tmp_path, 2, ALONE, "wandb")
 
 
 def test_guard_skips_then_stops():
     """Bug: one NaN step ruins the weights for good; or a run of nothing but NaN goes on for days."""
-    guard = parallel.Guard(limit=3)
+    guard = runfolder.Guard(limit=3)
     assert guard.allows(loss=1.0, gradient=2.0)
     assert not guard.allows(loss=math.nan, gradient=2.0)
     assert not guard.allows(loss=1.0, gradient=math.inf)

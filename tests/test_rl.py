@@ -22,6 +22,7 @@ import parallel
 import relatives
 import rl
 import rollout
+import runfolder
 import sample
 import tasks
 from cli import UserError
@@ -385,7 +386,7 @@ def descend(learner: rl.Learner, batch: rl.Batch, config: rl.Config, recipe: rl.
     """(gradient by parameter of the policy and the critic, metrics) of one pass over the batch."""
     parts = {"policy": learner.policy.model, "critic": learner.critic}
     before = {(part, name): whole(p) for part, module in parts.items() for name, p in module.named_parameters()}
-    metrics = rl.update(learner, batch, config, recipe, 1, parallel.Guard())
+    metrics = rl.update(learner, batch, config, recipe, 1, runfolder.Guard())
     after = {(part, name): whole(p) for part, module in parts.items() for name, p in module.named_parameters()}
     changes = {key: before[key] - after[key] for key in before}
     return {" ".join(key): change for key, change in changes.items() if change.any()}, metrics
@@ -545,7 +546,7 @@ def test_sampler_and_trainer_agree():
     assert {c.finish_reason for _, c in pairs} == {"stop", "length"}
     examples = [Example(p + c.tokens, [(len(p), len(p) + len(c.tokens))]) for p, c in pairs]
     scorer = parallel.shard(model, ALONE)
-    scored = rl.per_token(lambda packed: parallel.score(scorer, packed, 1.4)[0], examples, 64, ALONE)
+    scored = rl.per_token(lambda packed: parallel.score(scorer, packed, 1.4)[0], examples, 64, 80, ALONE)
     for (_, completion), logprob in zip(pairs, scored):
         torch.testing.assert_close(logprob, torch.tensor(completion.logprobs), rtol=0, atol=1e-4)
 
@@ -593,21 +594,21 @@ def test_the_stop_token_is_trained():
         before = token_logprobs(learner.policy.model, example, 1.2)[0].detach()
         batch = rl.Batch([example], [before.float()], [], [advantage], [torch.ones(1)])
         config = rl.Config(model="", out="", temperature=1.2)
-        rl.update(learner, batch, config, rl.resolve(config), 1, parallel.Guard())
+        rl.update(learner, batch, config, rl.resolve(config), 1, runfolder.Guard())
         after = token_logprobs(learner.policy.model, example, 1.2)[0].detach()
         assert (after - before) * advantage > 1e-3
 
 
 class Counting(nn.Module):
-    """Passes calls on and counts the sequences' tokens that went through."""
+    """Passes calls on and counts the response tokens that went through."""
 
     def __init__(self, scorer):
         super().__init__()
         self.scorer, self.tokens = scorer, 0
 
-    def forward(self, tokens, *rest):
-        self.tokens += int((tokens != 0).sum())
-        return self.scorer(tokens, *rest)
+    def forward(self, packed, temperature):
+        self.tokens += len(packed.index)
+        return self.scorer(packed, temperature)
 
 
 def test_equal_groups_are_dropped_before_any_forward():
@@ -619,7 +620,7 @@ def test_equal_groups_are_dropped_before_any_forward():
     batch, metrics = rl.prepare(learner, rollouts, config, rl.resolve(config))
     assert len(batch.examples) == 8 and metrics["dropped"] == pytest.approx(1 / 3)
     kept = rollouts.examples[:4] + rollouts.examples[8:]
-    assert learner.anchor.tokens <= sum(len(example.tokens) for example in kept)
+    assert learner.anchor.tokens == sum(example.targets for example in kept)
     learner.anchor.tokens = 0
     batch, metrics = rl.prepare(learner, rollouts.select(range(4, 8)), config, rl.resolve(config))
     assert not batch.examples and metrics["dropped"] == 1 and learner.anchor.tokens == 0
@@ -642,7 +643,7 @@ def test_nothing_finite_nothing_moved():
     learner = make_learner()
     rollouts = make_rollouts(learner)
     rollouts.completions[0] = Completion(rollouts.completions[0].tokens, [math.nan] * LENGTHS[0], "stop")
-    guard = parallel.Guard()
+    guard = runfolder.Guard()
     config = rl.Config(model="", out="", samples=4, max_tokens=12)
     batch, _ = rl.prepare(learner, rollouts, config, rl.resolve(config))
     before = copy.deepcopy(learner.policy.model)
@@ -661,7 +662,7 @@ def test_dynamic_sampling_without_a_mixed_group(tmp_path):
     state = {"cursor": 0, "entropy_coef": 0.0}
     for group in learner.optimizer.param_groups:
         group["initial_lr"] = 1.0
-    metrics, rollouts = rl.train_step(1, learner, problems, state, config, parallel.Guard())
+    metrics, rollouts = rl.train_step(1, learner, problems, state, config, runfolder.Guard())
     assert state["cursor"] == 6 and len(rollouts.texts) == 18
     assert metrics["dropped"] == 1 and metrics["accuracy"] == 0 and metrics["loss"] == 0
 

@@ -26,6 +26,7 @@ import test_rl as hand  # noqa: E402
 
 import parallel  # noqa: E402
 import rl  # noqa: E402
+import runfolder  # noqa: E402
 import tasks  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import load_pretrained, random_init, save_pretrained  # noqa: E402
@@ -69,7 +70,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def metrics(run: Path) -> list[dict]:
     """All of metrics.jsonl but the timings, which differ by nature."""
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in parallel.read_metrics(run / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in runfolder.read_metrics(run / "metrics.jsonl")]
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import cli
 import cot
 import parallel
+import runfolder
 import sft
 import tasks
 from cli import UserError
@@ -164,7 +165,7 @@ def run(out: Path, **flags) -> None:
 
 def metrics(out: Path) -> list[dict]:
     """A run's metrics without those that a clock measured."""
-    rows = parallel.read_metrics(out / "metrics.jsonl")
+    rows = runfolder.read_metrics(out / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
