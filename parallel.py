@@ -4,7 +4,7 @@
     torchrun --standalone --nproc_per_node=4 sft.py ...             # gloo on CPU, NCCL on GPUs; several nodes: --nnodes
 
 Read in this order: the ranks and what they tell each other; the `Scorer` (the model and the head's log-probs as one
-module that FSDP2 can shard); how work is spread; checkpoints; the run folder and its metrics.
+module that FSDP2 can shard); how work is spread; checkpoints. The run's folder and its metrics are `runfolder.py`'s.
 
 One rule makes every number independent of how the work was cut: *a step's loss is divided once, by the number of
 tokens of the whole step*. So gradients are summed (never averaged) over micro-batches and over ranks, and a rank with
@@ -22,6 +22,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -275,10 +276,10 @@ def micro_batches(
     than `tokens` tokens or the longest sequence (None: what suits the device), and every rank gets the same number
     of them, because FSDP's collectives must match; some may be empty.
     """
-    count = max(1, math.ceil(sum(lengths) / (tokens * world.size)))
     tokens = tokens or MICRO_TOKENS[world.device.type]
     row_length = min(row_length, tokens)
     rows, lengths = fill_rows(examples, row_length)
+    count = max(1, math.ceil(sum(lengths) / (tokens * world.size)))
     while True:
         bins = balance(lengths, count * world.size)
         if all(len(b) <= 1 or sum(lengths[r] for r in b) <= tokens for b in bins):
@@ -322,29 +323,57 @@ def random_state(world: World) -> dict[str, Tensor]:
     return states
 
 
-def save_checkpoint(folder: Path, step: int, parts: dict[str, Any], state: dict[str, Any], world: World, keep: int = 2):
-    """Write `folder`/step-NNNNNN: all of it or nothing, whenever the process is killed. Every rank calls it.
+class Checkpoints:
+    """Writes a run's checkpoints, `folder`/step-NNNNNN: all of one or nothing, whenever the process is killed.
 
-    parts: modules, optimizers and tensors, see `named_tensors`. state: what JSON can hold (data position, counters).
-    Written under another name, flushed to the disk, renamed; then all but the last `keep` are removed.
+    `save` returns as soon as everything has been copied to the host's memory; a thread writes the copy under another
+    name, flushes it to the disk and renames it, while training goes on. Then all but the last `keep` are removed.
     """
-    final = folder / f"step-{step:06d}"
-    if final.exists():
-        return
-    partial = final.with_suffix(".partial")
-    if world.main:
-        shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
-        partial.mkdir(parents=True)
-    barrier()
-    writer = FileSystemWriter(partial)  # flushes every file to the disk (sync_files)
-    dcp.save(named_tensors(parts) | random_state(world), storage_writer=writer, no_dist=not dist.is_initialized())
-    if world.main:
-        write_text(partial / "state.json", json.dumps({"step": step, "ranks": world.size} | state))
-        sync_folder(partial)
-        partial.rename(final)
-        sync_folder(folder)
-        for old in complete_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # a half-removed one must not look complete
+
+    def __init__(self, folder: Path, world: World, keep: int = 2):
+        self.folder, self.world, self.keep = folder, world, keep
+        self.thread, self.written = ThreadPoolExecutor(1), None
+        # Collectives of their own: in a group that two threads use, one would get the other's messages.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def save(self, step: int, parts: dict[str, Any], state: dict[str, Any]) -> None:
+        """Every rank calls it. parts: modules, optimizers and tensors, see `named_tensors`. state: what JSON can hold
+        (data position, counters)."""
+        self.finish()
+        final = self.folder / f"step-{step:06d}"
+        if final.exists():
+            return
+        partial = final.with_suffix(".partial")
+        if self.world.main:
+            shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
+            partial.mkdir(parents=True)
+        barrier()
+        written = dcp.async_save(
+            named_tensors(parts) | random_state(self.world), process_group=self.group, no_dist=self.group is None,
+            storage_writer=FileSystemWriter(partial),  # flushes every file to the disk (sync_files)
+        )  # fmt: skip
+        text = json.dumps({"step": step, "ranks": self.world.size} | state)
+        self.written = self.thread.submit(self.publish, written, partial, final, text)
+
+    def publish(self, written: Future, partial: Path, final: Path, state: str) -> None:
+        """When all ranks have written their parts, of which rank 0 hears first."""
+        written.result()
+        if self.world.main:
+            write_text(partial / "state.json", state)
+            sync_folder(partial)
+            partial.rename(final)
+            sync_folder(self.folder)
+            for old in complete_checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old.rename(old.with_suffix(".partial")))  # a half-removed one must not look complete
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is complete; what went wrong with it is raised here."""
+        written, self.written = self.written, None
+        try:
+            if written:
+                written.result()
+        except (CheckpointException, OSError) as error:  # a full disk, most likely; torch's own would be pages
+            raise UserError(f"cannot write a checkpoint into {self.folder} ({type(error).__name__})") from None
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

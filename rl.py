@@ -461,8 +461,8 @@ def train(config: Config, world: World) -> None:
         found = parallel.load_checkpoint(saved[-1], parts, world, (*state, "skipped", "in_a_row"))
         done, state = found["step"], {name: found[name] for name in state}
         guard.skipped, guard.in_a_row = found["skipped"], found["in_a_row"]
-    log = parallel.MetricsLog(out, done, world, config.log)
-    history = parallel.read_metrics(out / "metrics.jsonl")
+    log = runfolder.MetricsLog(out, done, world, config.log)
+    history, checkpoints = runfolder.read_metrics(log.path), parallel.Checkpoints(out / "checkpoints", world)
     steps = range(done + 1, config.steps + 1)
     bar = tqdm(steps, initial=done, total=config.steps, desc="rl", unit="step", disable=not world.main)
     for step in bar:
@@ -480,9 +480,10 @@ def train(config: Config, world: World) -> None:
                 bar.write(rollouts.show(step))
         if step % config.checkpoint_every == 0 or step == config.steps:
             counters = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
-            parallel.save_checkpoint(out / "checkpoints", step, parts, state | counters, world)
+            checkpoints.save(step, parts, state | counters)
             if world.main:
-                parallel.plot(out / "metrics.jsonl", out / "metrics.png", PANELS)
+                runfolder.plot(out / "metrics.jsonl", out / "metrics.png", PANELS)
+    checkpoints.finish()
     parallel.save_model(learner.policy, out / "model", learner.tokenizer, world)
 
 

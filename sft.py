@@ -321,7 +321,8 @@ def train(config: Config, world: World) -> None:
             raise UserError(f"--resume: the training data is not what {out} was started with")
         step, guard.skipped, guard.in_a_row = state["step"], state["skipped"], state["in_a_row"]
 
-    log = parallel.MetricsLog(out, step, world, config.log)
+    log = runfolder.MetricsLog(out, step, world, config.log)
+    checkpoints = parallel.Checkpoints(out / "checkpoints", world, config.keep)
     bar = tqdm(total=steps, initial=step, desc="sft", unit="step", disable=not world.main)
     while step < steps:
         began = time.perf_counter()
@@ -351,11 +352,12 @@ def train(config: Config, world: World) -> None:
         bar.update()
         if step % config.checkpoint_every == 0 or step == steps:
             state = {"data": fingerprint, "skipped": guard.skipped, "in_a_row": guard.in_a_row}
-            parallel.save_checkpoint(out / "checkpoints", step, parts, state, world, config.keep)
+            checkpoints.save(step, parts, state)
         if measured and world.main:
             panels = {"loss": ["loss", "heldout_loss"], "gradient norm": ["grad_norm"], "learning rate": ["lr"]}
             runfolder.plot(out / "metrics.jsonl", out / "metrics.png", panels)
     bar.close()
+    checkpoints.finish()
     parallel.save_model(scorer, out / "model", tokenizer, world)
 
 

@@ -10,20 +10,22 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint import FileSystemWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the worker; pytest has it already
 
 import parallel  # noqa: E402
+import runfolder  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
-import runfolder  # noqa: E402
 from model import Transformer, random_init  # noqa: E402
 from muon import Muon  # noqa: E402
 from packing import Example, fill_rows, pack, positions_and_mask  # noqa: E402
@@ -38,9 +40,9 @@ def examples(count: int = 11) -> list[Example]:
     """Responses of uneven lengths, the longest many times the shortest, to four prompts of 1 to 6 tokens; the STOP that
     ends each is the prompts' first token, too."""
     generator = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(0, 50, (length,), generator=generator).tolist() for length in (1, 2, 4, 6)]
     made = []
     for i in range(count):
-    prompts = [torch.randint(0, 50, (length,), generator=generator).tolist() for length in (1, 2, 4, 6)]
         prompt, response = len(prompts[i % 4]), 1 + (i * i) % 23
         tokens = prompts[i % 4] + torch.randint(0, 50, (response,), generator=generator).tolist()
         tokens[0] = tokens[-1] = STOP
@@ -214,8 +216,6 @@ def test_documents_in_a_row_do_not_see_each_other():
     torch.testing.assert_close(score(first, second)[1], alone.extract(parallel.score(scorer, alone)[0])[0])
 
 
-def test_mask_comes_from_lengths_not_from_values():
-    """Bug: a mask made by comparing tokens (with padding, or with the stop token) loses the response's stop token, or
 def test_responses_share_a_prompt():
     """Bug: K responses packed behind one copy of their prompt see each other, stand at other positions than alone, or
     pull at the prompt with another gradient. Against rows that hold one whole sequence each."""
@@ -248,6 +248,8 @@ def test_shared_prompt_by_hand():
     assert visible[0, 0, 7].tolist() == [True, True, False, False, False, False, True, True, False]
 
 
+def test_mask_comes_from_lengths_not_from_values():
+    """Bug: a mask made by comparing tokens (with padding, or with the stop token) loses the response's stop token, or
     trains on the prompt's: the prompt here holds the stop token, which is also the padding's id."""
     packed = pack([Example([0, 5, 0, 6, 0], [(3, 5)]), Example([1, 2], [(1, 2)])], row_length=9)
     assert packed.tokens.tolist() == [[0, 5, 0, 6, 0, 1, 2]]
@@ -328,12 +330,18 @@ def test_norms_do_not_decay():
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def save(folder: Path, step: int, parts: dict, state: dict) -> None:
+    checkpoints = parallel.Checkpoints(folder, ALONE, keep=2)
+    checkpoints.save(step, parts, state)
+    checkpoints.finish()
+
+
 def test_checkpoint_restores_everything_bitwise(tmp_path):
     """Bug (nanoGPT): no generator state, or moments rounded on their way; the resumed run is another run."""
     scorer = make_scorer(ALONE, torch.float32)
     optimizer = parallel.adamw(scorer.parameters(), 1e-2)
     train(scorer, optimizer, ALONE, range(2))
-    parallel.save_checkpoint(tmp_path, 2, {"policy": scorer, "adamw": optimizer}, {"cursor": 5}, ALONE)
+    save(tmp_path, 2, {"policy": scorer, "adamw": optimizer}, {"cursor": 5})
     drawn = torch.rand(3)
     train(scorer, optimizer, ALONE, range(2, 4))
 
@@ -353,16 +361,47 @@ def test_only_complete_checkpoints_count(tmp_path):
     (tmp_path / "step-000004.partial").mkdir(parents=True)
     (tmp_path / "step-000004.partial" / "half").write_text("garbage")
     for step in (1, 2, 3):
-        parallel.save_checkpoint(tmp_path, step, {"policy": scorer}, {}, ALONE, keep=2)
+        save(tmp_path, step, {"policy": scorer}, {})
     assert [path.name for path in parallel.complete_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
-    parallel.save_checkpoint(tmp_path, 4, {"policy": scorer}, {}, ALONE, keep=2)
+    save(tmp_path, 4, {"policy": scorer}, {})
     assert not (tmp_path / "step-000004" / "half").exists()
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """Bug: a checkpoint that holds what the weights became while it was written, that looks complete before it is, or
+    whose failure nobody hears of."""
+    go_on, write = threading.Event(), FileSystemWriter.write_data
+
+    def slowly(self, *args):
+        assert go_on.wait(60)
+        return write(self, *args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", slowly)
+    scorer = make_scorer(ALONE, torch.float32)
+    optimizer = parallel.adamw(scorer.parameters(), 1e-2)
+    train(scorer, optimizer, ALONE, range(1))
+    before = [parameter.detach().clone() for parameter in scorer.parameters()]
+    moments = [optimizer.state[parameter]["exp_avg"].clone() for parameter in scorer.parameters()]
+    checkpoints = parallel.Checkpoints(tmp_path, ALONE)
+    checkpoints.save(1, {"policy": scorer, "adamw": optimizer}, {})
+    train(scorer, optimizer, ALONE, range(1, 3))
+    assert not parallel.complete_checkpoints(tmp_path) and not torch.equal(next(scorer.parameters()), before[0])
+    go_on.set()
+    checkpoints.finish()
+    parallel.load_checkpoint(tmp_path / "step-000001", {"policy": scorer, "adamw": optimizer}, ALONE)
+    assert all(torch.equal(*pair) for pair in zip(scorer.parameters(), before))
+    assert all(torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in zip(scorer.parameters(), moments))
+
+    monkeypatch.setattr(parallel, "write_text", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    checkpoints.save(2, {"policy": scorer}, {})
+    with pytest.raises(UserError, match="cannot write a checkpoint"):
+        checkpoints.finish()
 
 
 def test_bad_checkpoints_are_named(tmp_path):
     """Bug: a checkpoint of another model, or a damaged one, ends in a traceback from deep inside torch."""
     scorer = make_scorer(ALONE)
-    parallel.save_checkpoint(tmp_path, 1, {"policy": scorer}, {}, ALONE)
+    save(tmp_path, 1, {"policy": scorer}, {})
     saved = tmp_path / "step-000001"
     with pytest.raises(UserError, match="does not hold value_head"):
         parallel.load_checkpoint(saved, {"policy": scorer, "value_head": torch.zeros(3)}, ALONE)
@@ -378,7 +417,7 @@ def test_bad_checkpoints_are_named(tmp_path):
 def test_damaged_checkpoints_are_one_line(tmp_path, damage):
     """Bug: a data file cut off by a full disk ends in pages of traceback; torch's exception is no Exception."""
     scorer = make_scorer(ALONE)
-    parallel.save_checkpoint(tmp_path, 1, {"policy": scorer}, {"seen": 5}, ALONE)
+    save(tmp_path, 1, {"policy": scorer}, {"seen": 5})
     saved = tmp_path / "step-000001"
     assert parallel.load_checkpoint(saved, {"policy": scorer}, ALONE, needed=("seen",))["seen"] == 5
     (data,) = saved.glob("*.distcp")
@@ -483,9 +522,12 @@ def worker(folder: Path, world: World) -> None:
         assert parallel.load_checkpoint(saved[0], {"policy": scorer, "adamw": optimizer}, world)["step"] == 3
     else:
         parts = {"policy": scorer, "adamw": optimizer}
-        parallel.save_checkpoint(folder / "checkpoints", 3, parts, {"cursor": 12}, world)
-    train(scorer, optimizer, world, range(3, 5))
+        checkpoints = parallel.Checkpoints(folder / "checkpoints", world)
+        checkpoints.save(3, parts, {"cursor": 12})
+    train(scorer, optimizer, world, range(3, 5))  # while that is written
     found["after 5"] = whole(dict(scorer.named_parameters()))
+    if not saved:
+        checkpoints.finish()
     found["muon"] = whole(dict(train_by_muon(world).named_parameters()))
     plain = Transformer(SHAPE, dtype=torch.bfloat16)
     parallel.copy_weights(scorer, plain)
