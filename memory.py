@@ -1,6 +1,6 @@
-"""Will it fit? What each GPU holds in a training run, from a model's config.json alone: `--plan` of sft.py and rl.py.
+"""Will it fit, and how long would it take? A training run on GPUs, from a model's config.json alone: `--plan`.
 
-    print(table(read_config(model_folder("path/to/Qwen2.5-32B")), gpus=64, sequence_length=8192, rl=True))
+    print(table(read_config(model_folder("path/to/Qwen2.5-32B")), gpus=64, sequence_length=8192, responses=2048))
 
 Counted on meta tensors, which have shapes and no memory: parameters from the model itself, activations from what
 autograd would really save in one block. What is divided by the number of GPUs and what is not follows parallel.py
@@ -19,6 +19,8 @@ from parallel import MICRO_TOKENS
 GB = 10**9
 HELD = ("fp32 masters", "AdamW, two moments", "EMA anchor, fp32", "inference copy, bf16")  # in both phases
 CACHE = "KV cache, bf16"
+CARDS = {80: ("H100", 989e12, 3.35e12), 141: ("H200", 989e12, 4.8e12)}  # by GB: bf16 operations and bytes per second
+MATRIX_SHARE, DECODE_FACTOR = 0.4, 1.4  # our targets: of the operations; times the bytes of weights and cache
 USABLE = 0.9  # of a GPU's memory: the CUDA context, NCCL's buffers and fragmentation take the rest
 
 
@@ -64,33 +66,62 @@ def table(
     config: Config,
     gpus: int,
     sequence_length: int,
-    rl: bool,
+    responses: int = 0,
     gpu_gb: float = 80.0,
     micro_tokens: int | None = None,
     checkpoint_activations: bool = True,
 ) -> str:
-    """`plan` line by line, and whether it fits GPUs of `gpu_gb` GB.
+    """`plan` line by line, whether it fits GPUs of `gpu_gb` GB, and how fast it would be at best.
 
-    micro_tokens: as the flag; packed into rows of `sequence_length`, whole rows are what it comes to at worst. The
-    sampler takes half of the memory that is free and decodes fewer sequences at once where that is little: counted is
-    the cache of as many of full length as find room, 64 at most.
+    responses: of one step of RL, over all GPUs; 0: supervised fine-tuning. micro_tokens: as the flag; packed into rows
+    of `sequence_length`, whole rows are what it comes to at worst. The sampler takes half of the memory that is free
+    and decodes fewer sequences at once where that is little: counted is the cache of as many of full length as find
+    room, 64 at most.
     """
     if gpu_gb <= 0:
         raise UserError(f"--gpu-gb must be above 0, not {gpu_gb}")
     tokens = math.ceil((micro_tokens or MICRO_TOKENS["cuda"]) / sequence_length) * sequence_length
-    held = plan(config, gpus, sequence_length, rl, 1, tokens, checkpoint_activations)
+    held = plan(config, gpus, sequence_length, bool(responses), 1, tokens, checkpoint_activations)
     at_once = 1
-    if rl:
+    if responses:
         room = USABLE * gpu_gb * GB - sum(held[name] for name in HELD)
         at_once = max(1, min(64, int(room / 2 // held[CACHE])))
-        held = plan(config, gpus, sequence_length, rl, at_once, tokens, checkpoint_activations)
+        held = plan(config, gpus, sequence_length, True, at_once, tokens, checkpoint_activations)
     parameters = held["fp32 masters"] * gpus / 4 / GB
     lines = [f"{parameters:.2f}B parameters, sequences of {sequence_length} tokens; GB on each of {gpus} GPUs"]
     lines += [f"{name:22}{size / GB:9.1f}" for name, size in held.items() if size]
-    if rl:
+    if responses:
         lines.append(f"{'sequences at once':22}{at_once:>9}")
-    answer = "yes" if held["peak"] <= USABLE * gpu_gb * GB else "no"
-    return "\n".join([*lines, f"{f'fits {gpu_gb:g} GB ({USABLE:.0%})':22}{answer:>9}"])
+    fits = held["peak"] <= USABLE * gpu_gb * GB
+    lines.append(f"{f'fits {gpu_gb:g} GB ({USABLE:.0%})':22}{'yes' if fits else 'no':>9}")
+    if fits and gpu_gb in CARDS:
+        card, operations, bandwidth = CARDS[gpu_gb]
+        lines.append(
+            f"if an {card} reaches {MATRIX_SHARE:.0%} of {operations / 1e12:.0f} TFLOP/s in training, and decodes in "
+            f"{DECODE_FACTOR} times what reading takes at {bandwidth / 1e12:g} TB/s (our targets, not measured):"
+        )
+        speed = gpus * MATRIX_SHARE * operations / training_operations(config, sequence_length, checkpoint_activations)
+        if not responses:
+            return "\n".join([*lines, f"{'training, tokens/s':22}{speed:9,.0f}"])
+        rounds = math.ceil(responses / gpus / at_once)
+        step_bytes = held["inference copy, bf16"] + held[CACHE] / 2  # a cache is half full on average
+        sampling = rounds * sequence_length * DECODE_FACTOR * step_bytes / bandwidth
+        # beside the policy's forward and backward: its log-probs and the anchor's, a forward each
+        training = responses * sequence_length / speed * (1 + 4 / (8 if checkpoint_activations else 6))
+        lines.append(f"{responses:,} responses of full length, minutes: sampling {sampling / 60:.1f}, ")
+        lines[-1] += (
+            f"training {training / 60:.1f}; {responses * sequence_length / (sampling + training):,.0f} tokens/s"
+        )
+    return "\n".join(lines)
+
+
+def training_operations(config: Config, sequence_length: int, recompute: bool) -> float:
+    """Floating-point operations per token of a forward and a backward: 6 for every weight that multiplies (8 with the
+    forward done twice), and as many for every number that a query meets in attention, half of the sequence's."""
+    block = sum(parameter.numel() for parameter in Block(config, 0, device="meta").parameters())
+    weights = config.layers * block + config.vocab_size * config.dim
+    attention = config.layers * sequence_length * config.heads * config.head_dim
+    return (8 if recompute else 6) * (weights + attention)
 
 
 class Flash(torch.autograd.Function):

@@ -489,8 +489,8 @@ def train(config: Config, world: World) -> None:
 
 def main(config: Config) -> None:
     if config.plan:
-        shape, length = read_config(model_folder(config.model)), config.max_tokens
-        print(memory.table(shape, config.plan, length, True, config.gpu_gb, config.micro_tokens, config.recompute))
+        run = (read_config(model_folder(config.model)), config.plan, config.max_tokens, config.prompts * config.samples)
+        print(memory.table(*run, config.gpu_gb, config.micro_tokens, config.recompute))
         return
     with parallel.session(config.device) as world:
         (export if config.export else train)(config, world)

@@ -1,5 +1,7 @@
 """memory.py: the plan of a training run adds up, and its activations are those that a real block keeps."""
 
+import re
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from memory import GB, plan, saved_bytes, table
 from model import Block, Config, causal_attention, rotations
 
 QWEN_32B = Config(152064, 5120, 64, 40, 8, 128, 27648, family="qwen2", qkv_bias=True)
+QWEN_14B = Config(152064, 5120, 48, 40, 8, 128, 13824, family="qwen2", qkv_bias=True)
 SMALL = Config(vocab_size=64, dim=64, layers=3, heads=4, kv_heads=2, head_dim=16, mlp_dim=160)
 
 
@@ -59,29 +62,50 @@ def test_checkpointing_saves_activations():
     assert kept > 10 * plan(QWEN_32B, 8, 8192, rl=False)["activations"]
 
 
+def fits(text: str) -> bool:
+    """Of a table's lines, the one that a user looks for."""
+    (line,) = (line for line in text.splitlines() if line.startswith("fits "))
+    return {"yes": True, "no": False}[line.split()[-1]]
+
+
 def test_table_says_whether_it_fits():
     """Qwen2.5-32B by supervised fine-tuning: not on 8 GPUs of 80 GB, but on 16. The line that a user reads."""
-    text = table(QWEN_32B, 8, 8192, rl=False)
+    text = table(QWEN_32B, 8, 8192)
     assert text.startswith("32.76B parameters")
-    assert text.endswith("no") and table(QWEN_32B, 16, 8192, rl=False).endswith("yes")
+    assert not fits(text) and fits(table(QWEN_32B, 16, 8192))
     assert "KV cache" not in text and "sequences at once" not in text
     assert plan(QWEN_32B, 8, 8192, rl=False)["peak"] > memory.USABLE * 80 * GB
-    assert table(QWEN_32B, 8, 8192, rl=False, gpu_gb=141).endswith("yes")
+    assert fits(table(QWEN_32B, 8, 8192, gpu_gb=141))
     with pytest.raises(UserError, match="--gpu-gb"):
-        table(QWEN_32B, 8, 8192, rl=False, gpu_gb=0)
+        table(QWEN_32B, 8, 8192, gpu_gb=0)
 
 
 def test_table_counts_the_sequences_that_fit():
     """Guards against a plan that calls a run impossible because 64 sequences do not fit at once: the sampler decodes
     fewer. Of 72 GB, 36.8 are held; half of the rest holds 8 sequences of 10,240 tokens, 192 KiB each position."""
-    qwen_14b = Config(152064, 5120, 48, 40, 8, 128, 13824, family="qwen2", qkv_bias=True)
-    lines = table(qwen_14b, 32, 10_240, rl=True).splitlines()
-    assert lines[-2].split()[-1] == "8" and lines[-1].endswith("yes")
-    assert table(QWEN_32B, 64, 10_240, rl=True).endswith("no")  # the sampler's whole copy alone is 65.5 GB
-    assert table(QWEN_32B, 64, 10_240, rl=True, gpu_gb=141).endswith("yes")
+    text = table(QWEN_14B, 32, 10_240, responses=2048)
+    assert re.search(r"^sequences at once +8$", text, re.MULTILINE) and fits(text)
+    assert not fits(table(QWEN_32B, 64, 10_240, responses=2048))  # the sampler's whole copy alone is 65.5 GB
+    assert fits(table(QWEN_32B, 64, 10_240, responses=2048, gpu_gb=141))
+
+
+def test_time_by_hand():
+    """Guards against hours that forget the second forward of --recompute, attention, or that a GPU decodes its share
+    of the responses in rounds. T1's 14B on 32 H100s, as the README has it."""
+    weights = 48 * (5120 * (5120 + 2 * 1024) + 5120 * 5120 + 3 * 5120 * 13824) + 152064 * 5120
+    operations = 8 * (weights + 48 * 10_240 * 5120)
+    assert memory.training_operations(QWEN_14B, 10_240, True) == pytest.approx(operations, rel=1e-3)  # norms, biases
+    training = 2048 * 10_240 * (operations * 12 / 8) / (32 * 0.4 * 989e12)
+    cache = 8 * 10_240 * 2 * 2 * 48 * 1024
+    sampling = (2048 / 32 / 8) * 10_240 * 1.4 * (2 * 14.77e9 + cache / 2) / 3.35e12
+    text = table(QWEN_14B, 32, 10_240, 2048, micro_tokens=10_240)
+    assert f"sampling {sampling / 60:.1f}, training {training / 60:.1f};" in text.splitlines()[-1]
+    assert "not measured" in text and "not measured" not in table(QWEN_14B, 32, 10_240, 2048, gpu_gb=64)
 
 
 def test_table_counts_whole_rows():
     """Guards against activations of one row where --micro-tokens lets two of them into a forward pass."""
-    one, two, more = (table(QWEN_32B, 64, 10_240, rl=True, micro_tokens=tokens) for tokens in (10_240, 20_480, 16_384))
+    one, two, more = (
+        table(QWEN_32B, 64, 10_240, responses=2048, micro_tokens=tokens) for tokens in (10_240, 20_480, 16_384)
+    )
     assert one != two == more
