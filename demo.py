@@ -86,6 +86,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         samples=16,
         max_tokens=BUDGET,
         minibatches=2,
+        micro_tokens=4096,
         lr=6e-4,
         warmup=4,
         cooldown=16,

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from parallel import whole
+
 
 class Muon(torch.optim.Optimizer):
     """For matrices only ([rows, columns] each, whole or sharded): embeddings, heads and vectors belong to AdamW."""
@@ -50,10 +52,6 @@ class Muon(torch.optim.Optimizer):
                     update = DTensor.from_local(update, parameter.device_mesh, [Replicate()])
                     update = update.redistribute(placements=parameter.placements)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

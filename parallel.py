@@ -220,8 +220,7 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0
 
 def clip_grad_norm(scorer: nn.Module, max_norm: float) -> float:
     """Scale the gradients down to the global norm `max_norm` (math.inf: leave them); returns the norm they had."""
-    norm = nn.utils.clip_grad_norm_(scorer.parameters(), max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return whole(nn.utils.clip_grad_norm_(scorer.parameters(), max_norm)).item()
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -229,10 +228,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered from all ranks, which all have to call it; a plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_parameters(scorer: Scorer) -> Iterator[tuple[str, Tensor]]:
     """The transformer's parameters, gathered one at a time. Every rank has to walk through all of them."""
     for name, parameter in scorer.model.named_parameters():
-        yield name, (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+        yield name, whole(parameter).detach()
 
 
 @torch.no_grad()

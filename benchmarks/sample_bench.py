@@ -133,8 +133,10 @@ def cpu_rows(config: Config) -> None:
         if "one" in config.only:
             versus("one sequence, 64 tokens", 1.3, config.rounds, endless, theirs, [text[:32]], 1, SamplingParams(64))
         if "equal" in config.only:
-            prompts = [text[i : i + 64] for i in range(64)]
-            versus("64 equal sequences, 24 tokens", 1.5, config.rounds, endless, theirs, prompts, 1, SamplingParams(24))
+            prompts = [text[i : i + 32] for i in range(64)]  # 64 times the row above
+            versus("64 equal sequences, 64 tokens", 1.5, config.rounds, endless, theirs, prompts, 1, SamplingParams(64))
+            prompts = [text[i : i + 64] for i in range(64)]  # mostly prefill, which is matrix products on either side
+            versus("64 longer prompts, 24 tokens", 1.5, config.rounds, endless, theirs, prompts, 1, SamplingParams(24))
         if "rl" in config.only:
             prompts = [tasks.prompt_ids(problem, tokenizer) for problem in tasks.load(config.data)[:8]]
             sampler, params = Sampler(model, tokenizer), SamplingParams(256, temperature=1.2)
