@@ -46,7 +46,7 @@ def plan(
     stream = 4 * tokens * config.dim
     working = saved_bytes(config, tokens)
     # The mask of packed documents: bool, and in bf16 for the attention kernel.
-    activations = 3 * tokens * max(sequence_length, config.dim) + 4 * stream
+    activations = 3 * tokens * sequence_length + 4 * stream
     activations += config.layers * stream + working if checkpoint_activations else config.layers * working
     anchor, copy = (4 * parameters // gpus, 2 * parameters) if rl else (0, 0)
     held = dict(zip(HELD, (4 * parameters // gpus, 8 * parameters // gpus, anchor, copy)))

@@ -14,6 +14,7 @@ each response continues it (`parents`). Only the work is less: log-probs and gra
 """
 
 import dataclasses
+import math
 from collections import Counter
 
 import torch
@@ -79,6 +80,17 @@ class Packed:
             f.name: v.to(device) for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Tensor)
         }
         return dataclasses.replace(self, **tensors)
+
+
+def row_length_for(examples: list[Example], dim: int) -> int:
+    """How long rows should be for a model of width `dim`: s + sqrt(s (3 dim + s)), s the mean length of a stem.
+
+    In longer rows a stem stands less often, T / (T - s) times the tokens of the responses; but attention goes over the
+    whole row, and its share grows like T / (3 dim) of the matrix products (measured, masked). Their product is least
+    there.
+    """
+    stem = sum(len(example.stem) for example in examples) / max(1, len(examples))
+    return round(stem + math.sqrt(stem * (3 * dim + stem)))
 
 
 def fill_rows(examples: list[Example], row_length: int = 0) -> tuple[list[list[int]], list[int]]:

@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from cli import UserError, sync_folder, write_text
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
-from packing import Example, Packed, fill_rows, pack
+from packing import Example, Packed, fill_rows, pack, row_length_for
 from tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of every save by one process alone
@@ -272,16 +272,17 @@ MICRO_TOKENS = {"cpu": 2_048, "cuda": 8_192}  # a CPU is fastest while a layer's
 
 
 def micro_batches(
-    examples: list[Example], tokens: int | None, row_length: int, world: World
+    examples: list[Example], tokens: int | None, dim: int, world: World
 ) -> Iterator[tuple[list[int], Packed]]:
     """This rank's micro-batches: which of `examples` (of the whole step, the same on every rank) each holds, packed.
 
-    What is spread are the rows of `packing.fill_rows`, so that responses to one prompt stay together. None holds more
-    than `tokens` tokens or the longest sequence (None: what suits the device), and every rank gets the same number
-    of them, because FSDP's collectives must match; some may be empty.
+    What is spread are the rows of `packing.fill_rows`, so that responses to one prompt stay together; dim, the model's
+    width, decides on their length. A micro-batch holds no more than `tokens` tokens (None: what suits the device) or
+    the longest sequence, and every rank gets the same number of them, because FSDP's collectives must match; some may
+    be empty.
     """
     tokens = tokens or MICRO_TOKENS[world.device.type]
-    row_length = min(row_length, tokens)
+    row_length = min(row_length_for(examples, dim), tokens)
     rows, lengths = fill_rows(examples, row_length)
     count = max(1, math.ceil(sum(lengths) / (tokens * world.size)))
     while True:

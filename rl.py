@@ -150,8 +150,7 @@ class Learner:
     judge: tuple[Sampler, Tokenizer] | None = None
 
     def cut(self, config: Config) -> tuple[int | None, int, World]:
-        """For `parallel.micro_batches`. Rows as long as the model is wide hold a prompt and many of its responses, and
-        attention over the whole row is no more than a sixth of the work."""
+        """How work is cut into micro-batches, for `parallel.micro_batches`."""
         return config.micro_tokens, self.policy.model.config.dim, self.world
 
 

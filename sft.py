@@ -248,7 +248,7 @@ def loss_of(
     """
     count = sum(example.targets for example in examples)
     total = torch.zeros((), device=world.device)
-    for _, packed in parallel.micro_batches(examples, micro_tokens, 0, world):
+    for _, packed in parallel.micro_batches(examples, micro_tokens, scorer.model.config.dim, world):
         logprob, _ = parallel.score(scorer, packed)
         loss = -logprob.sum() / count
         if backward:

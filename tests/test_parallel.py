@@ -28,7 +28,7 @@ from cli import UserError  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, random_init  # noqa: E402
 from muon import Muon  # noqa: E402
-from packing import Example, fill_rows, pack, positions_and_mask  # noqa: E402
+from packing import Example, fill_rows, pack, positions_and_mask, row_length_for  # noqa: E402
 from parallel import World  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -58,7 +58,7 @@ def loss_and_gradients(scorer, batch: list[Example], micro_tokens: int, world: W
     """This rank's part of the loss, and the gradients, of a step over `batch`: likelihood plus an entropy term."""
     count = sum(example.targets for example in batch)
     total = 0.0
-    for _, packed in parallel.micro_batches(batch, micro_tokens, 40, world):
+    for _, packed in parallel.micro_batches(batch, micro_tokens, 200, world):
         logprob, entropy = parallel.score(scorer, packed, temperature=1.2)
         loss = -(logprob + 0.1 * entropy).sum() / count
         loss.backward()
@@ -269,6 +269,20 @@ def test_stop_token_has_gradient():
             parameter -= 1e-3 * parameter.grad
         after, _ = parallel.score(scorer, packed)
     assert after.sum() > before.sum()
+
+
+def test_rows_are_as_long_as_is_cheapest():
+    """Bug: rows that repeat a prompt for every response, or so long that attention costs more than that saves."""
+
+    def cost(length: int, stem: int, dim: int) -> float:
+        return length / (length - stem) * (1 + length / (3 * dim))
+
+    for stem, dim in ((45, 576), (15, 96), (300, 3584)):
+        chosen = row_length_for([Example([0] * (stem + 9), [(stem + 1, stem + 9)])] * 3, dim)
+        assert cost(chosen, stem, dim) == pytest.approx(
+            min(cost(n, stem, dim) for n in range(stem + 1, 9000)), rel=1e-4
+        )
+    assert row_length_for([], 96) == row_length_for([Example([1, 2], [(1, 2)])], 96) == 0
 
 
 lengths_strategy = st.lists(st.integers(2, 60), min_size=0, max_size=40)
