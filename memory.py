@@ -1,6 +1,6 @@
 """Will it fit, and how long would it take? A training run on GPUs, from a model's config.json alone: `--plan`.
 
-    print(table(read_config(model_folder("path/to/Qwen2.5-32B")), gpus=64, sequence_length=8192, responses=2048))
+    print(table(read_config(model_folder("path/to/Qwen2.5-32B")), 64, sequence_length=8192, prompts=32, samples=64))
 
 Counted on meta tensors, which have shapes and no memory: parameters from the model itself, activations from what
 autograd would really save in one block. What is divided by the number of GPUs and what is not follows parallel.py
@@ -15,6 +15,7 @@ from torch import Tensor
 from cli import UserError
 from model import Block, Config, Transformer, rotations
 from parallel import MICRO_TOKENS
+from rollout import share_of
 
 GB = 10**9
 HELD = ("fp32 masters", "AdamW, two moments", "EMA anchor, fp32", "inference copy, bf16")  # in both phases
@@ -66,21 +67,27 @@ def table(
     config: Config,
     gpus: int,
     sequence_length: int,
-    responses: int = 0,
+    prompts: int = 0,
+    samples: int = 0,
     gpu_gb: float = 80.0,
     micro_tokens: int | None = None,
     checkpoint_activations: bool = True,
 ) -> str:
     """`plan` line by line, whether it fits GPUs of `gpu_gb` GB, and how fast it would be at best.
 
-    responses: of one step of RL, over all GPUs; 0: supervised fine-tuning. micro_tokens: as the flag; packed into rows
-    of `sequence_length`, whole rows are what it comes to at worst. The sampler takes half of the memory that is free
-    and decodes fewer sequences at once where that is little: counted is the cache of as many of full length as find
-    room, 64 at most.
+    prompts, samples: of one step of RL, K samples each; 0: supervised fine-tuning. micro_tokens: as the flag; packed
+    into rows of `sequence_length`, whole rows are what it comes to at worst. The sampler takes half of the memory that
+    is free and decodes fewer sequences at once where that is little: counted is the cache of as many of full length as
+    find room, 64 at most.
     """
     if gpu_gb <= 0:
         raise UserError(f"--gpu-gb must be above 0, not {gpu_gb}")
-    tokens = math.ceil((micro_tokens or MICRO_TOKENS["cuda"]) / sequence_length) * sequence_length
+    micro_tokens = MICRO_TOKENS["cuda"] if micro_tokens is None else micro_tokens
+    for name, value in {"prompts": prompts, "samples": samples, "micro-tokens": micro_tokens}.items():
+        if value < 0:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+    responses = prompts * samples
+    tokens = max(1, math.ceil(micro_tokens / sequence_length)) * sequence_length
     held = plan(config, gpus, sequence_length, bool(responses), 1, tokens, checkpoint_activations)
     at_once = 1
     if responses:
@@ -92,6 +99,8 @@ def table(
     lines += [f"{name:22}{size / GB:9.1f}" for name, size in held.items() if size]
     if responses:
         lines.append(f"{'sequences at once':22}{at_once:>9}")
+    state = sum(held[name] for name in HELD[:3])
+    lines.append(f"{'checkpoint, on host':22}{state / GB:9.1f}")  # `parallel.Checkpoints` writes from a copy
     fits = held["peak"] <= USABLE * gpu_gb * GB
     lines.append(f"{f'fits {gpu_gb:g} GB ({USABLE:.0%})':22}{'yes' if fits else 'no':>9}")
     if fits and gpu_gb in CARDS:
@@ -103,15 +112,15 @@ def table(
         speed = gpus * MATRIX_SHARE * operations / training_operations(config, sequence_length, checkpoint_activations)
         if not responses:
             return "\n".join([*lines, f"{'training, tokens/s':22}{speed:9,.0f}"])
-        rounds = math.ceil(responses / gpus / at_once)
+        share = share_of(prompts, samples, gpus)
+        rounds = math.ceil(math.ceil(responses / share / gpus) * share / at_once)
         step_bytes = held["inference copy, bf16"] + held[CACHE] / 2  # a cache is half full on average
         sampling = rounds * sequence_length * DECODE_FACTOR * step_bytes / bandwidth
-        # beside the policy's forward and backward: its log-probs and the anchor's, a forward each
+        # beside the policy's forward and backward (one epoch): its log-probs and the anchor's, a forward each
         training = responses * sequence_length / speed * (1 + 4 / (8 if checkpoint_activations else 6))
         lines.append(f"{responses:,} responses of full length, minutes: sampling {sampling / 60:.1f}, ")
-        lines[-1] += (
-            f"training {training / 60:.1f}; {responses * sequence_length / (sampling + training):,.0f} tokens/s"
-        )
+        tokens_per_second = responses * sequence_length / (sampling + training)
+        lines[-1] += f"training {training / 60:.1f}; {tokens_per_second:,.0f} tokens/s"
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ each response continues it (`parents`). Only the work is less: log-probs and gra
 
 import dataclasses
 import math
-from collections import Counter
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -82,75 +82,85 @@ class Packed:
         return dataclasses.replace(self, **tensors)
 
 
-def row_length_for(examples: list[Example], dim: int) -> int:
-    """How long rows should be for a model of width `dim`: s + sqrt(s (3 dim + s)), s the mean length of a stem.
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Sequences that stand together: one, or several behind one copy of the stem they share."""
 
-    In longer rows a stem stands less often, T / (T - s) times the tokens of the responses; but attention goes over the
-    whole row, and its share grows like T / (3 dim) of the matrix products (measured, masked). Their product is least
-    there.
+    members: list[int]  # which of the examples
+    length: int  # tokens, the stem counted once
+
+
+def share_stems(examples: list[Example], dim: int = 0, most: int = sys.maxsize) -> tuple[list[Unit], int]:
+    """(units, how long a row should be): sequences with one stem, as many together as a row holds, or their longest.
+
+    The row's length, `most` at most, is s + sqrt(s (3 dim + s)): s the mean length of a shared stem, dim the model's
+    width. In rows of T tokens a stem is repeated the less often the longer they are: T / (T - s) times the tokens of
+    the responses. But attention goes over the whole row, and masked attention costs about T / (3 dim) of the matrix
+    products. The product of the two is least there. dim 0: nothing is shared.
     """
-    stem = sum(len(example.stem) for example in examples) / max(1, len(examples))
-    return round(stem + math.sqrt(stem * (3 * dim + stem)))
-
-
-def fill_rows(examples: list[Example], row_length: int = 0) -> tuple[list[list[int]], list[int]]:
-    """Rows of at most `row_length` tokens (or one sequence): which examples each holds, and how many tokens that is.
-
-    First-fit decreasing. A stem is counted once per row, and the sequences that share one come one after another.
-    """
-    numbers: dict[tuple[int, ...], int] = {}
-    family = [numbers.setdefault(example.stem, len(numbers)) for example in examples]
-    stems = [len(stem) for stem in numbers]
-    longest = [0] * len(numbers)
+    families: dict[tuple[int, ...], list[int]] = {}
     for i, example in enumerate(examples):
-        longest[family[i]] = max(longest[family[i]], len(example.tokens))
-    capacity = max([row_length, *longest])
+        families.setdefault(example.stem, []).append(i)
+    shared = [(len(stem), members) for stem, members in families.items() if stem and len(members) > 1 and dim]
+    mean = sum(stem * len(members) for stem, members in shared) / max(1, sum(len(members) for _, members in shared))
+    row_length = min(round(mean + math.sqrt(mean * (3 * dim + mean))), most)
+    units, together = [], {i for _, members in shared for i in members}
+    for stem, members in shared:
+        unit, length, room = [], stem, max(row_length, *(len(examples[i].tokens) for i in members))
+        for i in sorted(members, key=lambda i: (-len(examples[i].tokens), i)):
+            own = len(examples[i].tokens) - stem
+            if length + own > room:
+                units.append(Unit(unit, length))
+                unit, length = [], stem
+            unit, length = [*unit, i], length + own
+        units.append(Unit(unit, length))
+    units += [Unit([i], len(example.tokens)) for i, example in enumerate(examples) if i not in together]
+    return units, row_length
+
+
+def fill_rows(lengths: list[int], row_length: int = 0) -> tuple[list[list[int]], int]:
+    """First-fit decreasing: which of `lengths` each row holds, and how wide the rows are.
+
+    A row has room for `row_length`, or for the longest of them if that is longer.
+    """
+    capacity = max([row_length, *lengths])
     rows: list[list[int]] = []
     filled: list[int] = []
-    homes: list[list[int]] = [[] for _ in numbers]  # of each stem, the rows that hold it
-    for i in sorted(range(len(examples)), key=lambda i: (-longest[family[i]], family[i], -len(examples[i].tokens), i)):
-        alone, home = len(examples[i].tokens), homes[family[i]]
-        shared = alone - stems[family[i]]
-        row = next((r for r in home if filled[r] + shared <= capacity), None)
-        if row is None:
-            row = next((r for r, used in enumerate(filled) if used + alone <= capacity), len(rows))
-            home.append(row)
-            shared = alone
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, used in enumerate(filled) if used + lengths[i] <= capacity), len(rows))
         if row == len(rows):
             rows.append([])
             filled.append(0)
         rows[row].append(i)
-        filled[row] += shared
-    return rows, filled
+        filled[row] += lengths[i]
+    return rows, max(filled, default=1)
 
 
-def pack(examples: list[Example], row_length: int = 0) -> Packed:
-    """The tensors of `fill_rows`."""
-    rows, filled = fill_rows(examples, row_length)
-    height, width = max(len(rows), 1), max(filled, default=1)
+def pack(examples: list[Example], row_length: int = 0, units: list[Unit] | None = None) -> Packed:
+    """Rows of about `row_length` tokens, see `fill_rows`. units: of all the examples; by default each stands alone."""
+    units = [Unit([i], len(example.tokens)) for i, example in enumerate(examples)] if units is None else units
+    rows, width = fill_rows([unit.length for unit in units], row_length)
+    height = max(len(rows), 1)
     tokens = torch.zeros(height, width, dtype=torch.long)
     targets = torch.zeros_like(tokens)
     documents = torch.zeros_like(tokens)
     parents = torch.full_like(tokens, -1)
     positions: list[list[int]] = [[]] * len(examples)
     for r, row in enumerate(rows):
-        uses = Counter(examples[i].stem for i in row)
         runs: list[tuple[list[int], int]] = []  # tokens, and the number of the run that they continue
-        homes: dict[tuple[int, ...], int] = {}
         column = 0
-        for i in row:
-            stem, parent = examples[i].stem, -1
-            if uses[stem] > 1 and stem:
-                if stem not in homes:
-                    homes[stem] = len(runs)
-                    runs.append((list(stem), -1))
-                    column += len(stem)
-                parent = homes[stem]
-            cut = len(stem) if parent >= 0 else 0
-            origin = r * width + column - cut - 1  # the position before a token is the one that predicts it
-            positions[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
-            runs.append((examples[i].tokens[cut:], parent))
-            column += len(runs[-1][0])
+        for unit in (units[u] for u in row):
+            parent, cut = -1, 0
+            if len(unit.members) > 1:
+                stem = examples[unit.members[0]].stem
+                parent, cut = len(runs), len(stem)
+                runs.append((list(stem), -1))
+                column += cut
+            for i in unit.members:
+                origin = r * width + column - cut - 1  # the position before a token is the one that predicts it
+                positions[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
+                runs.append((examples[i].tokens[cut:], parent))
+                column += len(examples[i].tokens) - cut
         tokens[r, :column] = torch.tensor([token for run, _ in runs for token in run])
         targets[r, :column] = torch.tensor([token for run, _ in runs for token in (*run[1:], 0)])
         documents[r] = len(runs)
@@ -160,7 +170,7 @@ def pack(examples: list[Example], row_length: int = 0) -> Packed:
     mask = torch.zeros(height * width, dtype=torch.bool)
     mask[index] = True
     # One document per row: causal attention alone keeps it from the padding, which comes after it. No mask to build.
-    alone = all(len(row) == 1 for row in rows)
+    alone = all(len(row) == 1 for row in rows) and all(len(unit.members) == 1 for unit in units)
     counts = [len(sequence) for sequence in positions]
     parents = parents if (parents >= 0).any() else None
     return Packed(tokens, None if alone else documents, parents, targets, mask.view(height, width), index, counts)
@@ -171,7 +181,8 @@ def positions_and_mask(
 ) -> tuple[Tensor, Tensor | None]:
     """What packing means to a model: each token's position [B or 1, T], and which keys each query sees [B, 1, T, T].
 
-    Documents are runs of equal numbers. None for the keys: all up to the query itself.
+    Documents are runs of equal numbers; where some have parents, they are numbered 0, 1, ... in their row. None for the
+    keys: all up to the query itself.
     """
     place = torch.arange(tokens.shape[1], device=tokens.device)
     if documents is None:
@@ -180,6 +191,7 @@ def positions_and_mask(
     start = torch.where(begins, place, 0).cummax(dim=1).values
     positions, visible = place - start, place >= start[..., None]
     if parents is not None:
-        parent = documents[:, None] == parents[..., None]
-        positions, visible = positions + parent.sum(-1), visible | parent
+        lengths = torch.zeros_like(documents).scatter_add_(1, documents, torch.ones_like(documents))  # by number
+        positions = positions + torch.where(parents < 0, 0, lengths.gather(1, parents.clamp(min=0)))
+        visible = visible | (documents[:, None] == parents[..., None])
     return positions, (visible & (place <= place[:, None]))[:, None]

@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from cli import UserError, sync_folder, write_text
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
-from packing import Example, Packed, fill_rows, pack, row_length_for
+from packing import Example, Packed, Unit, fill_rows, pack, share_stems
 from tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of every save by one process alone
@@ -276,23 +276,30 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], Packed]]:
     """This rank's micro-batches: which of `examples` (of the whole step, the same on every rank) each holds, packed.
 
-    What is spread are the rows of `packing.fill_rows`, so that responses to one prompt stay together; dim, the model's
-    width, decides on their length. A micro-batch holds no more than `tokens` tokens (None: what suits the device) or
-    the longest sequence, and every rank gets the same number of them, because FSDP's collectives must match; some may
-    be empty.
+    What is spread are the units of `packing.share_stems`, so that responses to one prompt stay together; dim: the
+    model's width. A micro-batch is no larger, padding included, than `tokens` tokens (None: what suits the device)
+    unless it holds a single sequence. Every rank gets the same number of them, because FSDP's collectives must match;
+    some may be empty.
     """
-    tokens = tokens or MICRO_TOKENS[world.device.type]
-    row_length = min(row_length_for(examples, dim), tokens)
-    rows, lengths = fill_rows(examples, row_length)
+    tokens = MICRO_TOKENS[world.device.type] if tokens is None else tokens
+    units, row_length = share_stems(examples, dim, tokens)
+    lengths = [unit.length for unit in units]
+
+    def size(part: list[int]) -> int:
+        rows, width = fill_rows([lengths[u] for u in part], row_length)
+        return len(rows) * width
+
     count = max(1, math.ceil(sum(lengths) / (tokens * world.size)))
     while True:
         bins = balance(lengths, count * world.size)
-        if all(len(b) <= 1 or sum(lengths[r] for r in b) <= tokens for b in bins):
+        if all(len(part) <= 1 or size(part) <= tokens for part in bins):
             break
-        count += 1 + count // 16  # not by ones: where two rows never fit together, it has to double
+        count += 1 + count // 16  # not by ones: where two units never fit together, it has to double
     for part in bins[world.rank :: world.size]:
-        chosen = [i for r in part for i in rows[r]]
-        yield chosen, pack([examples[i] for i in chosen], row_length)
+        chosen = [i for u in part for i in units[u].members]
+        number = {i: n for n, i in enumerate(chosen)}
+        renumbered = [Unit([number[i] for i in units[u].members], lengths[u]) for u in part]
+        yield chosen, pack([examples[i] for i in chosen], row_length, renumbered)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -331,8 +338,9 @@ def random_state(world: World) -> dict[str, Tensor]:
 class Checkpoints:
     """Writes a run's checkpoints, `folder`/step-NNNNNN: all of one or nothing, whenever the process is killed.
 
-    `save` returns as soon as everything has been copied to the host's memory; a thread writes the copy under another
-    name, flushes it to the disk and renames it, while training goes on. Then all but the last `keep` are removed.
+    `save` waits for the checkpoint before it and returns when everything is copied to the host's memory (for policy,
+    anchor and AdamW 16 bytes per parameter, over all ranks). The copy is written under another name, flushed to the
+    disk and renamed while training goes on. Then all but the last `keep` are removed.
     """
 
     def __init__(self, folder: Path, world: World, keep: int = 2):
@@ -346,8 +354,6 @@ class Checkpoints:
         (data position, counters)."""
         self.finish()
         final = self.folder / f"step-{step:06d}"
-        if final.exists():
-            return
         partial = final.with_suffix(".partial")
         if self.world.main:
             shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
@@ -361,7 +367,7 @@ class Checkpoints:
         self.written = self.thread.submit(self.publish, written, partial, final, text)
 
     def publish(self, written: Future, partial: Path, final: Path, state: str) -> None:
-        """When all ranks have written their parts, of which rank 0 hears first."""
+        """Rename what is whole. On rank 0 `written` ends when all ranks have written their parts."""
         written.result()
         if self.world.main:
             write_text(partial / "state.json", state)

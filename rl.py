@@ -150,7 +150,7 @@ class Learner:
     judge: tuple[Sampler, Tokenizer] | None = None
 
     def cut(self, config: Config) -> tuple[int | None, int, World]:
-        """How work is cut into micro-batches, for `parallel.micro_batches`."""
+        """How to cut work into micro-batches: the arguments of `parallel.micro_batches` after the examples."""
         return config.micro_tokens, self.policy.model.config.dim, self.world
 
 
@@ -191,10 +191,10 @@ def mixed_groups(rewards: Tensor, samples: int) -> Tensor:
 
 
 @torch.no_grad()
-def per_token(function: Callable[[Packed], Tensor], examples: list[Example], *cut) -> list[Tensor]:
+def per_token(function: Callable[[Packed], Tensor], examples: list[Example], cut: tuple) -> list[Tensor]:
     """What `function` (packed rows -> [R, T]) says of every response token: a tensor per example, on every rank.
 
-    cut: how to cut the work, see `parallel.micro_batches`.
+    cut: see `Learner.cut`.
     """
     found = {}
     for rows, packed in parallel.micro_batches(examples, *cut):
@@ -262,7 +262,7 @@ def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe
     def logprobs(scorer: Scorer) -> list[Tensor]:
         return per_token(lambda packed: parallel.score(scorer, packed, recipe.temperature)[0], *passes)
 
-    passes = (kept.examples, *learner.cut(config))
+    passes = (kept.examples, learner.cut(config))
     sampled = [torch.tensor(c.logprobs) for c in kept.completions]
     old = sampled if learner.exact else logprobs(learner.policy)
     anchor, kl = [], torch.zeros_like(mask)
@@ -488,7 +488,7 @@ def train(config: Config, world: World) -> None:
 
 def main(config: Config) -> None:
     if config.plan:
-        run = (read_config(model_folder(config.model)), config.plan, config.max_tokens, config.prompts * config.samples)
+        run = (read_config(model_folder(config.model)), config.plan, config.max_tokens, config.prompts, config.samples)
         print(memory.table(*run, config.gpu_gb, config.micro_tokens, config.recompute))
         return
     with parallel.session(config.device) as world:

@@ -124,6 +124,11 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def share_of(prompts: int, samples: int, ranks: int) -> int:
+    """How many of a prompt's K samples one rank draws: all, or the largest divisor of K that leaves no rank idle."""
+    return max((n for n in range(1, samples + 1) if samples % n == 0 and prompts * samples // n >= ranks), default=1)
+
+
 def roll_out(
     sampler: Sampler,
     tokenizer: Tokenizer,
@@ -135,21 +140,25 @@ def roll_out(
 ) -> Rollouts:
     """Sample K responses to each problem and judge them. Each rank takes a share of the prompts; all get everything.
 
-    The number of a problem is the key of its random draws, so the tokens do not depend on which rank draws them.
+    Where there are more ranks than prompts, several ranks share the K responses to one. The number of a problem is the
+    key of its random draws, so the tokens do not depend on which rank draws them.
     """
     prompts = [tasks.prompt_ids(problem, tokenizer) for _, problem in numbered]
-    mine = parallel.balance([len(prompt) for prompt in prompts], world.size)[world.rank]
+    share = share_of(len(prompts), samples, world.size)
+    pieces = [(i, first) for i in range(len(prompts)) for first in range(0, samples, share)]
+    mine = [pieces[p] for p in parallel.balance([len(prompts[i]) for i, _ in pieces], world.size)[world.rank]]
     with watch("sampling"):
-        groups = sampler.generate([prompts[i] for i in mine], samples, params, keys=[numbered[i][0] for i in mine])
+        keys, firsts = [numbered[i][0] for i, _ in mine], [first for _, first in mine]
+        groups = sampler.generate([prompts[i] for i, _ in mine], share, params, keys, firsts)
     with watch("verifying"):
-        asked = [numbered[i][1] for i in mine for _ in range(samples)]
+        asked = [numbered[i][1] for i, _ in mine for _ in range(share)]
         completions = [completion for group in groups for completion in group]
         texts = [tokenizer.decode(c.tokens[: -1 if c.finish_reason == "stop" else None]) for c in completions]
         patterns = [unexpected_pattern(*row) for row in zip(completions, texts, (p.question for p in asked))]
         judged = list(zip(asked, completions, texts, tasks.score(asked, texts), patterns))
     shares = parallel.gather_objects((mine, judged))
-    rows = {i: share[j * samples : (j + 1) * samples] for owned, share in shares for j, i in enumerate(owned)}
-    columns = [list(column) for column in zip(*(row for i in range(len(prompts)) for row in rows[i]))]
+    rows = {piece: done[j * share : (j + 1) * share] for owned, done in shares for j, piece in enumerate(owned)}
+    columns = [list(column) for column in zip(*(row for piece in pieces for row in rows[piece]))]
     repeated = [prompt for prompt in prompts for _ in range(samples)]
     examples = [Example(p + c.tokens, [(len(p), len(p) + len(c.tokens))]) for p, c in zip(repeated, columns[1])]
     return Rollouts(columns[0], examples, *columns[1:])

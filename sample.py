@@ -260,14 +260,13 @@ class Sampler:
         max_batch: int = 256,
         eos_ids: list[int] | None = None,
         cache_bytes: int | None = None,
-        prefill_tokens: int = 1024,
+        prefill_tokens: int | None = None,
     ) -> None:
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, not {max_batch}")
-        if eos_ids is None:
-            eos_ids = tokenizer.eos_ids if tokenizer else []
-        self.model, self.eos_ids, self.max_batch = model, list(eos_ids), max_batch
-        self.cache_bytes, self.prefill_tokens = cache_bytes, prefill_tokens
+        stops = (tokenizer.eos_ids if tokenizer else []) if eos_ids is None else eos_ids
+        self.model, self.eos_ids, self.max_batch, self.cache_bytes = model, list(stops), max_batch, cache_bytes
+        self.prefill_tokens = prefill_tokens or (4096 if model.head_weight.is_cuda else 1024)  # a CPU has its caches
 
     @torch.inference_mode()
     def generate(
@@ -276,18 +275,20 @@ class Sampler:
         n: int,
         params: SamplingParams,
         keys: list[int] | None = None,
+        firsts: list[int] | None = None,
         progress: bool = False,
     ) -> list[list[Completion]]:
-        """n completions of each prompt. Completion j of prompt i is drawn with (params.seed, keys[i], j).
+        """n completions of each prompt. Completion j of prompt i is drawn with (params.seed, keys[i], firsts[i] + j).
 
-        keys: default 0, 1, 2, ...; ranks that split the prompts between them give each its global number, and draw
-        the same tokens as one rank would. A completion ends at the model's context even where max_tokens is more.
+        keys: default 0, 1, 2, ...; firsts: default 0. Ranks that split the prompts, or the samples of one, between them
+        give their global numbers, and draw the same tokens as one rank would. A completion ends at the model's context
+        even where max_tokens is more.
         UserError: an empty prompt, one that fills the context, or one whose completion cannot fit in `cache_bytes`.
         """
-        keys = range(len(prompts)) if keys is None else keys
+        keys, firsts = keys or range(len(prompts)), firsts or [0] * len(prompts)
         jobs = [
-            Job(i, prompt, deque((sample, sequence_seed(params.seed, key, sample)) for sample in range(n)))
-            for i, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
+            Job(i, prompt, deque((sample, sequence_seed(params.seed, key, first + sample)) for sample in range(n)))
+            for i, (prompt, key, first) in enumerate(zip(prompts, keys, firsts, strict=True))
         ]
         results: list[list[Completion]] = [[None] * n for _ in prompts]
         if not jobs or n < 1:

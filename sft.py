@@ -367,7 +367,7 @@ def main(config: Config) -> None:
             raise UserError("--plan needs --model: the demo's model fits anywhere")
         shape = read_config(model_folder(config.model))
         length = config.max_length or shape.context
-        print(memory.table(shape, config.plan, length, 0, config.gpu_gb, config.micro_tokens, config.recompute))
+        print(memory.table(shape, config.plan, length, 0, 0, config.gpu_gb, config.micro_tokens, config.recompute))
         return
     with parallel.session(config.device) as world:
         train(config, world)

@@ -83,10 +83,10 @@ def test_table_says_whether_it_fits():
 def test_table_counts_the_sequences_that_fit():
     """Guards against a plan that calls a run impossible because 64 sequences do not fit at once: the sampler decodes
     fewer. Of 72 GB, 36.8 are held; half of the rest holds 8 sequences of 10,240 tokens, 192 KiB each position."""
-    text = table(QWEN_14B, 32, 10_240, responses=2048)
+    text = table(QWEN_14B, 32, 10_240, prompts=32, samples=64)
     assert re.search(r"^sequences at once +8$", text, re.MULTILINE) and fits(text)
-    assert not fits(table(QWEN_32B, 64, 10_240, responses=2048))  # the sampler's whole copy alone is 65.5 GB
-    assert fits(table(QWEN_32B, 64, 10_240, responses=2048, gpu_gb=141))
+    assert not fits(table(QWEN_32B, 64, 10_240, prompts=32, samples=64))  # the sampler's whole copy alone is 65.5 GB
+    assert fits(table(QWEN_32B, 64, 10_240, prompts=32, samples=64, gpu_gb=141))
 
 
 def test_time_by_hand():
@@ -98,14 +98,14 @@ def test_time_by_hand():
     training = 2048 * 10_240 * (operations * 12 / 8) / (32 * 0.4 * 989e12)
     cache = 8 * 10_240 * 2 * 2 * 48 * 1024
     sampling = (2048 / 32 / 8) * 10_240 * 1.4 * (2 * 14.77e9 + cache / 2) / 3.35e12
-    text = table(QWEN_14B, 32, 10_240, 2048, micro_tokens=10_240)
+    text = table(QWEN_14B, 32, 10_240, 32, 64, micro_tokens=10_240)
     assert f"sampling {sampling / 60:.1f}, training {training / 60:.1f};" in text.splitlines()[-1]
-    assert "not measured" in text and "not measured" not in table(QWEN_14B, 32, 10_240, 2048, gpu_gb=64)
+    assert "not measured" in text and "not measured" not in table(QWEN_14B, 32, 10_240, 32, 64, gpu_gb=64)
 
 
 def test_table_counts_whole_rows():
     """Guards against activations of one row where --micro-tokens lets two of them into a forward pass."""
     one, two, more = (
-        table(QWEN_32B, 64, 10_240, responses=2048, micro_tokens=tokens) for tokens in (10_240, 20_480, 16_384)
+        table(QWEN_32B, 64, 10_240, prompts=32, samples=64, micro_tokens=tokens) for tokens in (10_240, 20_480, 16_384)
     )
     assert one != two == more

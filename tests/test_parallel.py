@@ -28,7 +28,7 @@ from cli import UserError  # noqa: E402
 from model import Config as ModelConfig  # noqa: E402
 from model import Transformer, random_init  # noqa: E402
 from muon import Muon  # noqa: E402
-from packing import Example, fill_rows, pack, positions_and_mask, row_length_for  # noqa: E402
+from packing import Example, Unit, pack, positions_and_mask, share_stems  # noqa: E402
 from parallel import World  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -220,8 +220,10 @@ def test_responses_share_a_prompt():
     """Bug: K responses packed behind one copy of their prompt see each other, stand at other positions than alone, or
     pull at the prompt with another gradient. Against rows that hold one whole sequence each."""
     batch = examples()
-    together, *alone = pack(batch, row_length=80), *(pack([example]) for example in batch)
-    assert together.parents is not None and sum(fill_rows(batch, 80)[1]) < sum(len(example.tokens) for example in batch)
+    units, row_length = share_stems(batch, 200)
+    together, *alone = pack(batch, row_length, units), *(pack([example]) for example in batch)
+    assert together.parents is not None
+    assert sum(unit.length for unit in units) < sum(len(example.tokens) for example in batch)
     scorer, reference = make_scorer(ALONE), make_scorer(ALONE)
     logprob, entropy = parallel.score(scorer, together)
     (logprob + entropy.square()).sum().backward()
@@ -238,7 +240,9 @@ def test_shared_prompt_by_hand():
     """Bug: a branch that predicts from another branch's last token, or begins after the prompt's last token, whose
     position must predict each branch's own first token."""
     batch = [Example([1, 2, 3, 4, 5], [(3, 5)]), Example([9, 9], [(1, 2)]), Example([1, 2, 3, 7, 8, 6], [(3, 6)])]
-    packed = pack(batch, row_length=9)
+    units, _ = share_stems(batch, 99)
+    assert units == [Unit([2, 0], 9), Unit([1], 2)]
+    packed = pack(batch, units=units)
     assert packed.tokens.tolist() == [[1, 2, 3, 7, 8, 6, 3, 4, 5], [9, 9, 0, 0, 0, 0, 0, 0, 0]]
     assert packed.documents.tolist() == [[0, 0, 1, 1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1]]
     assert packed.parents.tolist() == [[-1, -1, 0, 0, 0, 0, 0, 0, 0], [-1] * 9]
@@ -278,26 +282,35 @@ def test_rows_are_as_long_as_is_cheapest():
         return length / (length - stem) * (1 + length / (3 * dim))
 
     for stem, dim in ((45, 576), (15, 96), (300, 3584)):
-        chosen = row_length_for([Example([0] * (stem + 9), [(stem + 1, stem + 9)])] * 3, dim)
-        assert cost(chosen, stem, dim) == pytest.approx(
-            min(cost(n, stem, dim) for n in range(stem + 1, 9000)), rel=1e-4
-        )
-    assert row_length_for([], 96) == row_length_for([Example([1, 2], [(1, 2)])], 96) == 0
+        batch = [Example([0] * (stem + 9), [(stem + 1, stem + 9)])] * 300
+        units, chosen = share_stems(batch, dim)
+        least = min(cost(length, stem, dim) for length in range(stem + 1, 9000))
+        assert cost(chosen, stem, dim) == pytest.approx(least, rel=1e-4)
+        assert all(chosen - 9 < unit.length <= chosen for unit in units[:-1])
+    long = [Example([i] * 500, [(400, 500)]) for i in range(5)]  # stems that nobody shares
+    assert share_stems(long, 576) == share_stems(long, 0) == ([Unit([i], 500) for i in range(5)], 0)
 
 
 lengths_strategy = st.lists(st.integers(2, 60), min_size=0, max_size=40)
 
 
-@given(lengths=lengths_strategy, row_length=st.integers(0, 200), prompts=st.integers(1, 50))
-@settings(max_examples=60, deadline=None)
-def test_packing_loses_and_repeats_nothing(lengths, row_length, prompts):
-    """Bug: a sequence left out or cut when rows are full, a target from the next document, waste nobody noticed."""
+def batch_of(lengths: list[int], prompts: int) -> list[Example]:
+    """Sequences of these lengths, to a few prompts; every token is another number, but those of a prompt."""
     batch = []
     for i, n in enumerate(lengths):
         start = 1 + i % prompts % (n - 1)
-        tokens = [100 * (i if t >= start else i % prompts) + t for t in range(n)]
-        batch.append(Example(tokens, [(start, n)]))
-    packed = pack(batch, row_length)
+        batch.append(Example([100 * (i if t >= start else i % prompts) + t for t in range(n)], [(start, n)]))
+    return batch
+
+
+@given(lengths=lengths_strategy, row_length=st.integers(0, 200), prompts=st.integers(1, 50), dim=st.integers(0, 900))
+@settings(max_examples=60, deadline=None)
+def test_packing_loses_and_repeats_nothing(lengths, row_length, prompts, dim):
+    """Bug: a sequence left out or cut when rows are full, a target from the next document, waste nobody noticed."""
+    batch = batch_of(lengths, prompts)
+    units, _ = share_stems(batch, dim)
+    packed = pack(batch, row_length, units)
+    lengths = [unit.length for unit in units]
     values = [[float(t) for t in range(*example.spans[0])] for example in batch]
     grid = packed.place([torch.tensor(v) for v in values])
     assert [v.tolist() for v in packed.extract(grid)] == values
@@ -308,16 +321,23 @@ def test_packing_loses_and_repeats_nothing(lengths, row_length, prompts):
     assert rows <= max(1, math.ceil(1.7 * sum(lengths) / max([row_length, *lengths, 1])) + 1)  # first fit's guarantee
 
 
-@given(lengths=lengths_strategy, budget=st.integers(1, 300), size=st.integers(1, 5))
+@given(
+    lengths=st.lists(st.one_of(st.integers(2, 60), st.just(400)), max_size=40), prompts=st.integers(1, 50),
+    budget=st.integers(1, 900), dim=st.integers(0, 900), size=st.integers(1, 5),
+)  # fmt: skip
 @settings(max_examples=100, deadline=None)
-def test_every_rank_gets_as_many_micro_batches(lengths, budget, size):
-    """Bug: ranks that run different numbers of micro-batches wait for each other for ever; a sequence trained twice."""
-    batch, cpu = [Example([0] * n, [(1, n)]) for n in lengths], torch.device("cpu")
-    shares = [[i for i, _ in parallel.micro_batches(batch, budget, 0, World(rank, size, cpu))] for rank in range(size)]
+def test_every_rank_gets_as_many_micro_batches(lengths, prompts, budget, dim, size):
+    """Bug: ranks that run different numbers of micro-batches wait for each other for ever; a sequence trained twice;
+    more tokens in a micro-batch than --micro-tokens allows, by padding or by prompts that stand in it again."""
+    batch, cpu = batch_of(lengths, prompts), torch.device("cpu")
+    shares = [list(parallel.micro_batches(batch, budget, dim, World(rank, size, cpu))) for rank in range(size)]
     assert len({len(share) for share in shares}) == 1
-    assert sorted(i for share in shares for micro in share for i in micro) == list(range(len(lengths)))
-    for micro in (micro for share in shares for micro in share):
-        assert sum(lengths[i] for i in micro) <= max([budget, *lengths])
+    assert sorted(i for share in shares for chosen, _ in share for i in chosen) == list(range(len(lengths)))
+    for chosen, packed in (micro for share in shares for micro in share):
+        assert packed.tokens.numel() <= max([budget, *lengths])
+        assert [t.tolist() for t in packed.extract(packed.targets)] == [
+            batch[i].tokens[slice(*batch[i].spans[0])] for i in chosen
+        ]
 
 
 @given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=60), bins=st.integers(1, 8))

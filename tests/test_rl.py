@@ -546,7 +546,7 @@ def test_sampler_and_trainer_agree():
     assert {c.finish_reason for _, c in pairs} == {"stop", "length"}
     examples = [Example(p + c.tokens, [(len(p), len(p) + len(c.tokens))]) for p, c in pairs]
     scorer = parallel.shard(model, ALONE)
-    scored = rl.per_token(lambda packed: parallel.score(scorer, packed, 1.4)[0], examples, 64, 80, ALONE)
+    scored = rl.per_token(lambda packed: parallel.score(scorer, packed, 1.4)[0], examples, (64, 80, ALONE))
     for (_, completion), logprob in zip(pairs, scored):
         torch.testing.assert_close(logprob, torch.tensor(completion.logprobs), rtol=0, atol=1e-4)
 
@@ -562,7 +562,7 @@ class Scripted:
     def decode(self, tokens):
         return TOKENIZER.decode(tokens)
 
-    def generate(self, prompts, n, params, keys=None):
+    def generate(self, prompts, n, params, keys=None, firsts=None):
         self.keys = keys
         ended, cut = Completion([65, STOP], [-1.0, -2.0], "stop"), Completion([66, 67], [-3.0, -4.0], "length")
         return [[ended, cut] for _ in prompts]
@@ -597,6 +597,12 @@ def test_the_stop_token_is_trained():
         rl.update(learner, batch, config, rl.resolve(config), 1, runfolder.Guard())
         after = token_logprobs(learner.policy.model, example, 1.2)[0].detach()
         assert (after - before) * advantage > 1e-3
+
+
+def test_no_rank_is_idle_while_samples_can_be_shared():
+    """Bug: 64 GPUs and 32 prompts, of which half wait while the others draw 64 samples each."""
+    shares = {(32, 64, 32): 64, (32, 64, 64): 32, (32, 64, 33): 32, (3, 6, 4): 3, (1, 7, 2): 1, (1, 4, 9): 1}
+    assert {case: rollout.share_of(*case) for case in shares} == shares
 
 
 class Counting(nn.Module):

@@ -26,12 +26,14 @@ import test_rl as hand  # noqa: E402
 
 import parallel  # noqa: E402
 import rl  # noqa: E402
+import rollout  # noqa: E402
 import runfolder  # noqa: E402
 import tasks  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import load_pretrained, random_init, save_pretrained  # noqa: E402
 from packing import Example, pack  # noqa: E402
 from parallel import World  # noqa: E402
+from sample import Sampler, SamplingParams  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEPS = 4
@@ -153,6 +155,20 @@ def test_first_updates_do_not_depend_on_ranks(ranks, recipe, alone, model):
     for row, other in zip(metrics(alone[recipe]), metrics(ranks["folder"] / recipe), strict=True):
         assert other == pytest.approx(row, rel=1e-4, abs=2e-6)
         assert row["dropped"] < 1
+
+
+def drawn(model: Path, world: World) -> list[list[int]]:
+    """The responses to a single prompt."""
+    numbered = [(7, next(tasks.countdown(3)))]
+    sampler = Sampler(load_pretrained(model), hand.TOKENIZER)
+    watch, params = rollout.Stopwatch(), SamplingParams(20)
+    rollouts = rollout.roll_out(sampler, hand.TOKENIZER, numbered, 6, params, world, watch)
+    return [completion.tokens for completion in rollouts.completions]
+
+
+def test_ranks_share_one_prompt(ranks, model):
+    """Bug: ranks without a prompt of their own wait, or draw the samples that another rank draws."""
+    assert ranks["drawn"] == drawn(model, ALONE) and len(set(map(tuple, ranks["drawn"]))) > 3
 
 
 def test_checkpoint_of_several_ranks_resumes_on_one(ranks, model, tmp_path):
@@ -315,6 +331,7 @@ def worker(model: Path, folder: Path) -> None:
         for case in CASES:
             for recipe in ("t1", "rlsp"):
                 found[f"{case} {recipe}"] = gradients(world, case, recipe)
+        found["drawn"] = drawn(model, world)
         for recipe in ("t1", "rlsp"):
             rl.train(flags(model, folder / recipe, recipe=recipe, steps=3), world)
         if world.size == 2:

@@ -195,6 +195,15 @@ def test_samples_seeds_and_keys_differ():
     assert all(-(2**63) <= seed < 2**63 for seed in seeds)
 
 
+def test_samples_can_be_drawn_in_parts():
+    """Guards against ranks that share a prompt's K samples and draw the same ones twice."""
+    whole = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS[:3], 4, SamplingParams(20))
+    part = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS[1:3], 2, SamplingParams(20), keys=[1, 2], firsts=[2, 0])
+    assert [[c.tokens for c in row] for row in part] == [
+        [c.tokens for c in row] for row in (whole[1][2:4], whole[2][0:2])
+    ]
+
+
 def test_stream_is_generate():
     """A chat that draws otherwise than the sampler that is tested."""
     sampler = Sampler(MODEL, eos_ids=[EOS])
