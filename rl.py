@@ -31,8 +31,8 @@ What we do differently from the paper, and why:
 5. The temperature divides the logits in the trainer just as in the sampler. Otherwise the ratio compares two different
    policies. Sampling in training never truncates (no top-p, no min-p): the ratio would be biased by what was cut.
 6. The KL is estimated on the sampled tokens (the sum of log-ratios), which needs one pass of the anchor and no more.
-7. The learning rate may rise at the start (--warmup) and fall at the end (--cooldown). Neither is the default, for what
-   they gain in the demo is within its error (benchmarks/RESULTS.md). With a cool-down the number of steps is part of
+7. The learning rate may rise at the start (--warmup) and fall at the end (--cooldown). Neither is the default, for
+   the demo ends no better with them (benchmarks/RESULTS.md). With a cool-down the number of steps is part of
    the run: --resume then refuses another.
 8. Centring the KL matters only to a baseline that does not subtract it anyway; leave-one-out does, see `centred_kl`.
 
