@@ -75,24 +75,25 @@ def table(
 ) -> str:
     """`plan` line by line, whether it fits GPUs of `gpu_gb` GB, and how fast it would be at best.
 
-    prompts, samples: of one step of RL, K samples each; 0: supervised fine-tuning. micro_tokens: as the flag; packed
-    into rows of `sequence_length`, whole rows are what it comes to at worst. The sampler takes half of the memory that
-    is free and decodes fewer sequences at once where that is little: counted is the cache of as many of full length as
-    find room, 64 at most.
+    prompts, samples: of one step of T1, K samples each; 0: supervised fine-tuning. sequence_length: of a response, or
+    (SFT) of a whole sequence. micro_tokens: as the flag; a longer sequence stands alone. The sampler takes half of the
+    memory that is free and decodes fewer sequences at once where that is little: counted is the cache of as many of
+    full length as find room, 64 at most.
     """
     if gpu_gb <= 0:
         raise UserError(f"--gpu-gb must be above 0, not {gpu_gb}")
     micro_tokens = MICRO_TOKENS["cuda"] if micro_tokens is None else micro_tokens
-    for name, value in {"prompts": prompts, "samples": samples, "micro-tokens": micro_tokens}.items():
-        if value < 0:
+    for name, value in {"plan": gpus, "max-tokens": sequence_length, "micro-tokens": micro_tokens}.items():
+        if value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
-    responses = prompts * samples
-    tokens = max(1, math.ceil(micro_tokens / sequence_length)) * sequence_length
+    responses, share = prompts * samples, share_of(prompts, samples, gpus)
+    tokens = max(micro_tokens, sequence_length)
     held = plan(config, gpus, sequence_length, bool(responses), 1, tokens, checkpoint_activations)
     at_once = 1
     if responses:
         room = USABLE * gpu_gb * GB - sum(held[name] for name in HELD)
-        at_once = max(1, min(64, int(room / 2 // held[CACHE])))
+        own = math.ceil(responses / share / gpus) * share
+        at_once = max(1, min(64, own, int(room / 2 // held[CACHE])))
         held = plan(config, gpus, sequence_length, True, at_once, tokens, checkpoint_activations)
     parameters = held["fp32 masters"] * gpus / 4 / GB
     lines = [f"{parameters:.2f}B parameters, sequences of {sequence_length} tokens; GB on each of {gpus} GPUs"]
@@ -112,8 +113,7 @@ def table(
         speed = gpus * MATRIX_SHARE * operations / training_operations(config, sequence_length, checkpoint_activations)
         if not responses:
             return "\n".join([*lines, f"{'training, tokens/s':22}{speed:9,.0f}"])
-        share = share_of(prompts, samples, gpus)
-        rounds = math.ceil(math.ceil(responses / share / gpus) * share / at_once)
+        rounds = math.ceil(own / at_once)
         step_bytes = held["inference copy, bf16"] + held[CACHE] / 2  # a cache is half full on average
         sampling = rounds * sequence_length * DECODE_FACTOR * step_bytes / bandwidth
         # beside the policy's forward and backward (one epoch): its log-probs and the anchor's, a forward each

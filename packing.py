@@ -95,8 +95,8 @@ def share_stems(examples: list[Example], dim: int = 0, most: int = sys.maxsize) 
 
     The row's length, `most` at most, is s + sqrt(s (3 dim + s)): s the mean length of a shared stem, dim the model's
     width. In rows of T tokens a stem is repeated the less often the longer they are: T / (T - s) times the tokens of
-    the responses. But attention goes over the whole row, and masked attention costs about T / (3 dim) of the matrix
-    products. The product of the two is least there. dim 0: nothing is shared.
+    the responses. But attention goes over the whole row, and is taken to cost T / (3 dim) of the matrix products (half
+    of their speed). The product of the two is least there. dim 0: nothing is shared.
     """
     families: dict[tuple[int, ...], list[int]] = {}
     for i, example in enumerate(examples):

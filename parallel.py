@@ -277,8 +277,8 @@ def micro_batches(
     """This rank's micro-batches: which of `examples` (of the whole step, the same on every rank) each holds, packed.
 
     What is spread are the units of `packing.share_stems`, so that responses to one prompt stay together; dim: the
-    model's width. A micro-batch is no larger, padding included, than `tokens` tokens (None: what suits the device)
-    unless it holds a single sequence. Every rank gets the same number of them, because FSDP's collectives must match;
+    model's width. A micro-batch is no larger, padding included, than `tokens` tokens (None: what suits the device) or
+    the longest sequence. Every rank gets the same number of them, because FSDP's collectives must match;
     some may be empty.
     """
     tokens = MICRO_TOKENS[world.device.type] if tokens is None else tokens
@@ -346,6 +346,8 @@ class Checkpoints:
     def __init__(self, folder: Path, world: World, keep: int = 2):
         self.folder, self.world, self.keep = folder, world, keep
         self.thread, self.written = ThreadPoolExecutor(1), None
+        for partial in folder.glob("step-*.partial") if world.main else ():
+            shutil.rmtree(partial)  # a killed process left it
         # Collectives of their own: in a group that two threads use, one would get the other's messages.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
@@ -356,7 +358,6 @@ class Checkpoints:
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
         if self.world.main:
-            shutil.rmtree(partial, ignore_errors=True)  # a killed process left it
             partial.mkdir(parents=True)
         barrier()
         written = dcp.async_save(

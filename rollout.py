@@ -1,7 +1,8 @@
 """Where the policy meets the problems: K responses to each prompt of a step, judged, on every rank.
 
-Prompts are spread over the ranks; each rank samples and judges its share, and then all ranks get all responses. From
-there on every rank computes the same rewards and advantages, so nothing about the algorithm knows of ranks.
+Prompts, or parts of their K samples, are spread over the ranks; each samples and judges its own, and then all ranks get
+all responses. From there on every rank computes the same rewards and advantages, so nothing about the algorithm knows
+of ranks.
 """
 
 import contextlib
@@ -138,7 +139,7 @@ def roll_out(
     world: World,
     watch: Stopwatch,
 ) -> Rollouts:
-    """Sample K responses to each problem and judge them. Each rank takes a share of the prompts; all get everything.
+    """Sample K responses to each problem and judge them. Each rank takes some of the prompts; all get everything.
 
     Where there are more ranks than prompts, several ranks share the K responses to one. The number of a problem is the
     key of its random draws, so the tokens do not depend on which rank draws them.
@@ -146,7 +147,8 @@ def roll_out(
     prompts = [tasks.prompt_ids(problem, tokenizer) for _, problem in numbered]
     share = share_of(len(prompts), samples, world.size)
     pieces = [(i, first) for i in range(len(prompts)) for first in range(0, samples, share)]
-    mine = [pieces[p] for p in parallel.balance([len(prompts[i]) for i, _ in pieces], world.size)[world.rank]]
+    work = [len(prompts[i]) + share * params.max_tokens for i, _ in pieces]
+    mine = [pieces[p] for p in parallel.balance(work, world.size)[world.rank]]
     with watch("sampling"):
         keys, firsts = [numbered[i][0] for i, _ in mine], [first for _, first in mine]
         groups = sampler.generate([prompts[i] for i, _ in mine], share, params, keys, firsts)

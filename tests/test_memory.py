@@ -103,9 +103,12 @@ def test_time_by_hand():
     assert "not measured" in text and "not measured" not in table(QWEN_14B, 32, 10_240, 32, 64, gpu_gb=64)
 
 
-def test_table_counts_whole_rows():
-    """Guards against activations of one row where --micro-tokens lets two of them into a forward pass."""
-    one, two, more = (
-        table(QWEN_32B, 64, 10_240, prompts=32, samples=64, micro_tokens=tokens) for tokens in (10_240, 20_480, 16_384)
-    )
-    assert one != two == more
+def test_table_counts_what_a_forward_pass_holds():
+    """Guards against activations of one sequence where --micro-tokens lets more into a forward pass, cache for more
+    responses than a GPU has to draw, and nonsense that is planned all the same."""
+    plans = [table(QWEN_32B, 64, 10_240, 32, 64, micro_tokens=tokens) for tokens in (100, 10_240, 16_384, 20_480)]
+    assert plans[0] == plans[1] and len(set(plans)) == 3
+    assert re.search(r"^sequences at once +2$", table(QWEN_14B, 1024, 10_240, 32, 64), re.MULTILINE)
+    for bad in ({"gpus": 0}, {"gpus": 8, "sequence_length": 0}, {"gpus": 8, "micro_tokens": 0}):
+        with pytest.raises(UserError, match="must be at least 1"):
+            table(QWEN_14B, **({"sequence_length": 1024} | bad))
