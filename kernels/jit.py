@@ -23,6 +23,7 @@ except ImportError:
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FAST = triton and constexpr(not INTERPRETED)
 LOG2_E = math.log2(math.e)  # exp(z / T) = exp2(z * LOG2_E / T)
+CPU_TILE = 1 << 18  # elements at a time on a CPU: 1 MiB of fp32, so that a tile's passes find it in the cache
 
 
 def jit(function):

@@ -32,11 +32,11 @@ On a CPU the tiles are sized for its cache, and everything is computed in fp32. 
 
 import torch
 
-from .jit import wide
+from .jit import CPU_TILE, wide
 from .logprob import accumulate, check_targets, finish, logits_gradient, logprob_entropy, new_state
 
 TILE_ROWS, TILE = 16384, 1 << 23  # at most so many rows, and about so many logits, in a tile: 32 MiB of fp32
-CPU_TILE_ROWS, CPU_TILE = 512, 1 << 18  # 1 MiB
+CPU_TILE_ROWS = 512
 
 
 def linear_logprob_entropy(

@@ -25,9 +25,7 @@ tile is the whole vocabulary, linear_logprob.py calls them tile by tile.
 
 import torch
 
-from .jit import LOG2_E, constexpr, exp2, jit, launch_shape, tl, triton, use_triton, wide
-
-CPU_TILE = 1 << 18  # elements: 1 MiB of fp32, so that a tile's passes find it in the cache
+from .jit import CPU_TILE, LOG2_E, constexpr, exp2, jit, launch_shape, tl, triton, use_triton, wide
 
 
 def logprob_entropy(

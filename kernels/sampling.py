@@ -24,9 +24,8 @@ the host, and no shape depends on data: a CUDA graph can hold them all.
 import numpy as np
 import torch
 
-from .jit import LOG2_E, constexpr, exp2, jit, launch_shape, log2, tl, use_triton, wide
+from .jit import CPU_TILE, LOG2_E, constexpr, exp2, jit, launch_shape, log2, tl, use_triton, wide
 
-CPU_TILE = 1 << 18  # elements that are drawn from at a time: they stay in the cache
 WEYL = -1640531535  # 2^32 / golden ratio (as int32): neighbouring tokens start the hash far apart
 SMALL = 2.0**-31 * (1 - 2.0**-23)  # scramble()'s result times this is -w, inside (-1, 0) even after rounding
 
