@@ -90,18 +90,18 @@ class Unit:
     length: int  # tokens, the stem counted once
 
 
-def share_stems(examples: list[Example], dim: int = 0, most: int = sys.maxsize) -> tuple[list[Unit], int]:
+def share_stems(examples: list[Example], dim: int, most: int = sys.maxsize) -> tuple[list[Unit], int]:
     """(units, how long a row should be): sequences with one stem, as many together as a row holds, or their longest.
 
     The row's length, `most` at most, is s + sqrt(s (3 dim + s)): s the mean length of a shared stem, dim the model's
     width. In rows of T tokens a stem is repeated the less often the longer they are: T / (T - s) times the tokens of
     the responses. But attention goes over the whole row, and is taken to cost T / (3 dim) of the matrix products (half
-    of their speed). The product of the two is least there. dim 0: nothing is shared.
+    of their speed). The product of the two is least there.
     """
     families: dict[tuple[int, ...], list[int]] = {}
     for i, example in enumerate(examples):
         families.setdefault(example.stem, []).append(i)
-    shared = [(len(stem), members) for stem, members in families.items() if stem and len(members) > 1 and dim]
+    shared = [(len(stem), members) for stem, members in families.items() if stem and len(members) > 1]
     mean = sum(stem * len(members) for stem, members in shared) / max(1, sum(len(members) for _, members in shared))
     row_length = min(round(mean + math.sqrt(mean * (3 * dim + mean))), most)
     units, together = [], {i for _, members in shared for i in members}

@@ -280,12 +280,12 @@ class Sampler:
     ) -> list[list[Completion]]:
         """n completions of each prompt. Completion j of prompt i is drawn with (params.seed, keys[i], firsts[i] + j).
 
-        keys: default 0, 1, 2, ...; firsts: default 0. Ranks that split the prompts, or the samples of one, between them
-        give their global numbers, and draw the same tokens as one rank would. A completion ends at the model's context
-        even where max_tokens is more.
+        keys: default 0, 1, 2, ...; firsts: default 0. Ranks that split the prompts, or the samples of one, give global
+        numbers, and draw what one rank would. A completion ends at the model's context even where max_tokens is more.
         UserError: an empty prompt, one that fills the context, or one whose completion cannot fit in `cache_bytes`.
         """
-        keys, firsts = keys or range(len(prompts)), firsts or [0] * len(prompts)
+        keys = range(len(prompts)) if keys is None else keys
+        firsts = [0] * len(prompts) if firsts is None else firsts
         jobs = [
             Job(i, prompt, deque((sample, sequence_seed(params.seed, key, first + sample)) for sample in range(n)))
             for i, (prompt, key, first) in enumerate(zip(prompts, keys, firsts, strict=True))
