@@ -73,16 +73,14 @@ def _sample_reference(logits, temperature, top_p, min_p, seeds, positions):
     step = max(1, CPU_TILE // vocabulary)
     for row in range(0, max(1, rows), step):
         part = slice(row, row + step)
-        z = logits[part].to(wide(logits.dtype)) / temperature
-        z -= z.amax(1, keepdim=True)
-        p = z.exp()
-        if top_p < 1:
-            p *= nucleus(p, top_p)
-        if min_p > 0:
-            p.masked_fill_(p < min_p, 0.0)  # the largest p is exp(0) = 1
+        p = (logits[part].to(wide(logits.dtype)) / temperature).softmax(1)
+        if top_p < 1 or min_p > 0:
+            kept = p >= min_p * p.amax(1, keepdim=True)
+            p *= kept & nucleus(p, top_p) if top_p < 1 else kept
+            p /= p.sum(1, keepdim=True)
         minus_e = scramble(index ^ low[part], high[part]).float().mul_(SMALL).log1p_()
         token = first_minimum(p / minus_e)  # where p / E is largest
-        parts.append((token, z.gather(1, token[:, None])[:, 0] - p.sum(1).log()))
+        parts.append((token, p.gather(1, token[:, None])[:, 0].log()))
     return torch.cat([token for token, _ in parts]), torch.cat([logprob for _, logprob in parts]).float()
 
 
