@@ -15,7 +15,8 @@ Rollouts are most of RL's cost, and T1 takes many per prompt (K = 64, temperatur
   the logits, and so on nobody else in the batch. (Matrix products round differently for different batch sizes. In fp32
   that can change a draw only where two tokens are within about 1e-6 of a tie: our tests, some ten thousand draws in
   other batches, see none. In bf16 the logits themselves differ by 1e-2, and draws do change.)
-- The decode step is one function of fixed tensors that never asks the host anything; on CUDA it is captured as a graph.
+- The decode step is one function of fixed tensors that never asks the host anything; on CUDA it is captured as a graph,
+  on a CPU it has its weights laid out for it (decode.py).
 
 The log-probs are those of the very distribution the token was drawn from: after temperature, top-p and min-p.
 """
@@ -28,7 +29,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 from tqdm import tqdm
@@ -37,6 +37,7 @@ import cli
 import kernels
 import tasks
 from cli import UserError
+from decode import Cache, CPUDecoder, ModelDecoder, can_pack
 from model import Transformer, causal_attention, load_pretrained
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
@@ -88,7 +89,7 @@ class Job:
     index: int
     prompt: list[int]
     seeds: deque[tuple[int, int]]  # (sample index, its 64-bit seed)
-    prefix: list[Tensor] = field(default_factory=list)  # per layer, once prefilled: [2, kv_heads, len(prompt) - 1, Dh]
+    prefix: Cache = field(default_factory=list)  # once prefilled; keys and values [kv_heads, len(prompt) - 1, Dh]
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -101,11 +102,15 @@ class Batch:
     Row r has `position[r] + 1` tokens, of which the last has not been through the model yet.
     """
 
-    def __init__(self, model: Transformer, params: SamplingParams, eos_ids: list[int], slots: int, limit: int) -> None:
-        config, weight = model.config, model.head_weight
-        self.model, self.params, self.slots, self.limit = model, params, slots, limit
-        self.cuda = weight.is_cuda
-        self.block = 256 if self.cuda else 32  # cached positions are attended to in multiples of this
+    def __init__(
+        self, model: Transformer, params: SamplingParams, eos_ids: list[int], slots: int, limit: int, pack: bool = False
+    ) -> None:
+        weight = model.head_weight
+        self.params, self.slots, self.limit, self.cuda = params, slots, limit, weight.is_cuda
+        fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.decoder = CPUDecoder(model, pack) if fp32_on_cpu else ModelDecoder(model)
+        self.bound = (0, 0)  # rows and length of the views of the cache that `decoder` holds
+        self.block = 256 if self.cuda else 16  # cached positions are attended to in multiples of this
         self.live = self.longest = 0  # `longest`: no live row's position is above it
         self.owners: list[tuple[int, int]] = []  # row -> (prompt index, sample index)
         self.row = torch.arange(slots, device=weight.device)
@@ -114,25 +119,26 @@ class Batch:
         self.eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=weight.device)
         self.tokens = torch.zeros(slots, limit + 1, dtype=torch.int64, device=weight.device)
         self.logprobs = torch.zeros(slots, limit + 1, dtype=torch.float32, device=weight.device)
-        # Per layer [2, rows, kv_heads, capacity, head_dim]; a head's positions are contiguous, as attention reads them.
-        empty = torch.zeros(2, 0, config.kv_heads, 0, config.head_dim, dtype=weight.dtype, device=weight.device)
-        self.cache = [empty] * config.layers
+        self.cache: Cache = [self.decoder.allocate(0, 0)] * model.config.layers  # [rows, kv_heads, capacity, head_dim]
         self.graphs: dict[tuple[int, int], Callable[[], None] | None] = {}
 
     def resize(self, rows: int, capacity: int) -> None:
         """Move the cache into tensors of another size, a layer at a time: the peak is one layer above the sum."""
         self.graphs.clear()
+        self.decoder.bind([])
+        self.bound = (0, 0)
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # a pool of graphs dies with the last of them
-        for layer, old in enumerate(self.cache):
-            # Zeros, because a masked position still enters the product 0 * value, and 0 * NaN is NaN.
-            new = old.new_zeros(2, rows, old.shape[2], capacity, old.shape[4])
-            new[:, : self.live, :, : old.shape[3]] = old[:, : self.live]
-            self.cache[layer] = new
+        for layer, pair in enumerate(self.cache):
+            moved = self.decoder.allocate(rows, capacity)
+            for new, old in zip(moved, pair):
+                new[: self.live, :, : old.shape[2]] = old[: self.live]
+            self.cache[layer] = moved
 
     def reserve(self, rows: int, length: int) -> None:
         """Room for `rows` rows of `length` cached positions."""
-        if rows > self.cache[0].shape[1] or length > self.cache[0].shape[3]:
-            growth = max(length, self.cache[0].shape[3] * 5 // 4)  # geometric: the copies cost O(1) per position
+        old_rows, _, capacity, _ = self.cache[0][0].shape
+        if rows > old_rows or length > capacity:
+            growth = max(length, capacity * 2)  # geometric: the copies cost O(1) per position
             self.resize(rows, min(round_up(growth, self.block), round_up(self.limit, self.block)))
 
     def add(self, job: Job, count: int) -> None:
@@ -140,8 +146,8 @@ class Batch:
         rows = slice(self.live, self.live + count)
         cached = len(job.prompt) - 1
         if cached:
-            for layer, prefix in zip(self.cache, job.prefix):
-                layer[:, rows, :, :cached] = prefix.unsqueeze(1)
+            for (keys, values), (prompt_keys, prompt_values) in zip(self.cache, job.prefix):
+                keys[rows, :, :cached], values[rows, :, :cached] = prompt_keys, prompt_values
         started = [job.seeds.popleft() for _ in range(count)]
         self.owners += [(job.index, sample) for sample, _ in started]
         self.seed[rows] = torch.tensor([seed for _, seed in started], device=self.seed.device)
@@ -159,34 +165,27 @@ class Batch:
         length = round_up(self.longest + 1, self.block)
         self.reserve(rows, length)
         key = (rows, length)
+        if key != self.bound:
+            self.decoder.bind([(keys[:rows, :, :length], values[:rows, :, :length]) for keys, values in self.cache])
+            self.bound = key
         if not self.cuda:
-            self.step(rows, length)
+            self.step(rows)
         elif key not in self.graphs:  # the first step of a shape runs eagerly, which warms up what capture needs
             self.graphs[key] = None
-            self.step(rows, length)
+            self.step(rows)
         else:  # not yet measured on a GPU
             if self.graphs[key] is None:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=self.pool):  # one pool: only one graph runs at a time
-                    self.step(rows, length)
+                    self.step(rows)
                 self.graphs[key] = graph.replay
             self.graphs[key]()
         self.longest = min(self.longest + 1, self.limit - 1)
 
-    def step(self, rows: int, length: int) -> None:
-        """The decode step on rows 0..rows-1, of which none is longer than `length`. Reads and writes tensors only."""
+    def step(self, rows: int) -> None:
+        """The decode step on rows 0..rows-1, in the cache that `decoder` is bound to. Reads and writes tensors only."""
         row, position, done = self.row[:rows], self.position[:rows], self.done[:rows]
-        hidden_from = torch.arange(length, device=row.device) > position[:, None]
-        bias = torch.zeros_like(hidden_from, dtype=self.cache[0].dtype).masked_fill_(hidden_from, -torch.inf)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cached = self.cache[layer][:, :rows]
-            cached[:, row, :, position] = torch.stack((k[:, :, 0], v[:, :, 0]), dim=1)
-            return decode_attention(q, *cached[:, :, :, :length], bias)
-
-        tokens = self.tokens[row, position]
-        hidden = self.model(tokens[:, None], positions=position[:, None], attend=attend)
-        logits = self.model.logits(hidden[:, 0])
+        logits = self.decoder(self.tokens[row, position], position)
         params, following = self.params, position + 1
         token, logprob = kernels.sample_token(
             logits, params.temperature, params.top_p, params.min_p, self.seed[:rows], following - self.start[:rows]
@@ -220,29 +219,14 @@ class Batch:
         if holes:
             for tensor in (self.position, self.start, self.end, self.seed, self.done, self.tokens, self.logprobs):
                 tensor[holes] = tensor[movers]
-            for layer in self.cache:
-                layer[:, holes, :, : self.longest + 1] = layer[:, movers, :, : self.longest + 1]
+            for tensor in (tensor for pair in self.cache for tensor in pair):
+                tensor[holes, :, : self.longest + 1] = tensor[movers, :, : self.longest + 1]
             for hole, mover in zip(holes, movers):
                 self.owners[hole] = self.owners[mover]
         del self.owners[live:]
         self.done[live : self.live], self.position[live : self.live] = True, 0
         self.live = live
         self.longest = int(self.position[:live].max()) if live else 0
-
-
-def decode_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """One query position per row against its cache. q[B, H, 1, Dh], keys and values[B, Hkv, L, Dh], bias[B, L].
-
-    The H / Hkv query heads that share a key head stand as query positions of that head: nothing is repeated.
-    """
-    rows, kv_heads, _, head_dim = keys.shape
-    q = q.reshape(rows, kv_heads, -1, head_dim)
-    if q.is_cuda:
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias[:, None, None])
-    else:  # two products and a softmax: up to 2.5 times as fast on CPU as the fused kernel with so few queries
-        scores = torch.matmul(q, keys.transpose(-1, -2)).mul_(head_dim**-0.5).add_(bias[:, None, None])
-        out = torch.matmul(scores.softmax(-1), values)
-    return out.reshape(rows, -1, 1, head_dim)
 
 
 class Sampler:
@@ -334,14 +318,16 @@ class Sampler:
         limit = min(longest + params.max_tokens, config.context)
         weight = self.model.head_weight
         row_bytes = 2 * (config.layers + 1) * config.kv_heads * config.head_dim * weight.element_size()
-        budget = (self.cache_bytes or free_memory(weight.device) // 2) // row_bytes  # in cached positions
-        row = round_up(limit, 256 if weight.is_cuda else 32)
+        free, weights = free_memory(weight.device), sum(parameter.nbytes for parameter in self.model.parameters())
+        total = sum(len(job.seeds) for job in jobs)
+        pack = min(total, self.max_batch) > 1 and can_pack(weight) and 4 * weights < free
+        budget = (self.cache_bytes or (free - pack * weights) // 2) // row_bytes  # in cached positions
+        row = round_up(limit, 256 if weight.is_cuda else 16)
         if row + longest > budget:
             raise UserError(f"a sequence of {limit} tokens needs {(row + longest) * row_bytes:,} bytes of KV cache")
         chunk = min(max(longest, min(self.prefill_tokens, budget // 4)), budget - row)
-        total = sum(len(job.seeds) for job in jobs)
         slots = min(self.max_batch, total, (budget - chunk) // row)
-        return Batch(self.model, params, self.eos_ids, slots, limit), chunk
+        return Batch(self.model, params, self.eos_ids, slots, limit, pack), chunk
 
     def refill(self, batch: Batch, waiting: deque[Job], ready: deque[Job], chunk: int) -> None:
         """Start sequences until every slot is taken. Prompts are prefilled a chunk at a time, as they are needed."""
@@ -370,12 +356,12 @@ class Sampler:
         layers = []
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            layers.append(torch.stack((k, v)))
+            layers.append(torch.stack((k, v)).unbind())  # a copy: k and v hold on to all of the layer's projections
             return causal_attention(None, layer, q, k, v)
 
         self.model(tokens, positions=torch.arange(width, device=tokens.device).expand_as(tokens), attend=attend)
         for i, job in enumerate(jobs):
-            job.prefix = [layer[:, i, :, : len(job.prompt) - 1] for layer in layers]
+            job.prefix = [(k[i, :, : len(job.prompt) - 1], v[i, :, : len(job.prompt) - 1]) for k, v in layers]
 
 
 def free_memory(device: torch.device) -> int:
