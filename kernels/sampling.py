@@ -21,6 +21,8 @@ never takes (it samples at top_p 1, so that the policy trained on is the policy 
 the host, and no shape depends on data: a CUDA graph can hold them all.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 
@@ -67,8 +69,8 @@ def sample_token(
 def _sample_reference(logits, temperature, top_p, min_p, seeds, positions):
     rows, vocabulary = logits.shape
     key = row_key(seeds, positions)
-    low, high = key.to(torch.int32)[:, None], (key >> 32).to(torch.int32)[:, None]
-    index = torch.arange(vocabulary, dtype=torch.int32, device=logits.device) * WEYL
+    low, high = fold(key.to(torch.int32))[:, None], (key >> 32).to(torch.int32)[:, None]
+    index = folded_index(vocabulary, logits.device)
     parts = []
     step = max(1, CPU_TILE // vocabulary)
     for row in range(0, max(1, rows), step):
@@ -92,12 +94,22 @@ def row_key(seed, position):
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
+@lru_cache
+def folded_index(vocabulary: int, device: torch.device) -> torch.Tensor:
+    """fold() of the tokens' indices, int32 [V]. fold(a) ^ fold(b) is fold(a ^ b): two passes less for each row."""
+    return fold(torch.arange(vocabulary, dtype=torch.int32, device=device) * WEYL)
+
+
+def fold(x):
+    """The hash's first stage, for int32 (PyTorch or Triton): bring the high bits down to the low ones."""
+    return x ^ (x >> 16)
+
+
 def scramble(x, high):
-    """Hash int32 (PyTorch: in place; Triton) to an odd int32 in [-2^31, 0): the noise -w in units of 2^-31.
+    """Hash a folded int32 (PyTorch: in place; Triton) to an odd int32 in [-2^31, 0): the noise -w in units of 2^-31.
 
     >> copies the sign bit here, for PyTorch knows no other; the one bit that this loses is of no consequence.
     """
-    x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
     x *= high | 1
@@ -125,7 +137,7 @@ def first_minimum(x: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(x.numpy().argmin(1)) if x.device.type == "cpu" else x.argmin(1)
 
 
-row_key_jit, scramble_jit = jit(row_key), jit(scramble)
+row_key_jit, fold_jit, scramble_jit = jit(row_key), jit(fold), jit(scramble)
 
 
 @jit
@@ -156,7 +168,7 @@ def sample_kernel(
         m = tl.maximum(m, z)
         if CUT:
             p = tl.where(p < min_p, 0.0, p)
-        w = scramble_jit(column * -1640531535 ^ low, high).to(tl.float32) * -4.6566123e-10
+        w = scramble_jit(fold_jit(column * -1640531535 ^ low), high).to(tl.float32) * -4.6566123e-10
         series = w * (1 + w * (1 / 2 + w * (1 / 3 + w * (1 / 4 + w * (1 / 5)))))  # 1 - w would round a small w away
         e = tl.where(w < 0.0625, series, log2(1 - w) * -0.6931471805599453)
         s = s * shrink + p

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels import linear_logprob
 from kernels.jit import INTERPRETED, triton
-from kernels.sampling import _sample_reference, nucleus, row_key, scramble
+from kernels.sampling import _sample_reference, fold, nucleus, row_key, scramble
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -419,7 +419,7 @@ def test_the_noise_is_uniform_and_neighbours_are_strangers(neighbours):
     seeds = {"seeds": count, "positions": zero + 42, "high bits of the seed": count << 40}[neighbours]
     key = row_key(seeds, count if neighbours == "positions" else zero)
     index = torch.arange(20_000, dtype=torch.int32) * -1640531535
-    w = scramble(index ^ key.to(torch.int32)[:, None], (key >> 32).to(torch.int32)[:, None]) * -(2.0**-31)
+    w = scramble(fold(index ^ key.to(torch.int32)[:, None]), (key >> 32).to(torch.int32)[:, None]) * -(2.0**-31)
     even = torch.ones(1024) / 1024
     assert abs(excess(torch.histc(w, 1024, 0, 1), even)) < 5, "not uniform"
     grid = (w * 32).long()
