@@ -4,11 +4,11 @@
     decoder.bind([(keys, values) for each layer])       # [B, Hkv, L, Dh], views of a cache: `sample.Batch` owns it
     logits = decoder(tokens, positions)                 # [B], [B] -> [B, V]; key and value are written at `positions`
 
-`ModelDecoder` is the model itself: any device, any dtype. On CUDA the sampler captures it as a graph, and its many
-small operations then cost next to nothing.
+`ModelDecoder` is the model itself: any device, any dtype. On CUDA the sampler captures it as a graph, which is to make
+its many small operations cheap (not yet measured on a GPU).
 
-A CPU has no graphs. With one sequence those small operations are a third of a token's time; with 64, a third of it goes
-to matrix products that lay all weights out anew in every step. `CPUDecoder` does the same sums with less: weights that
+A CPU has no graphs. With one sequence those small operations were a third of a token's time; with 64, a quarter of it
+went to laying all weights out anew for every step's products. `CPUDecoder` does the same sums with less: weights that
 are laid out once (MKL's packed matrices), half as many operations, in place where it can, keys stored as the product
 with the queries reads them. It is equal to the model in every family up to rounding (tests/test_decode.py).
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 from model import Block, RMSNorm, Transformer, rotations
 
 Cache = list[tuple[Tensor, Tensor]]
-PACK_ROWS = 128  # rows that a packed layout is made for; it serves 2 to 256 about as well, and more no worse than none
+PACK_ROWS = 128  # rows that a packed layout is made for; measured, it serves 1 to 256 well, and more no worse than none
 
 
 class ModelDecoder:
@@ -66,11 +66,10 @@ def causal_bias(positions: Tensor, keys: Tensor) -> Tensor:
 
 
 class CPUDecoder:
-    """The same, on a CPU in fp32 (or float64, which is never packed).
+    """The same, on a CPU in fp32 (or float64, for tests). It writes in place: under no_grad or inference_mode only.
 
     pack: lay the weights out for products with several rows. It takes memory for another copy of the weights, and the
-    time of about two steps. Whether packed or not, what is made here is that of the weights as they were: weights that
-    have been updated need a new decoder.
+    time of about two steps. Of weights that are updated some would be seen here and some not: make a new decoder.
     """
 
     def __init__(self, model: Transformer, pack: bool) -> None:
@@ -88,7 +87,8 @@ class CPUDecoder:
         """Use these keys and values from now on, and let go of the former."""
         # With rows and heads as one dimension, which a batched product needs. Views: making them costs ten operations
         # a layer, so that they are made here and not in every step.
-        self.cache = [(keys, values, keys.flatten(0, 1).mT, values.flatten(0, 1)) for keys, values in cache]
+        flat = (-1, *cache[0][0].shape[2:]) if cache else ()
+        self.cache = [(keys, values, keys.view(flat).mT, values.view(flat)) for keys, values in cache]
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
         keys = self.cache[0][0]
@@ -165,6 +165,6 @@ def product(weight: Tensor, bias: Tensor | None, pack: bool) -> Callable[[Tensor
         return partial(F.linear, weight=weight, bias=bias)
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, PACK_ROWS)
     linear = torch.ops.mkl._mkl_linear.default
-    # The last argument says how many rows the layout is for; with any other number than x has, the plain product is
-    # taken. MKL's layout records what it is, and serves any number of rows.
+    # The last argument says how many rows the layout is for, and were it not the number that x has, the plain product
+    # would be taken. MKL's layout serves any number of rows (tests/test_decode.py tries them).
     return lambda x: linear(x, packed, weight, bias, len(x))

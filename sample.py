@@ -10,13 +10,13 @@ Rollouts are most of RL's cost, and T1 takes many per prompt (K = 64, temperatur
   into its place, and the queue refills the end: no step is spent on a row that has finished, or on one never started.
 - A prompt is prefilled once, all but its last token, and its keys and values are copied to the K rows that share it.
   The last token goes through the ordinary decode step of each row, so there is no second way to draw a token.
-- The cache grows in blocks with the longest live row, and never past its budget: there are then fewer rows instead.
+- The cache grows with the longest live row, and never past its budget: there are then fewer rows instead.
 - Each token is drawn from a counter, not from a stream: the draw depends on (seed, key, sample index, position) and on
   the logits, and so on nobody else in the batch. (Matrix products round differently for different batch sizes. In fp32
   that can change a draw only where two tokens are within about 1e-6 of a tie: our tests, some ten thousand draws in
   other batches, see none. In bf16 the logits themselves differ by 1e-2, and draws do change.)
 - The decode step is one function of fixed tensors that never asks the host anything; on CUDA it is captured as a graph,
-  on a CPU it has its weights laid out for it (decode.py).
+  on a CPU it is written for few and cheap operations (decode.py).
 
 The log-probs are those of the very distribution the token was drawn from: after temperature, top-p and min-p.
 """
@@ -128,11 +128,15 @@ class Batch:
         self.decoder.bind([])
         self.bound = (0, 0)
         self.pool = torch.cuda.graph_pool_handle() if self.cuda else None  # a pool of graphs dies with the last of them
-        for layer, pair in enumerate(self.cache):
-            moved = self.decoder.allocate(rows, capacity)
-            for new, old in zip(moved, pair):
-                new[: self.live, :, : old.shape[2]] = old[: self.live]
-            self.cache[layer] = moved
+        for layer in range(len(self.cache)):
+            self.cache[layer] = self.moved(*self.cache[layer], rows, capacity)
+
+    def moved(self, keys: Tensor, values: Tensor, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values in larger tensors. (A function, because its names let go of the old ones.)"""
+        new_keys, new_values = self.decoder.allocate(rows, capacity)
+        new_keys[: self.live, :, : keys.shape[2]] = keys[: self.live]
+        new_values[: self.live, :, : values.shape[2]] = values[: self.live]
+        return new_keys, new_values
 
     def reserve(self, rows: int, length: int) -> None:
         """Room for `rows` rows of `length` cached positions."""
@@ -318,15 +322,16 @@ class Sampler:
         limit = min(longest + params.max_tokens, config.context)
         weight = self.model.head_weight
         row_bytes = 2 * (config.layers + 1) * config.kv_heads * config.head_dim * weight.element_size()
-        free, weights = free_memory(weight.device), sum(parameter.nbytes for parameter in self.model.parameters())
-        total = sum(len(job.seeds) for job in jobs)
-        pack = min(total, self.max_batch) > 1 and can_pack(weight) and 4 * weights < free
-        budget = (self.cache_bytes or (free - pack * weights) // 2) // row_bytes  # in cached positions
+        free = free_memory(weight.device)
+        budget = (self.cache_bytes or free // 2) // row_bytes  # in cached positions
         row = round_up(limit, 256 if weight.is_cuda else 16)
         if row + longest > budget:
             raise UserError(f"a sequence of {limit} tokens needs {(row + longest) * row_bytes:,} bytes of KV cache")
         chunk = min(max(longest, min(self.prefill_tokens, budget // 4)), budget - row)
-        slots = min(self.max_batch, total, (budget - chunk) // row)
+        slots = min(self.max_batch, sum(len(job.seeds) for job in jobs), (budget - chunk) // row)
+        # Packing takes the time that it saves in some seven steps, and memory that the cache does not: a quarter.
+        worth_packing = slots > 1 and params.max_tokens > 8 and can_pack(weight)
+        pack = worth_packing and 4 * sum(parameter.nbytes for parameter in self.model.parameters()) < free
         return Batch(self.model, params, self.eos_ids, slots, limit, pack), chunk
 
     def refill(self, batch: Batch, waiting: deque[Job], ready: deque[Job], chunk: int) -> None:

@@ -171,7 +171,7 @@ def test_future_tokens_have_no_gradient():
 
 @torch.no_grad()
 def test_attend_hook_with_a_cache_equals_one_forward():
-    """The sampler's view: one token at a time with keys and values kept, at given positions, equals the whole row."""
+    """decode.ModelDecoder: one token at a time with keys and values kept, at given positions, equals the whole row."""
     ours = random_init(SMALL, 0)
     tokens = torch.randint(0, 50, (3, 12))
     cache = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 import kernels
 import sample
 from cli import UserError
+from decode import CPUDecoder, can_pack
 from model import Config, Transformer, load_pretrained
 from sample import Batch, Sampler, SamplingParams, sequence_seed
 from tokenizer import load_tokenizer
@@ -325,14 +327,15 @@ def test_free_memory_counts_what_the_page_cache_would_give_back(monkeypatch):
 @pytest.mark.parametrize("budget", [90_000, 130_000, 300_000])
 def test_memory_budget_is_respected(reference, monkeypatch, budget):
     """A cache that grows past its budget (the crash comes hours into a run), counted where it is largest: in a move."""
-    peaks, prefixes = [], []
-    original, prefill = Batch.resize, Sampler.prefill
+    peaks, prefixes, made = [], [], []
+    allocate, prefill = CPUDecoder.allocate, Sampler.prefill
 
-    def watched(batch, rows, capacity):
-        old = sum(tensor.nbytes for pair in batch.cache for tensor in pair)
-        original(batch, rows, capacity)
-        new = sum(tensor.nbytes for pair in batch.cache for tensor in pair)
-        peaks.append(max(old, new) + max(old, new) // CONFIG.layers + prefixes[-1])
+    def watched(decoder, rows, capacity):
+        pair = allocate(decoder, rows, capacity)
+        made.extend(map(weakref.ref, pair))
+        alive = sum(tensor().nbytes for tensor in made if tensor() is not None)
+        peaks.append(alive + (prefixes[-1] if prefixes else 0))
+        return pair
 
     def watched_prefill(sampler, jobs):
         prefill(sampler, jobs)
@@ -340,11 +343,44 @@ def test_memory_budget_is_respected(reference, monkeypatch, budget):
         layers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
         prefixes.append(sum(storage.nbytes() for storage in layers.values()))
 
-    monkeypatch.setattr(Batch, "resize", watched)
+    monkeypatch.setattr(CPUDecoder, "allocate", watched)
     monkeypatch.setattr(Sampler, "prefill", watched_prefill)
     results = Sampler(MODEL, eos_ids=[EOS], cache_bytes=budget).generate(PROMPTS, 4, PARAMS)
     assert max(peaks) <= budget
     assert tokens_of(results) == tokens_of(reference)
+
+
+@pytest.mark.parametrize(
+    "slots, max_tokens, free, packed", [(2, 40, 1 << 30, True), (1, 40, 1 << 30, False), (2, 8, 1 << 30, False)]
+)
+def test_weights_are_packed_only_where_it_pays(monkeypatch, slots, max_tokens, free, packed):
+    """A copy of the weights made for one sequence or a few tokens, or where memory is short: 7B models are 28 GB."""
+    if not can_pack(MODEL.head_weight):
+        pytest.skip("this torch has no MKL")
+    asked, made = [], Batch.__init__
+    monkeypatch.setattr(Batch, "__init__", lambda batch, *args: asked.append(args[-1]) or made(batch, *args))
+    monkeypatch.setattr(sample, "free_memory", lambda device: free)
+    sampler = Sampler(MODEL, max_batch=slots)
+    sampler.generate(PROMPTS[:2], 1, SamplingParams(max_tokens))
+    weights = sum(parameter.nbytes for parameter in MODEL.parameters())
+    monkeypatch.setattr(sample, "free_memory", lambda device: 4 * weights)
+    Sampler(MODEL, max_batch=slots, cache_bytes=1 << 20).generate(PROMPTS[:2], 1, SamplingParams(max_tokens))
+    assert asked == [packed, False]
+
+
+def test_bf16_on_a_cpu():
+    """The decode step that a GPU takes, in a batch on a CPU: its log-probs are the policy's, up to bf16's rounding."""
+    model = spread_out_model().bfloat16()
+    for prompt, row in zip(
+        PROMPTS, Sampler(model, max_batch=5, eos_ids=[EOS]).generate(PROMPTS, 2, SamplingParams(20))
+    ):
+        for completion in row:
+            sequence = torch.tensor([prompt + completion.tokens])
+            with torch.no_grad():
+                logits = model.logits(model(sequence))[0, len(prompt) - 1 : -1].float()
+            chosen = logits.log_softmax(-1).gather(1, sequence[0, len(prompt) :, None])[:, 0]
+            assert (torch.tensor(completion.logprobs) - chosen).abs().max() < 0.3
+            assert (torch.tensor(completion.logprobs) - chosen).abs().mean() < 0.05
 
 
 def test_a_sequence_that_cannot_fit_is_refused():
