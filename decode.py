@@ -1,7 +1,8 @@
 """What a decode step computes: logits for one more token of each sequence, from keys and values that are cached.
 
-    decoder = ModelDecoder(model)                       # or CPUDecoder(model, pack=True)
-    decoder.bind([(keys, values) for each layer])       # [B, Hkv, L, Dh], views of a cache: `sample.Batch` owns it
+    decoder = ModelDecoder(model)                       # or CPUDecoder(model, pack=True): `sample.Batch` chooses
+    cache = [decoder.allocate(rows, capacity) for each layer]   # (keys, values) [rows, Hkv, capacity, Dh]
+    decoder.bind([views of the cache, [B, Hkv, L, Dh]]) # whenever B or L changes, or the cache has moved
     logits = decoder(tokens, positions)                 # [B], [B] -> [B, V]; key and value are written at `positions`
 
 `ModelDecoder` is the model itself: any device, any dtype. On CUDA the sampler captures it as a graph, which is to make
@@ -85,8 +86,8 @@ class CPUDecoder:
 
     def bind(self, cache: Cache) -> None:
         """Use these keys and values from now on, and let go of the former."""
-        # With rows and heads as one dimension, which a batched product needs. Views: making them costs ten operations
-        # a layer, so that they are made here and not in every step.
+        # With rows and heads as one dimension, which a batched product needs: keys [B * Hkv, Dh, L], values
+        # [B * Hkv, L, Dh]. Views of the same memory, made here and not in every step.
         flat = (-1, *cache[0][0].shape[2:]) if cache else ()
         self.cache = [(keys, values, keys.view(flat).mT, values.view(flat)) for keys, values in cache]
 
@@ -116,7 +117,7 @@ class CPUBlock:
         self.qkv, self.out, self.gate_up, self.down = (product(linear.weight, linear.bias, pack) for linear in linears)
 
     def __call__(
-        self, x: Tensor, rotation: Tensor, place: tuple, bias: Tensor, keys: Tensor, values: Tensor, flat_keys: Tensor,
+        self, x: Tensor, rotation: Tensor, place: tuple, bias: Tensor, keys: Tensor, values: Tensor, keys_t: Tensor,
         flat_values: Tensor,
     ) -> None:  # fmt: skip
         """rotation [B, 1, rope_dim / 2]; place of this token's key; bias [B * Hkv, 1, L]; then what `bind` made."""
@@ -128,7 +129,7 @@ class CPUBlock:
         pairs = qkv[:, : heads + kv_heads, : self.rope_dim]
         torch.view_as_complex(pairs.view(rows, heads + kv_heads, -1, 2)).mul_(rotation)  # turns q and k where they are
         keys[place], values[place] = k, v
-        scores = torch.baddbmm(bias, q.reshape(rows * kv_heads, -1, head_dim), flat_keys, alpha=head_dim**-0.5)
+        scores = torch.baddbmm(bias, q.reshape(rows * kv_heads, -1, head_dim), keys_t, alpha=head_dim**-0.5)
         mixed = self.out(torch.bmm(scores.softmax(-1), flat_values).view(rows, -1))
         x += self.post_attention_norm(mixed) if self.post_attention_norm else mixed
 

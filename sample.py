@@ -237,8 +237,9 @@ class Sampler:
     """Samples from `model`, whatever its weights are at the time: nothing that is cached outlives one `generate`.
 
     max_batch: sequences decoded at once, at most. cache_bytes: what keys and values may take (default: half of the
-    memory that is free when `generate` starts); where that is little, fewer sequences run at once. eos_ids: the
-    tokens that end a completion (default: the tokenizer's).
+    memory that is free when `generate` starts); where that is little, fewer sequences run at once. On a CPU a second
+    copy of the weights comes to it while `generate` runs, if there is room. eos_ids: the tokens that end a completion
+    (default: the tokenizer's).
     """
 
     def __init__(
@@ -328,9 +329,10 @@ class Sampler:
         if row + longest > budget:
             raise UserError(f"a sequence of {limit} tokens needs {(row + longest) * row_bytes:,} bytes of KV cache")
         chunk = min(max(longest, min(self.prefill_tokens, budget // 4)), budget - row)
-        slots = min(self.max_batch, sum(len(job.seeds) for job in jobs), (budget - chunk) // row)
-        # Packing takes the time that it saves in some seven steps, and memory that the cache does not: a quarter.
-        worth_packing = slots > 1 and params.max_tokens > 8 and can_pack(weight)
+        total = sum(len(job.seeds) for job in jobs)
+        slots = min(self.max_batch, total, (budget - chunk) // row)
+        # Packing pays after some seven steps, and takes memory that the cache does not: at most a quarter.
+        worth_packing = slots > 1 and total * params.max_tokens > 8 * slots and can_pack(weight)
         pack = worth_packing and 4 * sum(parameter.nbytes for parameter in self.model.parameters()) < free
         return Batch(self.model, params, self.eos_ids, slots, limit, pack), chunk
 

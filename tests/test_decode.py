@@ -105,7 +105,7 @@ def test_a_packed_matrix_serves_any_number_of_rows(shape):
 
 @torch.inference_mode()
 def test_what_a_decoder_makes_is_of_the_weights_as_they_were():
-    """The docstring's warning: the sampler makes a decoder for every `generate`, and must go on doing so."""
+    """The docstring's warning: a decoder that is kept over an update gives the old weights' logits."""
     model = random_model(FAMILIES["llama"], torch.float32)
     x = torch.randn(3, 32)
     old = CPUDecoder(model, pack=True)

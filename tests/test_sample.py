@@ -2,13 +2,13 @@
 
 import dataclasses
 import random
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import kernels
 import sample
@@ -332,8 +332,8 @@ def test_memory_budget_is_respected(reference, monkeypatch, budget):
 
     def watched(decoder, rows, capacity):
         pair = allocate(decoder, rows, capacity)
-        made.extend(map(weakref.ref, pair))
-        alive = sum(tensor().nbytes for tensor in made if tensor() is not None)
+        made.extend((StorageWeakRef(tensor.untyped_storage()), tensor.nbytes) for tensor in pair)
+        alive = sum(nbytes for storage, nbytes in made if not storage.expired())
         peaks.append(alive + (prefixes[-1] if prefixes else 0))
         return pair
 
@@ -351,36 +351,33 @@ def test_memory_budget_is_respected(reference, monkeypatch, budget):
 
 
 @pytest.mark.parametrize(
-    "slots, max_tokens, free, packed", [(2, 40, 1 << 30, True), (1, 40, 1 << 30, False), (2, 8, 1 << 30, False)]
+    "slots, max_tokens, copies, packed",
+    [(2, 40, 9, True), (1, 40, 9, False), (9, 8, 9, False), (2, 8, 9, True), (2, 40, 4, False)],
 )
-def test_weights_are_packed_only_where_it_pays(monkeypatch, slots, max_tokens, free, packed):
-    """A copy of the weights made for one sequence or a few tokens, or where memory is short: 7B models are 28 GB."""
+def test_weights_are_packed_only_where_it_pays(monkeypatch, slots, max_tokens, copies, packed):
+    """A copy of the weights made for one sequence or a few steps, or where memory is short (7B models are 28 GB)."""
     if not can_pack(MODEL.head_weight):
         pytest.skip("this torch has no MKL")
     asked, made = [], Batch.__init__
     monkeypatch.setattr(Batch, "__init__", lambda batch, *args: asked.append(args[-1]) or made(batch, *args))
-    monkeypatch.setattr(sample, "free_memory", lambda device: free)
-    sampler = Sampler(MODEL, max_batch=slots)
-    sampler.generate(PROMPTS[:2], 1, SamplingParams(max_tokens))
     weights = sum(parameter.nbytes for parameter in MODEL.parameters())
-    monkeypatch.setattr(sample, "free_memory", lambda device: 4 * weights)
-    Sampler(MODEL, max_batch=slots, cache_bytes=1 << 20).generate(PROMPTS[:2], 1, SamplingParams(max_tokens))
-    assert asked == [packed, False]
+    monkeypatch.setattr(sample, "free_memory", lambda device: copies * weights)
+    Sampler(MODEL, max_batch=slots, cache_bytes=1 << 20).generate(PROMPTS[:2], 4, SamplingParams(max_tokens))
+    assert asked == [packed]
 
 
 def test_bf16_on_a_cpu():
     """The decode step that a GPU takes, in a batch on a CPU: its log-probs are the policy's, up to bf16's rounding."""
-    model = spread_out_model().bfloat16()
-    for prompt, row in zip(
-        PROMPTS, Sampler(model, max_batch=5, eos_ids=[EOS]).generate(PROMPTS, 2, SamplingParams(20))
-    ):
+    model, errors = spread_out_model().bfloat16(), []
+    results = Sampler(model, max_batch=5, eos_ids=[EOS]).generate(PROMPTS, 2, SamplingParams(20))
+    for prompt, row in zip(PROMPTS, results):
         for completion in row:
             sequence = torch.tensor([prompt + completion.tokens])
             with torch.no_grad():
                 logits = model.logits(model(sequence))[0, len(prompt) - 1 : -1].float()
             chosen = logits.log_softmax(-1).gather(1, sequence[0, len(prompt) :, None])[:, 0]
-            assert (torch.tensor(completion.logprobs) - chosen).abs().max() < 0.3
-            assert (torch.tensor(completion.logprobs) - chosen).abs().mean() < 0.05
+            errors.append(torch.tensor(completion.logprobs) - chosen)
+    assert torch.cat(errors).abs().mean() < 0.05  # a wrong key or mask: about 1
 
 
 def test_a_sequence_that_cannot_fit_is_refused():
