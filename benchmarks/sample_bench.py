@@ -3,6 +3,7 @@ turns in one run; medians.
 
     python benchmarks/sample_bench.py                       # CPU: SmolLM2-135M (real weights) and the demo's model
     python benchmarks/sample_bench.py --only one demo --rounds 5
+    python benchmarks/sample_bench.py --profile             # CPU: where the time of a decode step goes
     python benchmarks/sample_bench.py --gpu                 # CUDA, bf16: random weights in the shapes of real models
 
 What counts is tokens that somebody wants: those up to a completion's stop token, that token included. `generate` goes
@@ -54,6 +55,8 @@ class Config:
     """The demo's policy; where there is none, random weights in its shape, with one token in 50 a stop token."""
     data: str = str(ROOT.parent / "shared" / "data" / "gsm8k_test.jsonl")
     """Problems of the RL-shaped row."""
+    profile: bool = False
+    """The operations that a decode step on a CPU spends most on, instead."""
     gpu: bool = False
     """The CUDA rows instead."""
 
@@ -203,15 +206,42 @@ def seconds_of(run: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
+def standing(model: Transformer, rows: int, position: int, pack: bool = False) -> Batch:
+    """A batch of `rows` sequences in mid-generation, with room for 100 tokens more."""
+    batch = Batch(model, SamplingParams(2048), [], rows, position + 512, pack)
+    batch.reserve(rows, position + 100)
+    batch.live, batch.longest = rows, position
+    batch.position += position
+    batch.end += position + 512
+    batch.done.fill_(False)
+    return batch
+
+
+@torch.inference_mode()
+def profile_rows(model: Transformer) -> None:
+    """Milliseconds of a decode step, and of the ten operations in it that take longest."""
+    for rows, position in ((1, 64), (64, 64), (64, 256)):
+        batch = standing(model, rows, position, pack=rows > 1)
+        for _ in range(5):
+            batch.decode()
+        times = []
+        for _ in range(40):
+            start = time.perf_counter()
+            batch.decode()
+            times.append(time.perf_counter() - start)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(5):
+                batch.decode()
+        spent = sorted(((op.self_cpu_time_total / 5e3, op.key) for op in profiler.key_averages()), reverse=True)
+        listed = ", ".join(f"{key.removeprefix('aten::')} {ms:.1f}" for ms, key in spent[:10])
+        median = 1e3 * statistics.median(times)
+        print(f"{rows} x 1 token at position {position} to {position + 50}: {median:.1f} ms; {listed}", flush=True)
+
+
 @torch.inference_mode()
 def step_row(name: str, model: Transformer, rows: int, speed: float, context: int = 512) -> None:
     """One decode step of `rows` sequences that stand at `context` tokens, against the bytes that it must read."""
-    batch = Batch(model, SamplingParams(2048), [], rows, context + 512)
-    batch.reserve(rows, context)
-    batch.live, batch.longest = rows, context - 100
-    batch.position += context - 100
-    batch.end += context + 512
-    batch.done.fill_(False)
+    batch = standing(model, rows, context - 100)
     for _ in range(3):
         batch.decode()
     measured = seconds_of(batch.decode, 50)
@@ -251,7 +281,9 @@ def gpu_rows(config: Config) -> None:
 
 def main(config: Config) -> None:
     transformers.logging.set_verbosity_error()
-    if not config.gpu:
+    if config.profile:
+        profile_rows(load_pretrained(config.model))
+    elif not config.gpu:
         cpu_rows(config)
     elif torch.cuda.is_available():
         gpu_rows(config)
