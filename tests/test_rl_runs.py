@@ -12,12 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for the worker; pytest has them already
@@ -208,6 +210,8 @@ def fork(config: rl.Config) -> int:
         code = 1
         try:
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+            # tqdm's lock is shared with the parent: a child that is killed while it holds it would stop us for ever.
+            tqdm.set_lock(threading.RLock())
             rl.main(config)
             code = 0
         finally:
