@@ -69,8 +69,9 @@ def causal_bias(positions: Tensor, keys: Tensor) -> Tensor:
 class CPUDecoder:
     """The same, on a CPU in fp32 (or float64, for tests). It writes in place: under no_grad or inference_mode only.
 
-    pack: lay the weights out for products with several rows. It takes memory for another copy of the weights, and the
-    time of about two steps. Of weights that are updated some would be seen here and some not: make a new decoder.
+    pack: lay the weights out, where `can_pack`, for products with several rows. It takes memory for another copy of the
+    weights, and the time of about two steps. Of weights that are updated some would be seen here and some not: make a
+    new decoder.
     """
 
     def __init__(self, model: Transformer, pack: bool) -> None:

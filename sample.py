@@ -37,7 +37,7 @@ import cli
 import kernels
 import tasks
 from cli import UserError
-from decode import Cache, CPUDecoder, ModelDecoder, can_pack
+from decode import Cache, CPUDecoder, ModelDecoder
 from model import Transformer, causal_attention, load_pretrained
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
@@ -96,6 +96,11 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def cache_block(device: torch.device) -> int:
+    """Cached positions are held and attended to in multiples of this: on CUDA each multiple is a graph of its own."""
+    return 256 if device.type == "cuda" else 16
+
+
 class Batch:
     """The live sequences. Rows 0..live-1 of every tensor; what lies above is garbage that nobody reads.
 
@@ -110,7 +115,7 @@ class Batch:
         fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
         self.decoder = CPUDecoder(model, pack) if fp32_on_cpu else ModelDecoder(model)
         self.bound = (0, 0)  # rows and length of the views of the cache that `decoder` holds
-        self.block = 256 if self.cuda else 16  # cached positions are attended to in multiples of this
+        self.block = cache_block(weight.device)
         self.live = self.longest = 0  # `longest`: no live row's position is above it
         self.owners: list[tuple[int, int]] = []  # row -> (prompt index, sample index)
         self.row = torch.arange(slots, device=weight.device)
@@ -325,14 +330,14 @@ class Sampler:
         row_bytes = 2 * (config.layers + 1) * config.kv_heads * config.head_dim * weight.element_size()
         free = free_memory(weight.device)
         budget = (self.cache_bytes or free // 2) // row_bytes  # in cached positions
-        row = round_up(limit, 256 if weight.is_cuda else 16)
+        row = round_up(limit, cache_block(weight.device))
         if row + longest > budget:
             raise UserError(f"a sequence of {limit} tokens needs {(row + longest) * row_bytes:,} bytes of KV cache")
         chunk = min(max(longest, min(self.prefill_tokens, budget // 4)), budget - row)
         total = sum(len(job.seeds) for job in jobs)
         slots = min(self.max_batch, total, (budget - chunk) // row)
         # Packing pays after some seven steps, and takes memory that the cache does not: at most a quarter.
-        worth_packing = slots > 1 and total * params.max_tokens > 8 * slots and can_pack(weight)
+        worth_packing = slots > 1 and total * params.max_tokens > 8 * slots
         pack = worth_packing and 4 * sum(parameter.nbytes for parameter in self.model.parameters()) < free
         return Batch(self.model, params, self.eos_ids, slots, limit, pack), chunk
 
