@@ -1,351 +1,795 @@
-r"""Mathematics as people and models write it, LaTeX or plain ASCII, into a tree; and nothing else is let in.
+r"""Tokens into a tree: the grammar of an answer, strictly.
 
-    read(r"x = 1 \frac12 \text{ cm}") shows as chain(=, x, unit(+(1, *(1, ^(2, -1))), cm))
+    1 \\frac12 \\text{ cm} shows as unit(+(1, *(1, ^(2, -1))), cm)
 
-The text is hostile input. It meets a tokenizer whose regular expressions cannot backtrack far, and a recursive-descent
-parser; never eval, and no library that computes while it builds (sympy multiplies 9^{9^9} out). Length, nesting and
-digits are bounded here; values are computed, within further bounds, by `verify.py`, which compares two trees.
+A command that is not known, or words where a value should be, are a ParseError: such an answer is
+not read, and then compared only token by token, in order.
 
-A tree is a tuple ("op", child, ...). Leaves: ("num", "1.50"), ("name", "x"), ("text", "even"), ("base", "101", "2").
-Inner nodes: "+", "*", "^" (a - b is a + -1*b, a/b is a * b^-1), "call", "unit", "%", ":" (a ratio or time), "tuple"
-(with its brackets), "list", "or", "matrix" of "row"s, "chain" (of relations, with their signs), and "∪", "∩", "∖".
+A tree is a tuple ("op", child, ...). Leaves: ("num", "1.50"), ("name", "x"), ("text", "even"),
+("base", "101", "2"). Inner nodes: "+", "*", "^" (a - b is a + -1*b, a/b is a * b^-1), "call" (of a
+function, or of what is only compared: "index", "apply", "mark"), "unit", "%", ":" (a ratio or
+time), "mod", "tuple" (with its brackets), "list", "or", "matrix" of "row"s, "cases" of "row"s,
+"chain" (of relations, with their signs), and "∪", "∩", "∖".
 """
 
-import hashlib
+import functools
 import itertools
 import math
-import operator
 import re
-import time
+from collections.abc import Iterator
 from fractions import Fraction
 
-import mpmath
+from latex import (
+    FUNCTIONS,
+    LISTED,
+    MARKS,
+    OPERATORS,
+    RELATIONS,
+    ParseError,
+    Token,
+    literal,
+    plain_words,
+    tokenise,
+)
+from units import CURRENCIES, SCALES, known_unit, read_unit, spell, unit_of
 
-MAX_CHARS, MAX_DEPTH = 2_000, 25  # of an answer (the longest reference of five benchmarks has 59), of its brackets
-
-MAX_BITS, MAX_LOG = 6_000, 100_000  # of an exact rational; |log2| of any value: 2^65536 has one, 9^{9^9} is too large
-MAX_WORK = 15_000  # evaluation steps in one verdict: about half a second
-RANGES = [(0, 1), (1, 4), (-3, 0), (-1, 1), (20, 5000), (-5000, -3)]  # of the values that names take, point by point
-RANGES += [(4, 20), (-20, -3), (0, 3), (-9, 9), (0, 2), (0, 1)]  # for expressions that are not defined at some of those
-DIGITS = 60  # working precision; the digits written in the two answers are added to it
+MAX_DEPTH = 25  # of brackets
 
 Node = tuple  # ("op", child, ...); the children of leaves are strings
 
-
-class ParseError(Exception):
-    """The text is not mathematics that we read, or it is too large to be read, or computed, safely."""
-
-
-class Undefined(Exception):
-    """No value here: 1/0, the logarithm of a negative number over the reals, a set where a number is needed."""
-
-
-# ------------------------------------------------------------------------------------------------ words and spellings
-
-_functions = """sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth sech csch asinh acosh atanh
-    arcsin arccos arctan arccot ln log lg exp sqrt frac binom floor ceil abs sum prod int lim"""
-_letters = "pi infty theta alpha beta gamma delta lambda sigma omega phi infinity oo"
-_synonyms = r"""\cdot * \times * \ast * \div / \le <= \leq <= \leqslant <= \ge >= \geq >= \geqslant >= \lt < \gt >
-    \ne != \neq != \pm ± \mp ∓ \cup ∪ \cap ∩ \setminus ∖ \backslash ∖ \in ∈ \approx ≈ \equiv = \langle ( \rangle ) \to :
-    \colon : \land and \lor or \dbinom binom \over frac \choose binom \varnothing emptyset
-    infinity infty oo infty \dots ldots \cdots ldots == =
-    \prime ' \% % \degree ° \circ ° \lbrace \{ \rbrace \} − - – - × * · * ÷ / ≤ <= ≥ >= ≠ != ′ ' π pi √ sqrt ∞ infty
-    ∅ emptyset … ldots θ theta"""
-_units = """degree deg|dollar usd|cent|euro|inch in inches|foot ft feet|yard yd|mile mi|mm millimeter millimetre|
-    meter m metre|cm centimeter centimetre|km kilometer kilometre|gram g|kg kilogram|mg milligram|pound lb|ounce oz|
-    ml milliliter|gallon|liter l litre|second s sec|minute min|hour h hr|day|week|month|year yr|am|pm|percent|per|of|
-    square sq|cubic cu|unit|radian rad|newton n|joule j|watt w|volt v|people person|child children|man men"""
-FUNCTIONS = set(_functions.split())
-WORDS = FUNCTIONS - {"int"} | set(_letters.split())
-SYNONYMS = dict(zip(_synonyms.split()[::2], _synonyms.split()[1::2]))
-UNITS = {name: names.split()[0] for names in _units.split("|") for name in names.split()}  # a plural -s is implied
-NOT_COUNTED = {"tens", "dozens", "hundreds", "thousands", "millions", "billions", "times", "halves", "does"}
-
-
-def unit_of(phrase: str) -> str:
-    """The canonical name of a unit such as "sq. inches" or "km/h"; "" if these words are anything else.
-
-    A plural that we do not know ("marbles") is what was counted; "is", "plus", "less", "guess" do not look like one.
-    """
-    words, phrase = [], phrase.lower().replace(".", "").replace(",", " ").replace("/", " per ")
-    for word in phrase.replace("mph", "mile per hour").split():
-        name = UNITS.get(word) or UNITS.get(word.removesuffix("s"))
-        if name is None and (word in NOT_COUNTED or not re.fullmatch(r"[a-z]+[^aiusz\W]s", word)):
-            return ""
-        words.append(name or word[:-1])
-    return re.sub(r"\bcubic (\w+)", r"\1^3", re.sub(r"\bsquare (\w+)", r"\1^2", " ".join(words)))
-
-
-def read_words(found: re.Match) -> str:
-    r"""Words and units in quotes; but " and " for `\text{ and }`, {E} for `\mathrm{E}`, and xsinx, abc as they are."""
-    inside, before = (found[1] or found[2] or "").strip(" ,"), found.string[max(0, found.start() - 9) : found.start()]
-    unit = re.search(r"[0-9)}%]\s*$", before) and unit_of(inside)
-    if inside in ("and", "or", ""):
-        return f" {inside} "
-    if found[2]:  # bare letters: words unless they are short, or hold the name of a function
-        return f'"{inside}"' if not NAME.search(inside) and (len(inside) > 3 or unit) else inside
-    words = any(len(word) > 1 and word not in WORDS for word in re.findall("[A-Za-z]+", inside))
-    return f'"{inside}"' if words or unit else f"{{{inside}}}"
-
-
-NAME = re.compile("|".join(sorted(WORDS, key=len, reverse=True)))
-
-
-def read_period(found: re.Match) -> str:
-    r"""`0.1\overline{6}` as the fraction 15/90."""
-    whole, fixed, period = found[1], found[2], found[3] or found[4]
-    above = int(whole + fixed + period) - int(whole + fixed or 0)
-    return rf"{{\frac{{{above}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}}}}"
-
-
-REWRITES = [  # other spellings, in order, before tokens are read
-    (r"\\(?:left|right)(?![a-z])\s*\.?|\\[bB]igg?[lrm]?(?![a-z])|\\(?:displaystyle|limits|q?quad)(?![a-z])", " "),
-    (r"(?<=[0-9])(?:,\\!\s*|\{,\}|\\,|\\ )(?=[0-9]{3}(?![0-9]))", ""),  # 1{,}234
-    (r"(?<!\\)\\[,;:>! ()\[\]]|~|(?<!\\)\$", " "),
-    (r"\\\$\s*([0-9.,]*[0-9])|\\\$", r' \1 "dollar" '),
-    (r"\^\s*(?:\{\s*(\\circ|\\prime)\s*\}|(\\circ|\\prime)(?![a-z]))", r" \1\2 "),
-    (r"([0-9]*)\.([0-9]*)\\overline\s*(?:\{([0-9]+)\}|([0-9]))", read_period),
-    (r"(?<=[0-9])\s*(?:\^\s*)?(\{\s*)?\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}(?(1)\s*\})", ""),  # 13th
-    (r"\\\{\s*[A-Za-z]\s*(?:\\in\s*\\mathbb\s*(?:\{R\}|R)\s*)?(?:\\mid|:|\|)", r"\\{"),  # {x : x > 2}
-    (r"(?:\||\\[lr]?vert)([^|]*?)(?:\||\\[lr]?vert)", r" \\abs{\1} "),
-    (r"\\l(floor|ceil)(.*?)\\r(?:floor|ceil)", r"\\\1{\2}"),
-    (r"\\mathbb\s*(?:\{R\}|R)", "ℝ"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\frac\s*([0-9]|(?<![a-z])[a-zA-Z])", r"\\frac{\1}"),  # \frac43
-    (r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}"),
-    (r"\{([^{}]*)\\(over|choose)(?![a-z])([^{}]*)\}", r"\\\2{\1}{\3}"),
-    (r"\\\\\s*\[[^\]]*\]", r"\\\\"),  # a row's extra space
-    (r"(\\begin\{array\})\s*\{[lcr|\s]*\}", r"\1"),
-    (r"\\(?:text\w{0,6}|mbox|math\w\w|operatorname)\s*\{([^{}]*)\}|(?<![A-Za-z\\{\"])([A-Za-z]{2,})", read_words),
-    (r"(?<![\w\\.])([A-Za-z])([0-9]+)", r"\1_{\2}"),  # x3
-    (r"\(([0-9]+)\)\s*_", r"\1_"),  # (101)_2
-    (r"^\s*([A-Za-z]'*)\s*\(([A-Za-z])\)\s*=", r"\1_\2 ="),  # P(x) = ...: a name, not a product
-    (r"\{:\}", ":"),
-    ("²", "^2"),
-]
-LOOSE = [  # 1 \frac12, 1 1/2, and 1,234 where it is not in brackets
-    (r"(?<![\w.^}\\])([0-9]+)\s*\\frac\s*\{([0-9]+)\}\s*\{([0-9]+)\}", r"{(\1+\2/\3)}"),
-    (r"(?<![\w.^}\\])([0-9]+)\s+([0-9]+)/([0-9]+)(?![\w.])", r"{(\1+\2/\3)}"),
-    (r"(?<![0-9.])[0-9]{1,3}(?:[, ][0-9]{3})+(?![0-9/])", lambda found: re.sub("[, ]", "", found[0])),
-]
-TOKEN = re.compile(
-    r""""[^"]*" | [0-9][0-9A-Z]*_(?:\{[0-9]+\}|[0-9]+) | (?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9.]))?
-    | \\(?:begin|end)\{\w+\*?\} | \\[A-Za-z]+ | \\[{}\\|%$] | <=|>=|!=|==|\*\*|//|!! | and | or | """
-    + NAME.pattern + r"|\S",
-    re.VERBOSE,
-)  # fmt: skip
-
-
-def tokenise(text: str, loose: bool = True) -> list[str]:
-    """The tokens of an answer, closed by an empty one; words are in quotes. `loose`: 1,234 and 1 1/2 are one number."""
-    if len(text) > MAX_CHARS or re.search(r"[0-9]{400}", text):
-        raise ParseError("too long")
-    if r"\begin" not in text:
-        text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)  # LaTeX that was escaped once too often
-    bracketed = re.search(r"[(\[]|\\\{", text) is not None
-    for pattern, replacement in REWRITES + (LOOSE[: 3 - bracketed] if loose else []):
-        text = re.sub(pattern, replacement, text)
-    tokens = [SYNONYMS.get(token, token) for token in TOKEN.findall(text)]
-    return [re.sub(r"^\\(?=[A-Za-z]+$)", "", token) for token in tokens] + [""]
-
-
-LEVEL = {"=": 1, "≈": 1, "∈": 1, "!=": 1, "<": 1, ">": 1, "<=": 1, ">=": 1}  # how tightly binary operators bind
-LEVEL |= {"∪": 2, "∩": 2, "∖": 2, ":": 3, "+": 4, "-": 4, "*": 5, "/": 5}
-UNIT_LEVEL, MINUS_ONE = 3, ("num", "-1")  # `2 + 3 \text{ cm}` is 5 cm
+LEVEL = dict.fromkeys(RELATIONS, 1) | {
+    "mod": 2,
+    "∪": 3,
+    "∩": 3,
+    "∖": 3,
+    ":": 4,
+}  # how tightly operators bind
+LEVEL |= {"+": 5, "-": 5, "*": 6, "×": 6, "/": 6}
+UNIT_LEVEL, MINUS_ONE = 4, ("num", "-1")  # `2 + 3 \text{ cm}` is 5 cm
+END = Token("end", "")
+GEOMETRY = {
+    "angle",
+    "measuredangle",
+    "triangle",
+    "square",
+    "odot",
+}  # marks that stand before several letters
 
 
 def times(left: Node, right: Node) -> Node:
     """The product; a scalar goes into the cells of a matrix, a sign into a number."""
+    if left[0] == right[0] == "matrix":
+        columns = [[row[k] for row in right[1:]] for k in range(1, len(right[1]))]
+        if (
+            any(len(row) != len(right) for row in left[1:])
+            or len(left) * len(right) * len(columns) > 100
+        ):
+            raise ParseError("matrices that have no product")
+        sums = [[("+", *map(times, row[1:], column)) for column in columns] for row in left[1:]]
+        return ("matrix", *(("row", *cells) for cells in sums))
     if "matrix" in (left[0], right[0]) and left[0] != right[0]:
         scalar, matrix = (left, right) if right[0] == "matrix" else (right, left)
-        return ("matrix", *(("row", *(times(scalar, cell) for cell in row[1:])) for row in matrix[1:]))
+        return (
+            "matrix",
+            *(("row", *(times(scalar, cell) for cell in row[1:])) for row in matrix[1:]),
+        )
     if left == MINUS_ONE and right[0] == "num" and right[1][0] != "-":
         return ("num", "-" + right[1])
-    return (*left, right) if left[0] == "*" else ("*", left, right)  # flat: a long product does not nest
+    return (
+        (*left, right) if left[0] == "*" else ("*", left, right)
+    )  # flat: a long product does not nest
+
+
+def minus(left: Node, right: Node) -> Node:
+    return ("+", left, times(MINUS_ONE, right))
 
 
 class Parser:
-    """Recursive descent over the tokens of one answer, with precedence climbing for the binary operators of LEVEL."""
+    """Recursive descent over the tokens of one answer; precedence climbing for the operators.
 
-    def __init__(self, tokens: list[str]):
-        self.tokens, self.depth = tokens[::-1], 0
+    `functions`: names that are applied somewhere in the two answers, so that P(0) and P(x + 1) are
+    no products.
+    """
 
-    def take(self, *tokens: str) -> str:
-        """The next token, consumed, if it is one of these; else ""."""
-        return self.tokens.pop() if self.tokens[-1] in tokens else ""
+    def __init__(self, tokens: list[Token], functions: set[str]):
+        self.tokens, self.functions = [*tokens, END, END, END], functions
+        self.at, self.depth, self.bars, self.closed_by = 0, 0, 0, ""
 
-    def answer(self, *end: str) -> Node:
-        """What stands before `end`: one expression, or the ("list", ...) or ("or", ...) of several."""
-        parts, kind = [], "list"
-        while self.tokens[-1] not in (*end, ""):
-            parts.append(self.expression())
-            if not (separators := list(iter(lambda: self.take(",", ";", "and", "or"), ""))):
-                break
-            kind = "or" if "or" in separators else kind
-        if self.tokens[-1] not in (end or ("",)):
-            raise ParseError(f"left over: {self.tokens[-1]!r}")
-        self.closed_by = self.tokens.pop()
-        return parts[0] if len(parts) == 1 else (kind, *parts)
+    @property
+    def next(self) -> Token:
+        return self.tokens[self.at]
 
-    def expression(self, level: int = 1) -> Node:
-        """Operands joined by operators that bind at least as tightly as `level`."""
-        left = self.operand()
-        while True:
-            token = self.tokens[-1]
-            if token[:1] == '"' and level <= UNIT_LEVEL and (unit := unit_of(token[1:-1])):
-                self.tokens.pop()
-                unit += "^" + str(self.operand()[1]) if self.take("^") else ""
-                left, token = ("%", left) if unit == "percent" else ("unit", left, unit), self.tokens[-1]
-            implicit = re.match(r"[\w({\[ℝ]|\\begin", token) and token not in ("and", "or")
-            op = "*" if implicit else token
-            if LEVEL.get(op, 0) < level:
-                return left
-            if implicit and token[0].isdigit():
-                raise ParseError("two numbers side by side")
-            right = self.expression(LEVEL[op if implicit else self.tokens.pop()] + 1)
-            if LEVEL[op] == 1:
-                signs, *parts = left[1:] if left[0] == "chain" else ("", left)
-                left = ("chain", f"{signs} {op}".strip(), *parts, right)
-            elif op in "*/":
-                left = times(left, right if op == "*" else ("^", right, MINUS_ONE))
-            else:
-                op, right = ("+", times(MINUS_ONE, right)) if op == "-" else (op, right)
-                left = (*left, right) if left[0] == op else (op, left, right)
+    def sees(self, *texts: str, ahead: int = 0) -> bool:
+        token = self.tokens[min(self.at + ahead, len(self.tokens) - 1)]
+        return token.kind in ("op", "command") and token.text in texts
 
-    def operand(self) -> Node:
-        """Signs, one atom, and what is attached to it."""
-        depth = self.depth
-        self.deeper()
-        if sign := self.take("+", "-"):
-            node = times(MINUS_ONE, self.operand()) if sign == "-" else self.operand()
-        else:
-            node = self.atom()
-        while not sign and (mark := self.take("^", "**", "!", "!!", "%", "°", "'", "_")):
-            self.deeper()
-            if mark in ("^", "**"):
-                node = ("^", node, self.operand())
-            elif mark in "°%":
-                node = ("%", node) if mark == "%" else ("unit", node, "degree")
-            elif mark == "_":
-                node = ("call", "index", node, self.atom())
-            else:
-                node = ("call", {"!": "factorial", "!!": "fac2", "'": "prime"}[mark], node)
-        self.depth = depth
-        return node
+    def take(self, *texts: str) -> str:
+        """The next token, consumed, if it is one of these operators or commands; else ""."""
+        if not self.sees(*texts):
+            return ""
+        self.at += 1
+        return self.tokens[self.at - 1].text
 
     def deeper(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise ParseError("nested too deeply")
 
-    def atom(self) -> Node:
-        token = self.tokens.pop() or "the end"
-        if re.match(r"\.?[0-9]", token):
-            return ("base", *re.sub("[{}]", "", token).split("_")) if "_" in token else ("num", token)
-        if token[0] == '"':
-            return ("text", token[1:-1])
-        if token in ("(", "[", "{", "\\{"):
-            node = self.answer(*{"{": "}", "\\{": ["\\}"]}.get(token, ")]"))
-            if token in "([" and node[0] == "list":
-                return ("tuple", token + self.closed_by, *node[1:])
-            return ("list", node) if token == "\\{" and node[0] != "list" else node
-        if token.startswith("\\begin"):
-            return self.environment(token.replace("begin", "end"))
-        if token in FUNCTIONS:
-            self.deeper()  # \sqrt\sqrt2 nests without a bracket
-            node, self.depth = self.function(token), self.depth - 1
-            return node
-        if not re.fullmatch(r"[A-Za-zℝ]+", token) or token in ("and", "or", "the end"):
-            raise ParseError(f"expected a value, found {token!r}")
-        if token in "fghFGH" and self.take("("):
-            return ("call", "apply", ("name", token), self.answer(")"))
-        return ("name", token)
+    def answer(self, *end: str) -> Node:
+        """All up to the bracket `end`, or to the last token: one expression, or several.
 
-    def environment(self, end: str) -> Node:
-        """A matrix as ("matrix", ("row", ...), ...); the lines of `cases` or `aligned` as a list."""
+        Commas and "and" make a "list", which has no order, "or" makes an "or"; semicolons and dots
+        ("1, 2, ..., n") make a "tuple", which has one.
+        """
+        parts, separators = [], set()
+        while not self.sees(*end) and self.next != END:
+            parts.append(self.expression())
+            found = list(iter(lambda: self.take(",", ";", "and", "or"), ""))
+            separators.update(found)
+            if not found:
+                break
+        if self.next != END if not end else not self.sees(*end):
+            raise ParseError(f"left over: {self.next.text!r}")
+        self.closed_by = self.next.text
+        self.at += bool(end)
+        if len(parts) == 1 and not separators:
+            return parts[0]
+        if ";" in separators or ("name", "ldots") in parts:
+            return ("tuple", ";", *parts)
+        return parts[0] if len(parts) == 1 else ("or" if "or" in separators else "list", *parts)
+
+    def expression(self, level: int = 1) -> Node:
+        """Operands joined by operators that bind at least as tightly as `level`."""
+        left = last = self.operand()
+        while True:
+            if level <= UNIT_LEVEL:
+                left = self.measured(left)
+            if level <= UNIT_LEVEL and left[0] == "unit" and self.next.kind == "num":  # 5 ft 8 in
+                left = self.compound(left)
+            op, implicit = self.operator()
+            if LEVEL.get(op, 0) < level or (op in "*/×" and not implicit and self.unit_ahead()):
+                return left
+            if implicit and self.next.kind == "num" and last[0] == "num":
+                raise ParseError("two numbers side by side")
+            self.at += not implicit
+            if op == "mod":
+                left = self.modulus(left)
+                continue
+            right = last = self.expression(LEVEL[op] + 1)
+            left = self.join(op, left, right)
+
+    def operator(self) -> tuple[str, bool]:
+        """The operator that stands here, or "*" for a product without a sign.
+
+        And whether it was without.
+        """
+        if self.sees("(") and self.sees("mod", ahead=1):
+            return "mod", False
+        if self.starts_factor():
+            return "*", True
+        op = self.next.text if self.next.kind == "op" else ""
+        return "∣" if op == "|" and self.bars == 0 else op, False
+
+    def compound(self, first: Node) -> Node:
+        second = self.expression(UNIT_LEVEL)
+        if second[0] not in ("unit", "tuple") or (second[0] == "tuple" and second[1] != "+"):
+            raise ParseError("a number behind a unit")
+        return ("tuple", "+", first, *(second[2:] if second[0] == "tuple" else (second,)))
+
+    def join(self, op: str, left: Node, right: Node) -> Node:
+        if LEVEL[op] == 1:
+            signs, *parts = left[1:] if left[0] == "chain" else ("", left)
+            return ("chain", f"{signs} {op}".strip(), *parts, right)
+        if op == "×" and any(
+            part[:2] == ("call", "mark") or part == ("name", "nabla") for part in (left, right)
+        ):
+            return ("call", "cross", left, right)
+        if op in "*×":
+            return times(left, right)
+        if op == "/":
+            return times(left, ("^", right, MINUS_ONE))
+        op, right = ("+", times(MINUS_ONE, right)) if op == "-" else (op, right)
+        if op == "+" and left[0] == right[0] == "matrix" and len(left) == len(right):
+            cells = [zip(a[1:], b[1:]) for a, b in zip(left[1:], right[1:])]
+            return ("matrix", *(("row", *(("+", a, b) for a, b in row)) for row in cells))
+        node = (*left, right) if left[0] == op else (op, left, right)
+        return (op, *sorted(node[1:], key=repr)) if op in "∪∩" else node  # neither has an order
+
+    def starts_factor(self) -> bool:
+        """Does another factor stand here without a sign, as in 2x, (x-1)3, n!2^n, 2|x|?"""
+        kind, text, _ = self.next
+        if kind == "word":
+            return len(text) == 1 and not known_unit(text)
+        if kind == "op" and text == "|":
+            later = [token.text for token in self.tokens[self.at + 1 :]]
+            return self.bars == 0 and "|" in later
+        openers = ("(", "[", "{", "⌊", "⌈")
+        begins = text in openers or (
+            text.startswith("\\begin") and not text.startswith("\\begin{cases")
+        )
+        return kind in ("num", "name", "command", "base") or (kind == "op" and begins)
+
+    def modulus(self, left: Node) -> Node:
+        """7 (mod 12), \\pmod{12} and \\pmod 12 are the same."""
+        bracketed = self.sees("mod")
+        self.at += bracketed
+        node = ("mod", left, self.expression(LEVEL["mod"] + 1))
+        if bracketed and not self.take(")"):
+            raise ParseError("a modulus that is not closed")
+        return node
+
+    # ---- units
+
+    def unit_ahead(self) -> bool:
+        """Is the word behind the next sign * or / a unit?"""
+        token = self.tokens[self.at + 1]
+        return token.kind == "word" and unit_of(token.text) is not None
+
+    def measured(self, node: Node) -> Node:
+        """The node with the unit, percent sign in words, or "million" that stands behind it."""
+        while self.next.kind == "word" and (scale := self.next.text.lower()) and node[0] == "num":
+            number = SCALES.get(scale) or SCALES.get(scale.removesuffix("s"))
+            if number is None:
+                break
+            self.at += 1
+            node = times(node, ("num", number))
+        unit, self.at = read_unit(self.tokens, self.at)
+        if not unit:
+            return node
+        if unit == [("percent", 1)]:
+            return ("%", node)
+        if node[0] == "unit":  # $15 per hour
+            node, unit = node[1], [(node[2], 1), *unit]
+        return ("unit", node, spell(unit))
+
+    # ---- operands
+
+    def operand(self) -> Node:
+        """Signs, one atom, and what is attached to it.
+
+        Powers, indices, arguments, !, %, degrees.
+        """
+        depth = self.depth
+        self.deeper()
+        sign = self.take("+", "-")
+        if sign:
+            node = self.operand()
+            node = times(MINUS_ONE, node) if sign == "-" else node
+        else:
+            node = self.attached(self.atom())
+        self.depth = depth
+        return node
+
+    def attached(self, node: Node) -> Node:
+        node = self.applied(node)
+        while mark := self.take("^", "!", "!!", "%", "°", "'", "_"):
+            self.deeper()
+            if mark == "^":
+                node = self.raised(node, self.exponent())
+            elif mark == "_":
+                node = self.indexed(node, self.script())
+            elif mark == "%":
+                node = ("%", node)
+            elif mark == "°":
+                node = self.degrees(node)
+            else:
+                node = ("call", {"!": "factorial", "!!": "fac2", "'": "prime"}[mark], node)
+            node = self.applied(combination(node))
+        return combination(node)
+
+    def exponent(self) -> Node:
+        """One atom with its signs, as LaTeX has it.
+
+        2^2^2 is read from the right, as a programmer means it.
+        """
+        if sign := self.take("+", "-"):
+            self.deeper()
+            node = self.exponent()
+            return times(MINUS_ONE, node) if sign == "-" else node
+        node = self.script()
+        if self.take("^"):
+            self.deeper()
+            node = ("^", node, self.exponent())
+        return node
+
+    def script(self) -> Node:
+        """What stands in an index or exponent.
+
+        Words there are a label: A_{\\max}, A^{\\text{left}}.
+        """
+        if self.next.kind == "command" and self.next.text in LISTED | {"lim", "int"}:
+            self.at += 1
+            return ("text", self.tokens[self.at - 1].text)
+        if (
+            self.sees("{")
+            and self.tokens[self.at + 1].kind == "command"
+            and self.sees("}", ahead=2)
+        ):
+            self.at += 3
+            return ("text", self.tokens[self.at - 2].text)
+        if self.take("*"):
+            return ("text", "*")
+        if self.next.kind == "num":  # \log_3 \frac23 has no mixed number
+            self.at += 1
+            return ("num", self.tokens[self.at - 1].text)
+        return self.atom()
+
+    def raised(self, base: Node, exponent: Node) -> Node:
+        if exponent in (("name", "T"), ("name", "top"), ("text", "top")) and base[0] in (
+            "matrix",
+            "tuple",
+        ):
+            return transposed(base)
+        if base[0] == "matrix" and exponent[0] == "num" and exponent[1] in map(str, range(1, 13)):
+            return functools.reduce(times, [base] * int(exponent[1]))
+        return ("^", base, exponent)
+
+    def indexed(self, base: Node, index: Node) -> Node:
+        """x_2; x^2_2 as x_2^2; 52_8 in base 8."""
+        if base[0] == "^":
+            return ("^", self.indexed(base[1], index), base[2])
+        if base[0] in ("num", "base") and index[0] == "num":
+            return ("base", base[1], index[1])
+        if base[0] not in ("name", "text", "call"):
+            raise ParseError("an index of what is no name")
+        return ("call", "index", base, index)
+
+    def degrees(self, node: Node) -> Node:
+        """30°, 63°45'30'' as degrees, 20 °C as a unit."""
+        scale = self.next
+        if scale.kind in ("word", "name") and scale.text in ("C", "F"):
+            self.at += 1
+            return ("unit", node, "°" + scale.text)
+        for divisor in (60, 3600):
+            marks = 1 if divisor == 60 else 2
+            if self.next.kind == "num" and all(
+                self.sees("'", '"', ahead=k + 1) for k in range(marks)
+            ):
+                part = ("num", self.next.text)
+                node = ("+", node, ("*", part, ("^", ("num", str(divisor)), MINUS_ONE)))
+                self.at += 1 + marks
+        return ("unit", node, "degree")
+
+    def applied(self, node: Node) -> Node:
+        """f(x), f_n(x), f'(x), f^{-1}(x), P(A|B), E[X].
+
+        A function of its arguments, which no product is.
+        """
+        if node[0] == "chain" and node[1] == "∘" and self.sees("("):  # (f ∘ g)(x) is f(g(x))
+            inner = self.atom()
+            for function in node[:1:-1]:
+                inner = ("call", "apply", function, inner)
+            return inner
+        if not self.sees("(", "["):
+            return node
+        base = node[1] if node[0] == "^" and node[2] == MINUS_ONE else node
+        while base[0] == "call" and base[1] in ("index", "prime"):
+            base = base[2]
+        if node[0] == "call" and node[1] == "apply" and self.sees("("):
+            base = ("name", "f")  # f(x)(y)
+        known = base[0] == "text" or (base[0] == "name" and base[1] in self.functions)
+        expected = (
+            base[0] == "name" and len(base[1]) == 1 and base[1].isupper() and self.sees("[")
+        )  # E[X]
+        if not (known and self.sees("(")) and not expected:
+            return node
+        function = ("call", "inverse", base) if node[0] == "^" else node
+        self.at += 1
+        arguments = members(self.answer(")" if not expected else "]"))
+        if function == ("name", "Gamma") and len(arguments) == 1:
+            return ("call", "factorial", minus(arguments[0], ("num", "1")))
+        if function == ("name", "zeta") and arguments[0][0] == "num":
+            return ("call", "zeta", *arguments)
+        return self.applied(("call", "apply", function, *arguments))
+
+    def atom(self) -> Node:
+        token = self.next
+        self.at += 1
+        if token.kind == "num":
+            return self.number(token)
+        if token.kind == "base":
+            return ("base", token.text, "16")
+        if token.kind == "cash":
+            return ("unit", self.attached(self.atom()), token.text)
+        if token.kind == "word":
+            return self.words(token)
+        if token.kind == "name":
+            return ("name", token.text)
+        if token.text in ("(", "[", "{", "\\{"):
+            return self.bracket(token.text)
+        if token.text in ("|", "⌊", "⌈"):
+            self.bars += token.text == "|"
+            node = self.answer({"|": "|", "⌊": "⌋", "⌈": "⌉"}[token.text])
+            self.bars -= token.text == "|"
+            function = {"|": "abs", "⌊": "floor", "⌈": "ceil"}[token.text]
+            return (
+                ("call", "det", node)
+                if function == "abs" and node[0] == "matrix"
+                else ("call", function, node)
+            )
+        if token.text.startswith("\\begin"):
+            return self.environment(token.text[6:].strip("{}*"), token.text.replace("begin", "end"))
+        if token.kind == "command" and token.text in OPERATORS:
+            operator = ("text", token.text.lower())
+            return operator if self.sees("(", "[") else ("call", "apply", operator, self.operand())
+        if token.kind == "command" and token.text in MARKS:
+            return self.mark(token.text)
+        if token.kind == "command" and token.text in FUNCTIONS:
+            self.deeper()  # \sqrt\sqrt2 nests without a bracket
+            node, self.depth = self.function(token.text), self.depth - 1
+            return node
+        raise ParseError(f"expected a value, found {token.text or 'the end'!r}")
+
+    def number(self, token: Token) -> Node:
+        """A number.
+
+        With a fraction of two whole numbers behind it, 1 \\frac12 or 1 1/2, a mixed one.
+        """
+        whole = ("num", token.text)
+        start = self.at
+        if not token.text.isdigit():
+            return whole
+        if self.sees("frac"):
+            self.at += 1
+            above, below = self.digit_or_atom(), self.digit_or_atom()
+            if above[0] == below[0] == "num" and above[1].isdigit() and below[1].isdigit():
+                return ("+", whole, ("*", above, ("^", below, MINUS_ONE)))
+        above, slash, below = self.tokens[start : start + 3]
+        self.at = start
+        if above.kind == below.kind == "num" and slash.text == "/" and above.blank:
+            self.at += 3
+            return ("+", whole, ("*", ("num", above.text), ("^", ("num", below.text), MINUS_ONE)))
+        return whole
+
+    def words(self, token: Token) -> Node:
+        """Words side by side, as one text; a single letter in \\text is a name."""
+        found = [token.text]
+        if known_unit(token.text) in CURRENCIES and self.next.kind == "num":  # Rs. 5
+            return ("unit", self.atom(), known_unit(token.text))
+        if len(token.text) == 1 and self.next.kind != "word":
+            return ("name", token.text)
+        while self.next.kind == "word":
+            found.append(self.next.text)
+            self.at += 1
+        return ("text", plain_words(found))
+
+    def bracket(self, opening: str) -> Node:
+        if opening == "\\{":
+            return self.set()
+        if opening == "{" and self.sees("}") and self.sees("^", "_", ahead=1):
+            return self.combination_in_front()
+        if opening == "{":
+            return self.answer("}")
+        bars, self.bars = self.bars, 0
+        node = self.answer(")", "]")
+        self.bars = bars
+        if node[0] == "tuple" and node[1] == ";":
+            return ("tuple", opening + self.closed_by, *node[2:])
+        if node[0] == "list":
+            return ("tuple", opening + self.closed_by, *node[1:])
+        if opening + self.closed_by == "[]" and node[0] == "tuple":  # a Python matrix of one row
+            return ("tuple", "[]", node)
+        return node
+
+    def combination_in_front(self) -> Node:
+        """{}^{8}C_{3} and {}_{8}C_{3}."""
+        self.at += 2
+        above = self.script()
+        if self.next.text != "C" or not self.sees("_", ahead=1):
+            raise ParseError("an index of nothing")
+        self.at += 2
+        return ("call", "binomial", above, self.script())
+
+    def set(self) -> Node:
+        """\\{1, 2\\} as a list.
+
+        \\{x | x > 2\\} as its condition; \\{3k : k \\in Z\\} as it stands.
+        """
+        if self.take("\\}"):
+            return ("name", "emptyset")
+        if self.next.text.startswith("\\begin"):  # \left\{ before lines: a system, or cases
+            begin = self.next.text
+            self.at += 1
+            return self.environment(
+                begin[6:].strip("{}*"), begin.replace("begin", "end"), braced=True
+            )
+        start = self.at
+        left = self.expression(LEVEL[":"] + 1)
+        if self.take("∈"):
+            left = ("chain", "∈", left, self.expression(LEVEL[":"] + 1))
+        if not self.take("∣", "|", ":"):
+            self.at = start
+            node = self.answer("\\}")
+            return (
+                node
+                if node[0] in ("list", "or")
+                else ("list", *(node[2:] if node[0] == "tuple" else [node]))
+            )
+        condition = self.answer("\\}")
+        if left[0] == "name" or left[2:] in [(("name", x), ("name", "ℝ")) for x in names(left)]:
+            return ("list", condition)
+        return ("call", "builder", left, condition)
+
+    def mark(self, mark: str) -> Node:
+        """\\vec{v}, \\angle ABC, \\overline{AB}: the mark and what it is on, in order, one name."""
+        taken = []
+        if mark in GEOMETRY and not self.sees("{"):
+            while self.next.kind in ("name", "num") and (not taken or not self.next.blank):
+                taken.append(self.next.text)
+                self.at += 1
+        elif self.take("{"):
+            nested = 1
+            while nested and self.next != END:
+                nested += self.sees("{") - self.sees("}")
+                taken.append(self.next.text)
+                self.at += 1
+            taken = taken[:-1]
+        else:
+            taken = [self.next.text]
+            self.at += self.next != END
+        if mark in ("angle", "overline"):  # ABC and CBA are the same
+            taken = min(taken, taken[::-1])
+        return ("call", "mark", mark, " ".join(taken))
+
+    def environment(self, kind: str, end: str, braced: bool = False) -> Node:
+        """A matrix of rows.
+
+        The lines of `aligned`, or of `cases` without conditions, as a list; else "cases".
+        """
+        kind = kind.rstrip("*")
+        if kind == "array" and self.take("{"):
+            while not self.take("}") and self.next != END:
+                self.at += 1
+        if kind in (
+            "aligned",
+            "align",
+            "gathered",
+            "split",
+            "eqnarray",
+        ):  # & only says where lines meet
+            stop = next(
+                (k for k in range(self.at, len(self.tokens)) if self.tokens[k].text == end), self.at
+            )
+            kept = [token for token in self.tokens[self.at : stop] if token.text != "&"]
+            kept = [  # a line that goes on with "= 7"
+                a for a, b in itertools.zip_longest(kept, kept[1:], fillvalue=END)
+                if a.text != "\\\\" or b.text not in RELATIONS
+            ]  # fmt: skip
+            self.tokens[self.at : stop] = kept
+        conditional = kind == "cases" or braced
         rows: list[Node] = []
-        while not self.take(end):
-            rows.append(("row", self.expression()))
-            while self.take("&"):
-                rows[-1] += (self.expression(),)
-            if not self.take("\\\\") and self.tokens[-1] != end:
-                raise ParseError("a matrix that is not closed")
-        return ("matrix", *rows) if "matrix" in end or "array" in end else ("list", *(row[1] for row in rows))
+        self.closed_by = ""
+        while self.closed_by != end:
+            row = [self.answer("&", "\\\\", end)]
+            while self.closed_by == "&":
+                row.append(self.condition(end) if conditional else self.answer("&", "\\\\", end))
+            if (
+                conditional and row[0][0] == "list" and len(row) == 1 and len(row[0]) == 3
+            ):  # value, condition
+                row = row[0][1:] if row[0][1][0] != "chain" else row
+            if row != [("list",)]:
+                rows.append(("row", *row))
+        if kind in ("vmatrix", "Vmatrix"):
+            return ("call", "det", ("matrix", *rows))
+        if "matrix" in kind or (kind == "array" and not braced):
+            return ("matrix", *rows)
+        if all(len(row) == 2 for row in rows):
+            return rows[0][1] if len(rows) == 1 else ("list", *(row[1] for row in rows))
+        return ("cases", *rows)
+
+    def condition(self, end: str) -> Node:
+        """When a line of `cases` holds: a relation, or words that are compared as they stand."""
+        while self.next.kind == "word" and self.next.text.lower() in ("if", "for", "when", "where"):
+            self.at += 1
+        start, depth = self.at, self.depth
+        try:
+            return self.answer("&", "\\\\", end)
+        except ParseError:
+            self.at, self.depth = start, depth
+        while not self.sees("&", "\\\\", end) and self.next != END:
+            self.at += 1
+        self.closed_by = self.next.text
+        self.at += 1
+        return ("text", literal(self.tokens[start : self.at - 1]))
 
     def function(self, name: str) -> Node:
         if name == "frac":
-            return times(self.atom(), ("^", self.atom(), MINUS_ONE))
+            return self.fraction()
         if name == "binom":
-            return ("call", "binomial", self.atom(), self.atom())
+            return ("call", "binomial", self.digit_or_atom(), self.digit_or_atom())
         if name == "sqrt":
             degree = self.answer("]") if self.take("[") else ("num", "2")
             return ("call", "root", self.atom(), degree)
-        below = self.atom() if self.take("_") else None
-        above = self.operand() if self.take("^") else None
-        if name in ("sum", "prod", "int", "lim"):  # an unknown function of its parts
-            return ("call", name, below or MINUS_ONE, above or MINUS_ONE, self.expression(LEVEL["*"]))
-        bracketed = self.tokens[-1] in ("(", "{", "[")
-        argument = self.atom() if bracketed else self.operand()
-        while not bracketed and self.tokens[-1][:1].isalnum() and self.tokens[-1] not in FUNCTIONS | {"and", "or"}:
-            argument = times(argument, self.operand())  # `\\sin 2\\pi x`: up to a sign, another function or a bracket
-        name, above = ("a" + name, None) if above == MINUS_ONE else (name.replace("arc", "a"), above)
-        node = ("call", "log" if name in ("ln", "lg") else name, argument)
+        if name == "int":
+            return self.integral()
+        below = self.answer_in_braces() if self.take("_") else None
+        above = self.exponent() if self.take("^") else None
+        if name in ("sum", "prod", "lim"):
+            body = self.expression(LEVEL["*"])
+            sign, bound, start = ("→" if name == "lim" else "="), None, None
+            if below and below[0] == "chain" and below[1] == sign and len(below) == 4:
+                bound, start = below[2:]
+            if not bound or bound[0] != "name" or (above is None) != (name == "lim"):
+                return ("call", "big " + name, below or MINUS_ONE, above or MINUS_ONE, body)
+            return ("call", name, bound, start, *([above] if above else []), body)
+        if name in LISTED:
+            argument = self.atom()
+            return ("call", name, *(argument[2:] if argument[0] == "tuple" else members(argument)))
+        argument = self.argument()
+        if name == "det":
+            return ("call", "det", argument)
+        if above == MINUS_ONE:
+            name, above = "a" + name, None
+        node = ("call", "log" if name == "lg" else name, argument)
         if below or name == "lg":
             node = times(node, ("^", ("call", "log", below or ("num", "10")), MINUS_ONE))
         return ("^", node, above) if above else node
 
+    def answer_in_braces(self) -> Node:
+        return self.answer("}") if self.take("{") else self.script()
+
+    def argument(self) -> Node:
+        """Of \\sin 2\\pi x: all up to a sign, a bracket or another function."""
+        if self.sees("(", "{", "[", "|"):
+            return self.atom()
+        node = last = self.operand()
+        while self.next.kind in ("num", "name") and not last[0] == self.next.kind == "num":
+            last = self.operand()
+            node = times(node, last)
+        return node
+
+    def fraction(self) -> Node:
+        start = self.at
+        above, below = self.digit_or_atom(), self.digit_or_atom()
+        inside = [token.text for token in self.tokens[start : self.at] if token.text not in "{}"]
+        if inside[0] in ("d", "partial") and inside.count(inside[0]) >= 2 and below[:2] in (
+            ("*", ("name", inside[0])), ("*", ("^", ("name", inside[0]))),
+        ):  # fmt: skip
+            return ("call", "mark", "d", " ".join(inside))  # a derivative: d does not cancel
+        return times(above, ("^", below, MINUS_ONE))
+
+    def digit_or_atom(self) -> Node:
+        """Without braces, \\frac43 takes one digit at a time."""
+        token = self.next
+        if token.kind == "num" and token.text.isdigit() and len(token.text) > 1:
+            self.tokens[self.at : self.at + 1] = [
+                Token("num", token.text[0]),
+                Token("num", token.text[1:]),
+            ]
+        if self.next.kind != "num":
+            return self.atom()
+        self.at += 1
+        return ("num", self.tokens[self.at - 1].text)
+
+    def integral(self) -> Node:
+        """\\int_a^b f dx: f ends at the first d that a name follows, at the depth of the sign."""
+        below = self.answer_in_braces() if self.take("_") else None
+        above = self.exponent() if self.take("^") else None
+        start, nested = self.at, 0
+        for end in range(start, len(self.tokens) - 2):
+            nested += self.tokens[end].text in ("(", "{", "[") and 1
+            nested -= self.tokens[end].text in (")", "}", "]") and 1
+            if nested < 0:
+                break
+            if (
+                nested == 0
+                and self.tokens[end][:2] == ("name", "d")
+                and self.tokens[end + 1].kind == "name"
+            ):
+                inner = Parser(self.tokens[start:end], self.functions)
+                inner.depth = self.depth
+                body = inner.answer() if end > start else ("num", "1")
+                self.at = end + 2
+                bounds = (below, above) if below and above else ()
+                return ("call", "int", ("name", self.tokens[end + 1].text), *bounds, body)
+        raise ParseError("an integral without its dx")
+
+
+def transposed(node: Node) -> Node:
+    if node[0] == "tuple":
+        return ("matrix", *(("row", cell) for cell in node[2:]))
+    rows = [row[1:] for row in node[1:]]
+    return ("matrix", *(("row", *column) for column in zip(*rows)))
+
+
+def combination(node: Node) -> Node:
+    """C_{10}^{3} and C(10, 3) as the binomial coefficient that they are."""
+    match node:
+        case ("^", ("call", "index", ("name", "C"), above), below):
+            plain = [part[0] == "num" for part in (above, below)]
+            if plain == [False, False] or (
+                plain == [True, True] and Fraction(above[1]) >= Fraction(below[1])
+            ):
+                return ("call", "binomial", above, below)
+        case ("call", "apply", ("name", "C"), above, below):
+            return ("call", "binomial", above, below)
+    return node
+
 
 def members(node: Node) -> tuple[Node, ...]:
-    return node[1:] if node[0] in ("list", "or") else () if node == ("name", "emptyset") else (node,)
+    return (
+        node[1:] if node[0] in ("list", "or") else () if node == ("name", "emptyset") else (node,)
+    )
 
 
-def read(text: str, loose: bool = True) -> Node:
-    """The tree of an answer, ("text", words) if it is words; ± as the list of all that it may stand for."""
-    bare = text.rstrip(".,; \t\r\n")
-    tokens = tokenise(text[: len(bare) + bare.endswith("\\")], loose)  # `\,` is one
-    if all(token[:1] in ('"', ",", "") for token in tokens):
-        return ("text", " ".join(tokens))
-    signs = [k for k, token in enumerate(tokens) if token in ("±", "∓")]
+def applied_names(tokens: list[Token]) -> set[str]:
+    """Names with an argument that no product has.
+
+    P(0), u(t), A(1, 2). x(y + 1) may be a product.
+    """
+    found = set()
+    for k, token in enumerate(tokens[:-2]):
+        if token.kind != "name" or token.text in CONSTANTS or tokens[k + 1].text != "(":
+            continue
+        end = next((j for j in range(k + 2, len(tokens)) if tokens[j].text == ")"), k + 2)
+        inside = "".join(
+            t.text[0] if t.kind in ("op", "command") else "x" for t in tokens[k + 2 : end]
+        )
+        if re.fullmatch(r"-?x(?:[,|∣]-?x)*", inside) or re.search("[=<>∣≈≡]", inside):
+            found.add(token.text)
+    return found
+
+
+def read(tokens: list[Token], functions: set[str]) -> Node:
+    """The tree of an answer; ± as the list of all that it may stand for."""
+    signs = [k for k, token in enumerate(tokens) if token.kind == "op" and token.text in ("±", "∓")]
     if len(signs) > 4:
         raise ParseError("too many signs ±")
     nodes = []
     for choice in itertools.product("+-", repeat=len(signs)):
-        if "∓" not in tokens or len({(s == "+") == (tokens[k] == "±") for k, s in zip(signs, choice)}) == 1:
-            chosen = dict(zip(signs, choice))  # with a ∓, all signs change together
-            nodes.append(Parser([chosen.get(k, token) for k, token in enumerate(tokens)]).answer())
+        together = {(sign == "+") == (tokens[k].text == "±") for k, sign in zip(signs, choice)}
+        if any(tokens[k].text == "∓" for k in signs) and len(together) == 2:
+            continue  # with a ∓, all signs change together
+        chosen = list(tokens)
+        for k, sign in zip(signs, choice):
+            chosen[k] = Token("op", sign)
+        nodes.append(Parser(chosen, functions).answer())
     return nodes[0] if len(nodes) == 1 else ("list", *(m for node in nodes for m in members(node)))
 
 
-def walk(node: Node | str) -> list[Node]:
-    return [node, *(part for child in node[1:] for part in walk(child))] if isinstance(node, tuple) else []
+def walk(node: Node | str) -> Iterator[Node]:
+    if isinstance(node, tuple):
+        yield node
+        for child in node[1:]:
+            yield from walk(child)
+
+
+CONSTANTS = {"pi", "e", "i", "infty", "emptyset", "ldots", *"ℝℤℕℚℂ"}
 
 
 def names(*nodes: Node) -> set[str]:
-    found = {part[1] for node in nodes for part in walk(node) if part[0] == "name"}
-    return found - {"pi", "e", "i", "infty", "emptyset", "ℝ"}
+    return {part[1] for node in nodes for part in walk(node) if part[0] == "name"} - CONSTANTS
 
 
-def is_label(node: Node) -> bool:
-    """May this stand for the value on the other side: x, a_2, f(2), P(x), AB, |AB|, a:b, (x, y)?"""
-    match node:
-        case ("text", word):
-            return word.isalpha()
-        case ("name", _):
-            return bool(names(node))
-        case ("call", "index" | "apply" | "prime", *_):
-            return True
-        case ("tuple", _, *parts) | (":", *parts) | ("call", "abs", *parts):
-            return all(map(is_label, parts))
-        case ("*", ("name", first), *parts):  # AB/CD, too
-            parts = [part[1] if part[0] == "^" and part[2] == MINUS_ONE else part for part in parts]
-            return (first.isupper() or len(first) > 1) and all(map(is_label, parts))
-    return False
+def substitute(node: Node, part: Node, other: Node) -> Node:
+    """The tree with `other` wherever `part` stands."""
+    if node == part:
+        return other
+    return tuple(
+        substitute(child, part, other) if isinstance(child, tuple) else child for child in node
+    )
 
 
-def relations(node: Node) -> list[Node]:
-    """The chain a < b >= c as relations that point one way: a < b, c <= b."""
-    pairs = zip(node[1].split(), node[2:], node[3:])
-    return [("chain", s.replace(">", "<"), *((b, a) if ">" in s else (a, b))) for s, a, b in pairs]
+def fixed(node: Node, point: dict[str, Fraction]) -> Node:
+    """The tree with the names of a point replaced by their values."""
+    for name, value in point.items():
+        node = substitute(node, ("name", name), ("num", str(value)))
+    return node
+
+
+def determinant(matrix: Node) -> Node:
+    """Of a matrix up to 4 x 4, along the first row."""
+    rows = [row[1:] for row in matrix[1:]]
+    if len(rows) > 4 or any(len(row) != len(rows) for row in rows):
+        raise ValueError("no determinant")
+    if len(rows) == 1:
+        return rows[0][0]
+    terms = []
+    for k, cell in enumerate(rows[0]):
+        minor = ("matrix", *(("row", *row[:k], *row[k + 1 :]) for row in rows[1:]))
+        term = times(cell, determinant(minor))
+        terms.append(times(MINUS_ONE, term) if k % 2 else term)
+    return ("+", *terms)
 
 
 def show(node: Node | str) -> str:
@@ -355,134 +799,30 @@ def show(node: Node | str) -> str:
     return f"{node[0]}({', '.join(map(show, node[1:]))})"
 
 
-# ------------------------------------------------------------------------------------------------ values
-
-
-class Evaluator:
-    """The values of trees at numbered sample points, within one budget of steps and of time."""
-
-    def __init__(self, digits: int, deadline: float):
-        self.mp, self.digits, self.deadline = mpmath.mp.clone(), digits, deadline
-        self.work, self.point, self.real, self.known, self.memo = 0, 0, False, {}, {}
-        self.compute = {
-            "num": Fraction,
-            "base": lambda digits, base: Fraction(int(digits, int(base))),
-            "unit": lambda x, unit: x * (self.mp.pi / 180 if unit == "degree" else 1),
-            "%": lambda x: x / 100,
-            "+": lambda *terms: sum(terms),
-            "*": lambda *factors: math.prod(factors),
-            ":": operator.truediv,
-            "^": self.power,
-            "call": self.call,
-        }
-
-    def at(self, node: Node, point: int = 0, real: bool = False, precision: int = 1, **known):
-        """The value of a tree, names drawn from the sample of that number. `real`: Undefined outside of the reals."""
-        self.mp.dps, self.point, self.real, self.known = precision * self.digits, point, real, known
-        key = (node, point, real, precision, *known.values())
-        try:
-            self.memo[key] = self.memo[key] if key in self.memo else self.value(node)
-            return self.memo[key]
-        except (ArithmeticError, ValueError, TypeError, NotImplementedError, KeyError) as error:
-            raise Undefined(str(error)) from None
-
-    def value(self, node: Node):
-        self.work += 1
-        if self.work > MAX_WORK:
-            raise ParseError("too much to compute")
-        if time.thread_time() > self.deadline:
-            raise TimeoutError
-        op, *children = node
-        if op == "name":
-            x = self.name(*children)
-        elif op == "*" and len(children) == 2 and children[0] == MINUS_ONE:  # of infinity, too
-            x = -self.value(children[1])
-        elif op == "frozen":  # the value at point 0, whatever the point
-            point, self.point = self.point, 0
-            x, self.point = self.value(*children), point
-        elif op == "call" and children[0] in ("apply", "index", "prime", "sum", "prod", "int", "lim"):
-            x = self.unknown(*children)
-        else:
-            values = [child if isinstance(child, str) else self.value(child) for child in children]
-            if self.mp.inf in values or -self.mp.inf in values:
-                raise Undefined("infinity is not a number")
-            if not all(isinstance(x, Fraction | str) for x in values):
-                values = [x if isinstance(x, str) else self.mp.convert(x) for x in values]
-            x = self.compute[op](*values)
-        if isinstance(x, Fraction) and x.numerator.bit_length() + x.denominator.bit_length() <= MAX_BITS:
-            return x
-        x = self.mp.convert(x)
-        if self.mp.isnan(x) or (self.real and isinstance(x, self.mp.mpc)):
-            raise Undefined("no real number")
-        if x and self.mp.isfinite(x) and abs(self.mp.mag(x)) > MAX_LOG:
-            raise Undefined("too large to be compared")
-        return x
-
-    def name(self, name: str):
-        constants = {"pi": +self.mp.pi, "e": +self.mp.e, "i": self.mp.j, "infty": self.mp.inf, **self.known}
-        if name in constants or name in ("ℝ", "emptyset"):
-            return constants[name]
-        low, high = RANGES[self.point]
-        return low + (high - low) * self.hash(name, self.point)
-
-    def hash(self, *key) -> Fraction:
-        return Fraction(int(hashlib.sha256(repr(key).encode()).hexdigest()[:8], 16) % 9_973 + 1, 9_974)
-
-    def unknown(self, *parts: Node | str) -> Fraction:
-        """f(x), a_n, a sum: a number that depends on the parts' values alone (on their form, where they have none)."""
-        key = []
-        for part in parts:
-            try:
-                key.append(part if isinstance(part, str) else self.mp.nstr(self.mp.convert(self.value(part)), 25))
-            except (Undefined, KeyError, TypeError):
-                key.append(part)
-        return self.hash(*key)
-
-    def power(self, base, exponent):
-        if base == 0 and exponent == 0:
-            raise Undefined("0^0")
-        whole = isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1
-        if whole and abs(exponent) * (base.numerator.bit_length() + base.denominator.bit_length()) <= MAX_BITS:
-            return base**exponent.numerator
-        base, exponent = self.mp.convert(base), self.mp.convert(exponent)
-        if base and abs(exponent * self.mp.log(abs(base), 2)) > MAX_LOG:
-            raise Undefined("too large to be compared")
-        return self.mp.power(base, exponent)
-
-    def call(self, function: str, x, degree=None):
-        if function == "abs":
-            return abs(x)
-        if function == "root":
-            odd = isinstance(degree, Fraction) and degree.denominator == 1 and degree.numerator % 2 == 1
-            negative = odd and not isinstance(x, self.mp.mpc) and x < 0
-            return -self.power(-x, 1 / degree) if negative else self.power(x, 1 / degree)
-        arguments = [self.mp.convert(value) for value in (x, degree) if value is not None]
-        if function != "log" and any(self.mp.mag(value) > 16 for value in arguments):
-            raise Undefined(f"{function} of a large number")
-        if function == "factorial" and isinstance(x, Fraction) and x.denominator == 1 and 0 <= x < 2000:
-            return Fraction(math.factorial(x.numerator))
-        self.work += self.mp.dps // 2  # a function costs as much as many sums, the more the more digits
-        return getattr(self.mp, function)(*arguments)
-
-
-# ------------------------------------------------------------------------------------------------ plain arithmetic
+# ------------------------------------------------------------------------------------------------ p
 
 
 def exact_arithmetic(text: str, operators: str = "+-*") -> tuple[Fraction, list[int]]:
-    r"""Value and numbers (in order) of whole numbers joined by these binary operators and brackets; else ParseError.
+    r"""The value of whole numbers joined by these binary operators and brackets, and the numbers.
 
-    LaTeX's spellings are read where their operator is allowed; `2**3`, `7//2`, `-3`, `2(3)`, `2 3` never are.
+    LaTeX's spellings are read where their operator is allowed; `2**3`, `7//2`, `-3`, `2(3)`, `2 3`
+    never are. Raises ParseError for anything else.
     """
-    tokens = tokenise(text, loose=False)[:-1]
-    numbers = [int(token) for token in tokens if re.fullmatch("[0-9]{1,12}", token)]
-    shape = "".join("n" if re.fullmatch("[0-9]{1,12}", t) else "o" if t in operators else t[:1] for t in tokens)
-    smallest = r"\(n\)|non" + r"|f\{n\}\{n\}" * ("/" in operators)
+    tokens = tokenise(text, thousands=False)
+    whole = [re.fullmatch("[0-9]{1,12}", token.text) is not None for token in tokens]
+    numbers = [int(token.text) for token, is_number in zip(tokens, whole) if is_number]
+    signs = {"frac": "f", **dict.fromkeys(operators + "×" * ("*" in operators), "o")}
+    shape = "".join(
+        "n" if number else signs.get(token.text, token.text[0])
+        for token, number in zip(tokens, whole)
+    )
+    smallest = r"\(n\)|non" + r"|f\{n\}\{n\}|fnn" * ("/" in operators)
     while (smaller := re.sub(smallest, "n", shape)) != shape:
         shape = smaller
     if shape != "n":
         raise ParseError(f"not just whole numbers, brackets and {operators}")
     try:
-        return exact(Parser([*tokens, ""]).answer()), numbers
+        return exact(Parser(tokens, set()).answer()), numbers
     except ZeroDivisionError:
         raise ParseError("division by zero") from None
 

@@ -25,6 +25,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import cli
+import latex
+import maths
 import verify
 from verify import ParseError, exact_arithmetic, is_correct, last_boxed, reference_answer, verify_many
 
@@ -259,6 +261,7 @@ r=3, \theta=\pi/2 ## \theta = \frac{\pi}{2}, r = 3
 A \cup B ## A \cup B
 \lim_{n\to\infty} a_n ## \lim_{n \to \infty} a_n
 \sum_{k=1}^n k^2 ## \sum_{k=1}^{n} k^2
+\sum_{k=1}^n k ## \sum_{k=0}^n k
 \int_0^1 x^2\,dx ## \int_{0}^{1} x^2 dx
 \text{3} ## 3
 \text{x = 3} ## 3
@@ -409,7 +412,7 @@ e^{x} ## e^{-x}
 \frac{1}{2006!} ## \frac{1}{2007!}
 x \in [1,2] ## x \in [1,3]
 \sum_{k=1}^n k^2 ## \sum_{k=1}^n k^3
-\sum_{k=1}^n k ## \sum_{k=0}^n k
+\sum_{k=1}^n 2^k ## \sum_{k=0}^n 2^k
 \prod_{k=1}^n 2k ## 2\prod_{k=1}^n k
 abc ## abd
 AB ## AC
@@ -580,7 +583,7 @@ def test_every_reference_parses_and_equals_itself(shared):
     golds = references(shared)
     assert len(golds) > 500
     for gold in golds:
-        verify.read(gold)  # raises, if it does not parse
+        maths.read(latex.tokenise(gold), set())  # raises, if it does not parse
         value = not any(sign in gold for sign in ("=", r"\text", r"\in", ",", ":")) and not gold.isalpha()
         forms = [
             f" {gold} ".replace("+", " + ").replace(",", ", ") if not gold.replace(",", "").isdigit() else f" {gold} ",
@@ -769,7 +772,7 @@ def test_verify_many_keeps_order_and_its_workers():
     pids = []
     for _ in range(2):
         verify_many(many, workers=1)
-        pool = verify.shared_pool(1)
+        pool = verify.shared_pool(1, os.getpid())
         pids.append(pool.threads.submit(lambda p=pool: p.local.worker.pid).result())
     assert pids[0] == pids[1]
     assert verify_many([]) == []
@@ -923,8 +926,17 @@ def test_command_line(tmp_path):
         {"response": r"\boxed{2}", "gold": 1},
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    table = command("--file", str(file)).stdout.split("\n")
-    assert [line.split()[:2] for line in table if line] == [["correct", "1"], ["no_answer", "1"], ["wrong", "1"]]
+    explained, table = command("--file", str(file)).stdout.split("---\n")
+    assert [line.split()[:2] for line in table.strip().split("\n")] == [
+        ["correct", "1"],
+        ["no_answer", "1"],
+        ["wrong", "1"],
+    ]
+    assert [line for line in explained.split("\n") if "decided" in line] == [
+        "decided by literal",
+        "decided by ",
+        "decided by values",
+    ]
     file.write_text("{")
     bad = command("--file", str(file))
     assert bad.returncode == 2 and "line 1" in bad.stderr and "Traceback" not in bad.stderr

@@ -1,0 +1,411 @@
+r"""Small judges, asked in turn, of the tree of a reference and the tree of an answer.
+
+Each says True (equal), False (different) or None (does not know), and knows one kind of answer:
+
+    identical       the same tree
+    named_values    x = 1, y = 2 in any order; (x, y) = (1, 2)
+    labels          x = 3 is 3
+    coordinates     A(1, 2) is (1, 2)
+    units           5 cm against 5, 50 % against 0.5
+    sets            (0, 1] against 0 < x <= 1
+    lists           members in any order
+    shapes          tuples, matrices, cases, bases, ratios: part by part
+    equations       2x = 4 against x = 2; other relations side by side
+    solutions       x^2 = 4 against 2, -2
+    values          whatever has a value
+    closed_forms    integrals, limits and endless sums: sympy knows
+
+`Judges.match` asks them, and they ask it of their parts.
+"""
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+from equality import Equality
+from latex import ORDERED
+from maths import CONSTANTS, MINUS_ONE, Node, members, minus, names, walk
+from values import Budget, Undecided, Undefined
+
+FLOAT_DIGITS = range(15, 18)  # that a computer prints of a number; others are somebody's rounding
+MAX_PAIRS = 2_500  # of the members of two lists
+Verdict = bool | None
+
+
+def is_label(node: Node) -> bool:
+    """May this stand for the value on the other side.
+
+    X, a_2, f(2), AB, |AB|, s/r, cos A, (x, y), "Area"?
+    """
+    match node:
+        case ("text", _):
+            return True
+        case ("name", name):
+            return name not in CONSTANTS or name in "ei"
+        case ("call", "index" | "apply" | "prime" | "mark" | "inverse", *_):
+            return True
+        case ("call", "abs" | "det" | "sin" | "cos" | "tan" | "cot", inner):
+            return is_label(inner)
+        case ("unit", inner, "degree"):
+            return is_label(inner)
+        case ("tuple", _, *parts) | (":", *parts):
+            return all(map(is_label, parts))
+        case ("^", ("name", name), power):
+            return name.isupper() and power == MINUS_ONE  # of a matrix
+        case ("*", ("name", "m"), ("call", "mark", "angle", _)):
+            return True
+        case ("*", ("name", first), *parts):  # AB, AB/CD, s/r
+            below = [part[0] == "^" and part[2] == MINUS_ONE for part in parts]
+            parts = [part[1] if inverse else part for part, inverse in zip(parts, below)]
+            return (first.isupper() or all(below)) and all(map(is_label, parts))
+    return False
+
+
+def relations(node: Node) -> list[Node]:
+    """The chain a < b >= c as relations that point one way: a < b, c <= b."""
+    turned = {">": "<", ">=": "<=", "⊃": "⊂", "⊇": "⊆", "⇐": "⇒"}
+    found = []
+    for sign, left, right in zip(node[1].split(), node[2:], node[3:]):
+        if sign in turned:
+            sign, left, right = turned[sign], right, left
+        found.append(("chain", sign, left, right))
+    return found
+
+
+def is_bound(node: Node) -> bool:
+    """A condition on a real number that is no equation."""
+    if node[0] == "chain":
+        return not set(node[1].split()) & ({"=", "≡"} | ORDERED)
+    return node == ("name", "ℝ")
+
+
+def is_open(node: Node) -> bool:
+    """An integral, a limit, or a sum or product that does not end: not computed term by term."""
+    if node[:2] in (("call", "sum"), ("call", "prod")):
+        return ("name", "infty") in node[3:5]
+    return node[:2] in (("call", "int"), ("call", "lim"))
+
+
+def inner_units(node: Node) -> set[str]:
+    """The units below the root, which do not count in the value: 60 in `0 + (60 h)`."""
+    return {part[2] for part in walk(node) if part[0] == "unit" and part is not node} - {"degree"}
+
+
+def without_degrees(node: Node) -> Node:
+    """Degrees as plain numbers, except in what a function is of."""
+    if node[0] == "unit" and node[2] == "degree":
+        return node[1]
+    if node[0] in ("+", "*", "unit"):
+        return tuple(without_degrees(part) if isinstance(part, tuple) else part for part in node)
+    return node
+
+
+def as_vector(node: Node) -> Node:
+    """A row or a column as a tuple; [[1, 2], [3, 4]] as a matrix."""
+    if node[0] == "matrix" and 2 in (len(node), len(node[1])):
+        return ("tuple", "()", *(cell for row in node[1:] for cell in row[1:]))
+    if node[0] == "tuple" and node[2:] and all(row[0] == "tuple" for row in node[2:]):
+        return ("matrix", *(("row", *row[2:]) for row in node[2:]))
+    return node
+
+
+class Judges:
+    """One answer against one reference.
+
+    `algebra`: the module that asks sympy, in a worker; elsewhere None, and `wants_algebra` says
+    afterwards whether it might have known. `decided_by`: the judge who knew.
+    """
+
+    def __init__(self, deadline: float, tolerance: float, algebra=None):
+        self.equality = Equality(Budget(deadline), self.ask)
+        self.numbers, self.mp = self.equality.numbers, self.equality.mp
+        self.tolerance, self.algebra, self.wants_algebra = tolerance, algebra, False
+        self.depth, self.decided_by = 0, "nobody"
+
+    def match(self, gold: Node, answer: Node) -> bool:
+        """Is the answer what the reference says? The first judge that knows, says."""
+        self.depth += 1
+        try:
+            for judge in self.IN_TURN:
+                verdict = self.asked(judge, gold, answer)
+                if verdict is not None:
+                    if self.depth == 1:
+                        self.decided_by = judge.__name__
+                    return verdict
+            return False
+        finally:
+            self.depth -= 1
+
+    def asked(self, judge: Callable, gold: Node, answer: Node) -> Verdict:
+        try:
+            return judge(self, gold, answer)
+        except (Undefined, Undecided):
+            return None
+
+    def ask(self, what: str, *arguments) -> list[Node]:
+        """Trees from algebra.py; outside of a worker the question is only noted."""
+        if self.algebra is None:
+            self.wants_algebra = True
+            raise Undecided("a question for sympy")
+        return getattr(self.algebra, what)(*arguments)
+
+    # ------------------------------------------------------------------------------------ names
+
+    def identical(self, gold: Node, answer: Node) -> Verdict:
+        return True if gold == answer else None
+
+    def named_values(self, gold: Node, answer: Node) -> Verdict:
+        """By name; against a plain (1, 2) or 1, 2 in the order of the alphabet."""
+        golds, answers = self.assignments(gold), self.assignments(answer)
+        if golds and answers and set(golds) == set(answers):
+            return all(self.match(golds[name], answers[name]) for name in golds)
+        if bool(golds) == bool(answers):
+            return None
+        assigned, other = (golds, answer) if golds else (answers, gold)
+        plain = other[0] == "tuple" or (
+            other[0] == "list" and all(part[0] != "chain" for part in members(other))
+        )
+        if not plain:
+            return None
+        letters = all(name[0] == "name" and len(name[1]) == 1 for name in assigned)
+        order = sorted(assigned) if letters else list(assigned)
+        row = ("tuple", "()", *(assigned[name] for name in order))
+        if other[0] == "list":
+            other = ("tuple", "()", *members(other))
+        return self.match(row, other) if golds else self.match(other, row)
+
+    def assignments(self, node: Node) -> dict[Node, Node] | None:
+        """The values of two names or more, by name."""
+        pairs: list[tuple] = []
+        if node[0] == "list":
+            pairs = [self.unlabel(part) for part in members(node)]
+        elif node[0] == "chain" and set(node[1].split()) == {"="}:
+            if node[2][0] == node[-1][0] == "tuple" and len(node[2]) == len(node[-1]):
+                pairs = list(zip(node[2][2:], node[-1][2:]))
+            elif all(part[0] == "name" for part in node[2:-1]):  # a = b = 2
+                pairs = [(label, node[-1]) for label in node[2:-1]]
+        for label, value in pairs:
+            if not label or not value or not is_label(label) or is_bound(value):
+                return None
+        distinct = len({label for label, _ in pairs}) == len(pairs)
+        return dict(pairs) if distinct and len(pairs) > 1 else None
+
+    def labels(self, gold: Node, answer: Node) -> Verdict:
+        """A name of the value may be missing on either side.
+
+        Another is wrong. f(x) may be called y.
+        """
+        (gold_label, gold_value), (label, value) = self.unlabel(gold), self.unlabel(answer)
+        if gold_value is None or value is None:
+            return False
+        if gold_label is None and label is None:
+            unchained = (gold_value, value) != (gold, answer)
+            return True if unchained and self.match(gold_value, value) else None
+        if gold_label and label and gold_label != label:
+            function = ("call", "apply") in (gold_label[:2], label[:2])
+            if not function or ("name", "y") not in (gold_label, label):
+                return None
+        if (gold[0], answer[0]).count("chain") == 1:
+            return self.match(gold_value, value)
+        return True if self.match(gold_value, value) else None
+
+    def unlabel(self, node: Node) -> tuple[Node | None, Node | None]:
+        """(name, value) of x = 3, x = 6/2 = 3 or 6/2 = 3.
+
+        (None, node) of others; no value if false.
+        """
+        if node[0] != "chain" or not set(node[1].split()) <= {"=", "≈", "∈", "≡"}:
+            return None, node
+        signs, parts, label = node[1].split(), list(node[2:]), None
+        if signs == ["="] and is_label(parts[1]) and not is_label(parts[0]):
+            parts.reverse()
+        matrix = parts[-1][0] in ("matrix", "call")
+        if is_label(parts[0]) and (parts[0][0] != "^" or matrix):
+            label, signs, parts = parts[0], signs[1:], parts[1:]
+        elif names(*parts) or "∈" in signs:
+            return None, node
+        for sign, left, right in zip(signs, parts, parts[1:]):
+            rounded = sign == "≈" and self.prints(right, left, range(1, 99))
+            if not rounded and not self.match(left, right):
+                return label, None
+        return label, parts[0]
+
+    def coordinates(self, gold: Node, answer: Node) -> Verdict:
+        if {gold[0], answer[0]} != {"call", "tuple"}:
+            return None
+        plain = []
+        for node in (gold, answer):
+            point = node[:2] == ("call", "apply") and len(node) > 4
+            plain.append(("tuple", "()", *node[3:]) if point else node)
+        return self.match(*plain) if plain != [gold, answer] else None
+
+    # ------------------------------------------------------------------------------------ units
+
+    def units(self, gold: Node, answer: Node) -> Verdict:
+        """The reference's unit may be missing.
+
+        % is a hundredth; the reference's may be missing, too.
+        """
+        kinds = {gold[0], answer[0]}
+        if not kinds & {"unit", "%"} or "chain" in kinds:
+            return None
+        if gold[0] == answer[0]:
+            return gold[2:] == answer[2:] and self.match(gold[1], answer[1])
+        if answer[0] == "%":
+            return gold[0] != "unit" and self.values(gold, answer) is True
+        if (gold[0], answer[0]) == ("%", "unit"):
+            return False
+        bare_gold = gold[1] if gold[0] in ("unit", "%") else gold
+        bare_answer = answer[1] if answer[0] == "unit" else answer
+        return self.match(bare_gold, bare_answer) or self.values(gold, answer) is True
+
+    # ------------------------------------------------------------------------------------ sets, lis
+
+    def sets(self, gold: Node, answer: Node) -> Verdict:
+        parts = [gold, answer, *members(gold), *members(answer)]
+        real = any(is_bound(part) or part[0] in ("∪", "∩", "∖") for part in parts)
+        if not real or inner_units(gold) != inner_units(answer):
+            return None
+        return True if self.equality.same_set(gold, answer) else None
+
+    def lists(self, gold: Node, answer: Node) -> Verdict:
+        """In any order; in order where one side has semicolons or dots, or is 5 feet 8 inches."""
+        if {gold[:2], answer[:2]} & {("tuple", ";"), ("tuple", "+")} and gold[0] != "list":
+            golds, answers = (
+                part[2:] if part[0] == "tuple" else members(part) for part in (gold, answer)
+            )
+            return len(golds) == len(answers) and all(map(self.match, golds, answers))
+        if answer[:2] == ("tuple", ";"):
+            answer = ("list", *answer[2:])
+        kinds, golds, answers = {gold[0], answer[0]}, members(gold), members(answer)
+        if not kinds & {"list", "or"}:
+            return None
+        if "tuple" in kinds or len(golds) * len(answers) > MAX_PAIRS:
+            return False
+        found = [[self.match(one, other) for other in answers] for one in golds]
+        same = all(map(any, found)) and all(map(any, zip(*found))) and bool(golds) == bool(answers)
+        return same or (None if 1 in (len(golds), len(answers)) else False)
+
+    def shapes(self, gold: Node, answer: Node) -> Verdict:
+        kinds = {gold[0], answer[0]}
+        if kinds == {"base", "num"}:
+            return gold[0] == "base" and gold[1] == answer[1]
+        if kinds == {"cases"} and len(gold) == len(answer):
+            return True if self.match(("list", *gold[1:]), ("list", *answer[1:])) else None
+        if kinds == {":"} and len(gold) == len(answer) and not is_time(gold):
+            pairs = zip(gold[2:], answer[2:])
+            return all(self.equality.same(("*", g, answer[1]), ("*", a, gold[1])) for g, a in pairs)
+        if "mod" in kinds:
+            return self.same_class(gold, answer) if kinds == {"mod"} else False
+        if kinds == {"matrix", "tuple"}:
+            gold, answer = as_vector(gold), as_vector(answer)
+        if not kinds & {"tuple", "matrix", "row", "base", ":", "text"}:
+            return None
+        if gold[0] != answer[0] or len(gold) != len(answer):
+            return False
+        if gold[0] == "tuple" and len(gold) != 4:  # brackets tell intervals of two ends from tuples
+            gold, answer = ("tuple", *gold[2:]), ("tuple", *answer[2:])
+        parts = zip(gold[1:], answer[1:])
+        return all(g == a or (isinstance(g, tuple) and self.match(g, a)) for g, a in parts)
+
+    def same_class(self, gold: Node, answer: Node) -> bool:
+        """7 mod 12 is 19 mod 12."""
+        if not self.match(gold[2], answer[2]):
+            return False
+        turns = ("*", minus(gold[1], answer[1]), ("^", gold[2], MINUS_ONE))
+        return self.numbers.exact(turns).denominator == 1
+
+    # ------------------------------------------------------------------------------------ relations
+
+    def equations(self, gold: Node, answer: Node) -> Verdict:
+        """Multiples of one another are the same.
+
+        Relations that have no meaning here, side by side.
+        """
+        if not gold[0] == answer[0] == "chain":
+            return None
+        golds, answers = relations(gold), relations(answer)
+        if len(golds) > 1 or len(answers) > 1:
+            return self.match(("list", *golds), ("list", *answers))
+        (_, sign, left, right), (_, other, first, second) = golds[0], answers[0]
+        if sign != other or inner_units(gold) != inner_units(answer):
+            return False
+        if sign in ORDERED or sign == "∈":
+            if self.match(left, first) and self.match(right, second):
+                return True
+            return sign in "∥⟂≅∼⇔↔" and self.match(left, second) and self.match(right, first)
+        sides = minus(right, left), minus(second, first)
+        return self.equality.proportional(*sides, signed="<" in sign)
+
+    def solutions(self, gold: Node, answer: Node) -> Verdict:
+        if (gold[0], answer[0]).count("chain") != 1:
+            return None
+        equation, other = (gold, answer) if gold[0] == "chain" else (answer, gold)
+        free = names(equation)
+        if self.unlabel(equation)[0] or equation[1] != "=" or len(free) != 1 or names(other):
+            return None
+        if other[0] in ("text", "tuple", "matrix", "cases"):
+            return None
+        roots = self.equality.roots(minus(equation[2], equation[3]), *free)
+        return None if roots is None else self.match(("list", *roots), other)
+
+    # ------------------------------------------------------------------------------------ values
+
+    def values(self, gold: Node, answer: Node) -> Verdict:
+        """Equal exactly, within the tolerance, or as a computer prints the number."""
+        if inner_units(gold) != inner_units(answer):
+            return False
+        if self.equality.same(gold, answer):
+            return True
+        stripped = without_degrees(gold), without_degrees(answer)
+        if stripped != (gold, answer) and self.equality.same(*stripped):
+            return True
+        different = None if any(map(is_open, (*walk(gold), *walk(answer)))) else False
+        if names(gold, answer):
+            return different
+        gap = self.numbers.at(minus(gold, answer))  # Undefined, if one is infinite
+        close = self.tolerance and abs(gap) <= self.tolerance * abs(self.numbers.at(gold))
+        printed = self.prints(gold, answer) or self.prints(answer, gold)
+        return True if close or printed else different
+
+    def prints(self, decimal: Node, exact: Node, digits: range = FLOAT_DIGITS) -> bool:
+        """Is `decimal` what a computer prints, in so many digits, of what no decimal is?"""
+        text = decimal[1].lstrip("-") if decimal[0] == "num" else ""
+        if not re.fullmatch(r"[0-9]*\.[0-9]+", text):
+            return False
+        if len(text.replace(".", "").lstrip("0")) not in digits:
+            return False
+        x = self.numbers.at(exact)
+        if isinstance(x, Fraction) and 10**400 % x.denominator == 0 and digits == FLOAT_DIGITS:
+            return False
+        gap = self.mp.convert(self.numbers.at(minus(decimal, exact)))
+        return abs(gap) < self.mp.mpf(10) ** -len(text.split(".")[1])
+
+    def closed_forms(self, gold: Node, answer: Node) -> Verdict:
+        closed = self.closed(gold), self.closed(answer)
+        return None if closed == (gold, answer) else self.match(*closed)
+
+    def closed(self, node: Node) -> Node:
+        if is_open(node):
+            return self.ask("closed", node)[0]
+        return tuple(self.closed(part) if isinstance(part, tuple) else part for part in node)
+
+    IN_TURN: tuple[Callable, ...] = (
+        identical,
+        named_values,
+        labels,
+        coordinates,
+        units,
+        sets,
+        lists,
+        shapes,
+        equations,
+        solutions,
+        values,
+        closed_forms,
+    )
+
+
+def is_time(ratio: Node) -> bool:
+    """3:05 is a time, 3:5 a ratio."""
+    return all(part[0] == "num" and len(part[1]) == 2 for part in ratio[2:])
