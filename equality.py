@@ -345,11 +345,11 @@ class Equality:
                 return False
             case ("chain", "∈", _, inner):
                 return self.contains(inner, x)
-            case ("chain", signs, *parts):
+            case ("chain", signs, *parts) if set(signs.split()) <= set(TRUTHS):
                 point = dict.fromkeys(names(node), x)
                 values = [self.numbers.at(part, point, True) for part in parts]
                 orders = [self.order(a, b) for a, b in itertools.pairwise(values)]
                 return all(order in TRUTHS[sign] for sign, order in zip(signs.split(), orders))
-        if names(node) or node[0] in ("tuple", "text", "matrix"):
+        if names(node) or node[0] in ("tuple", "text", "matrix", "chain"):
             raise Undefined("not a set of reals")
         return self.order(self.numbers.at(node), x) == 0

@@ -16,7 +16,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 
 from latex import (
@@ -37,51 +37,147 @@ MAX_DEPTH = 25  # of brackets
 
 Node = tuple  # ("op", child, ...); the children of leaves are strings
 
-LEVEL = dict.fromkeys(RELATIONS, 1) | {
-    "mod": 2,
-    "∪": 3,
-    "∩": 3,
-    "∖": 3,
-    ":": 4,
-}  # how tightly operators bind
+# How tightly operators bind.
+LEVEL = dict.fromkeys(RELATIONS, 1) | {"mod": 2, "∪": 3, "∩": 3, "∖": 3, ":": 4}
 LEVEL |= {"+": 5, "-": 5, "*": 6, "×": 6, "/": 6}
-UNIT_LEVEL, MINUS_ONE = 4, ("num", "-1")  # `2 + 3 \text{ cm}` is 5 cm
+UNIT_LEVEL = 4  # `2 + 3 \text{ cm}` is 5 cm
+MINUS_ONE = ("num", "-1")
 END = Token("end", "")
-GEOMETRY = {
-    "angle",
-    "measuredangle",
-    "triangle",
-    "square",
-    "odot",
-}  # marks that stand before several letters
+
+CONSTANTS = {"pi", "e", "i", "infty", "emptyset", "ldots", *"ℝℤℕℚℂ"}
+OF_LETTERS = {"angle", "measuredangle", "triangle", "square", "odot"}  # marks of several letters
+ALIGNED = {
+    "aligned",
+    "align",
+    "gathered",
+    "split",
+    "eqnarray",
+}  # where & says only where lines meet
+TRANSPOSE = (("name", "T"), ("name", "top"), ("text", "top"))
+
+
+# ---------------------------------------------------------------------------------------- trees
+
+
+def walk(node: Node | str) -> Iterator[Node]:
+    """The node and all nodes below it."""
+    if isinstance(node, tuple):
+        yield node
+        for child in node[1:]:
+            yield from walk(child)
+
+
+def names(*nodes: Node) -> set[str]:
+    """The variables of some trees."""
+    found = set()
+    for node in nodes:
+        found |= {part[1] for part in walk(node) if part[0] == "name"}
+    return found - CONSTANTS
+
+
+def members(node: Node) -> tuple[Node, ...]:
+    """Of a list or set; of anything else, itself."""
+    if node[0] in ("list", "or"):
+        return node[1:]
+    return () if node == ("name", "emptyset") else (node,)
+
+
+def substitute(node: Node, part: Node, other: Node) -> Node:
+    """The tree with `other` wherever `part` stands."""
+    if node == part:
+        return other
+    replaced = (substitute(x, part, other) if isinstance(x, tuple) else x for x in node)
+    return tuple(replaced)
+
+
+def fixed(node: Node, point: dict[str, Fraction]) -> Node:
+    """The tree with the names of a point replaced by their values."""
+    for name, value in point.items():
+        node = substitute(node, ("name", name), ("num", str(value)))
+    return node
+
+
+def show(node: Node | str) -> str:
+    """A tree in prefix notation: +(1, ^(2, -1))."""
+    if isinstance(node, str):
+        return node
+    if node[0] in ("num", "name", "text"):
+        return node[1]
+    return f"{node[0]}({', '.join(map(show, node[1:]))})"
 
 
 def times(left: Node, right: Node) -> Node:
     """The product; a scalar goes into the cells of a matrix, a sign into a number."""
     if left[0] == right[0] == "matrix":
-        columns = [[row[k] for row in right[1:]] for k in range(1, len(right[1]))]
-        if (
-            any(len(row) != len(right) for row in left[1:])
-            or len(left) * len(right) * len(columns) > 100
-        ):
-            raise ParseError("matrices that have no product")
-        sums = [[("+", *map(times, row[1:], column)) for column in columns] for row in left[1:]]
-        return ("matrix", *(("row", *cells) for cells in sums))
-    if "matrix" in (left[0], right[0]) and left[0] != right[0]:
-        scalar, matrix = (left, right) if right[0] == "matrix" else (right, left)
-        return (
-            "matrix",
-            *(("row", *(times(scalar, cell) for cell in row[1:])) for row in matrix[1:]),
-        )
+        return matrix_product(left, right)
+    if right[0] == "matrix":
+        return each_cell(right, lambda cell: times(left, cell))
+    if left[0] == "matrix":
+        return each_cell(left, lambda cell: times(right, cell))
     if left == MINUS_ONE and right[0] == "num" and right[1][0] != "-":
         return ("num", "-" + right[1])
-    return (
-        (*left, right) if left[0] == "*" else ("*", left, right)
-    )  # flat: a long product does not nest
+    if left[0] == "*":  # flat: a long product does not nest
+        return (*left, right)
+    return ("*", left, right)
 
 
 def minus(left: Node, right: Node) -> Node:
     return ("+", left, times(MINUS_ONE, right))
+
+
+def over(above: Node, below: Node) -> Node:
+    return times(above, ("^", below, MINUS_ONE))
+
+
+def matrix(rows: list) -> Node:
+    return ("matrix", *(("row", *cells) for cells in rows))
+
+
+def each_cell(node: Node, change: Callable[[Node], Node]) -> Node:
+    return matrix([map(change, row[1:]) for row in node[1:]])
+
+
+def transposed(node: Node) -> Node:
+    """Of a matrix; of a tuple, the column."""
+    if node[0] == "tuple":
+        return matrix([(cell,) for cell in node[2:]])
+    return matrix(list(zip(*(row[1:] for row in node[1:]))))
+
+
+def matrix_sum(left: Node, right: Node) -> Node:
+    rows = []
+    for above, below in zip(left[1:], right[1:]):
+        rows.append([("+", a, b) for a, b in zip(above[1:], below[1:])])
+    return matrix(rows)
+
+
+def matrix_product(left: Node, right: Node) -> Node:
+    columns = transposed(right)[1:]
+    fits = all(len(row) == len(right) for row in left[1:])
+    if not fits or len(left) * len(right) * len(columns) > 100:
+        raise ParseError("matrices that have no product")
+    rows = []
+    for row in left[1:]:
+        rows.append([("+", *map(times, row[1:], column[1:])) for column in columns])
+    return matrix(rows)
+
+
+def determinant(node: Node) -> Node:
+    """Of a matrix up to 4 x 4, along the first row; ValueError for others."""
+    rows = [row[1:] for row in node[1:]]
+    if len(rows) > 4 or any(len(row) != len(rows) for row in rows):
+        raise ValueError("no determinant")
+    if len(rows) == 1:
+        return rows[0][0]
+    terms = []
+    for k, cell in enumerate(rows[0]):
+        minor = matrix([row[:k] + row[k + 1 :] for row in rows[1:]])
+        term = times(cell, determinant(minor))
+        terms.append(times(MINUS_ONE, term) if k % 2 else term)
+    return ("+", *terms)
+
+
+# ---------------------------------------------------------------------------------------- grammar
 
 
 class Parser:
@@ -128,7 +224,8 @@ class Parser:
             separators.update(found)
             if not found:
                 break
-        if self.next != END if not end else not self.sees(*end):
+        closed = self.sees(*end) if end else self.next == END
+        if not closed:
             raise ParseError(f"left over: {self.next.text!r}")
         self.closed_by = self.next.text
         self.at += bool(end)
@@ -136,7 +233,9 @@ class Parser:
             return parts[0]
         if ";" in separators or ("name", "ldots") in parts:
             return ("tuple", ";", *parts)
-        return parts[0] if len(parts) == 1 else ("or" if "or" in separators else "list", *parts)
+        if len(parts) == 1:
+            return parts[0]
+        return ("or" if "or" in separators else "list", *parts)
 
     def expression(self, level: int = 1) -> Node:
         """Operands joined by operators that bind at least as tightly as `level`."""
@@ -144,10 +243,9 @@ class Parser:
         while True:
             if level <= UNIT_LEVEL:
                 left = self.measured(left)
-            if level <= UNIT_LEVEL and left[0] == "unit" and self.next.kind == "num":  # 5 ft 8 in
-                left = self.compound(left)
             op, implicit = self.operator()
-            if LEVEL.get(op, 0) < level or (op in "*/×" and not implicit and self.unit_ahead()):
+            of_unit = op in ("*", "/", "×") and not implicit and self.unit_ahead()
+            if LEVEL.get(op, 0) < level or of_unit:
                 return left
             if implicit and self.next.kind == "num" and last[0] == "num":
                 raise ParseError("two numbers side by side")
@@ -159,41 +257,33 @@ class Parser:
             left = self.join(op, left, right)
 
     def operator(self) -> tuple[str, bool]:
-        """The operator that stands here, or "*" for a product without a sign.
-
-        And whether it was without.
-        """
+        """The operator that stands here; "*" and True for a product without a sign."""
         if self.sees("(") and self.sees("mod", ahead=1):
             return "mod", False
         if self.starts_factor():
             return "*", True
-        op = self.next.text if self.next.kind == "op" else ""
-        return "∣" if op == "|" and self.bars == 0 else op, False
-
-    def compound(self, first: Node) -> Node:
-        second = self.expression(UNIT_LEVEL)
-        if second[0] not in ("unit", "tuple") or (second[0] == "tuple" and second[1] != "+"):
-            raise ParseError("a number behind a unit")
-        return ("tuple", "+", first, *(second[2:] if second[0] == "tuple" else (second,)))
+        if self.sees("|") and self.bars == 0:
+            return "∣", False
+        return (self.next.text if self.next.kind == "op" else ""), False
 
     def join(self, op: str, left: Node, right: Node) -> Node:
         if LEVEL[op] == 1:
             signs, *parts = left[1:] if left[0] == "chain" else ("", left)
             return ("chain", f"{signs} {op}".strip(), *parts, right)
-        if op == "×" and any(
-            part[:2] == ("call", "mark") or part == ("name", "nabla") for part in (left, right)
-        ):
+        if op == "×" and (is_vector(left) or is_vector(right)):
             return ("call", "cross", left, right)
-        if op in "*×":
+        if op in ("*", "×"):
             return times(left, right)
         if op == "/":
-            return times(left, ("^", right, MINUS_ONE))
-        op, right = ("+", times(MINUS_ONE, right)) if op == "-" else (op, right)
+            return over(left, right)
+        if op == "-":
+            op, right = "+", times(MINUS_ONE, right)
         if op == "+" and left[0] == right[0] == "matrix" and len(left) == len(right):
-            cells = [zip(a[1:], b[1:]) for a, b in zip(left[1:], right[1:])]
-            return ("matrix", *(("row", *(("+", a, b) for a, b in row)) for row in cells))
+            return matrix_sum(left, right)
         node = (*left, right) if left[0] == op else (op, left, right)
-        return (op, *sorted(node[1:], key=repr)) if op in "∪∩" else node  # neither has an order
+        if op in ("∪", "∩"):  # have no order
+            return (op, *sorted(node[1:], key=repr))
+        return node
 
     def starts_factor(self) -> bool:
         """Does another factor stand here without a sign, as in 2x, (x-1)3, n!2^n, 2|x|?"""
@@ -203,11 +293,9 @@ class Parser:
         if kind == "op" and text == "|":
             later = [token.text for token in self.tokens[self.at + 1 :]]
             return self.bars == 0 and "|" in later
-        openers = ("(", "[", "{", "⌊", "⌈")
-        begins = text in openers or (
-            text.startswith("\\begin") and not text.startswith("\\begin{cases")
-        )
-        return kind in ("num", "name", "command", "base") or (kind == "op" and begins)
+        if kind == "op":
+            return text in ("(", "[", "{", "⌊", "⌈") or ("matrix" in text and "begin" in text)
+        return kind in ("num", "name", "command", "base")
 
     def modulus(self, left: Node) -> Node:
         """7 (mod 12), \\pmod{12} and \\pmod 12 are the same."""
@@ -234,21 +322,27 @@ class Parser:
             self.at += 1
             node = times(node, ("num", number))
         unit, self.at = read_unit(self.tokens, self.at)
-        if not unit:
-            return node
         if unit == [("percent", 1)]:
             return ("%", node)
-        if node[0] == "unit":  # $15 per hour
-            node, unit = node[1], [(node[2], 1), *unit]
-        return ("unit", node, spell(unit))
+        if unit and node[0] == "unit":  # $15 per hour
+            node = ("unit", node[1], spell([(node[2], 1), *unit]))
+        elif unit:
+            node = ("unit", node, spell(unit))
+        return self.compound(node) if node[0] == "unit" and self.next.kind == "num" else node
+
+    def compound(self, first: Node) -> Node:
+        """5 ft 8 in: quantities in a row."""
+        rest = self.expression(UNIT_LEVEL)
+        if rest[0] == "unit":
+            return ("tuple", "+", first, rest)
+        if rest[:2] == ("tuple", "+"):
+            return ("tuple", "+", first, *rest[2:])
+        raise ParseError("a number behind a unit")
 
     # ---- operands
 
     def operand(self) -> Node:
-        """Signs, one atom, and what is attached to it.
-
-        Powers, indices, arguments, !, %, degrees.
-        """
+        """Signs, one atom, and what is attached to it: powers, indices, arguments, !, %, °."""
         depth = self.depth
         self.deeper()
         sign = self.take("+", "-")
@@ -278,10 +372,7 @@ class Parser:
         return combination(node)
 
     def exponent(self) -> Node:
-        """One atom with its signs, as LaTeX has it.
-
-        2^2^2 is read from the right, as a programmer means it.
-        """
+        """One atom with its signs, as LaTeX has it; 2^2^2 from the right, as programmers do."""
         if sign := self.take("+", "-"):
             self.deeper()
             node = self.exponent()
@@ -293,18 +384,12 @@ class Parser:
         return node
 
     def script(self) -> Node:
-        """What stands in an index or exponent.
-
-        Words there are a label: A_{\\max}, A^{\\text{left}}.
-        """
+        """What stands in an index or exponent; commands there are a label: A_{\\max}."""
         if self.next.kind == "command" and self.next.text in LISTED | {"lim", "int"}:
             self.at += 1
             return ("text", self.tokens[self.at - 1].text)
-        if (
-            self.sees("{")
-            and self.tokens[self.at + 1].kind == "command"
-            and self.sees("}", ahead=2)
-        ):
+        braced = self.sees("{") and self.sees("}", ahead=2)
+        if braced and self.tokens[self.at + 1].kind == "command":
             self.at += 3
             return ("text", self.tokens[self.at - 2].text)
         if self.take("*"):
@@ -315,10 +400,7 @@ class Parser:
         return self.atom()
 
     def raised(self, base: Node, exponent: Node) -> Node:
-        if exponent in (("name", "T"), ("name", "top"), ("text", "top")) and base[0] in (
-            "matrix",
-            "tuple",
-        ):
+        if exponent in TRANSPOSE and base[0] in ("matrix", "tuple"):
             return transposed(base)
         if base[0] == "matrix" and exponent[0] == "num" and exponent[1] in map(str, range(1, 13)):
             return functools.reduce(times, [base] * int(exponent[1]))
@@ -340,21 +422,15 @@ class Parser:
         if scale.kind in ("word", "name") and scale.text in ("C", "F"):
             self.at += 1
             return ("unit", node, "°" + scale.text)
-        for divisor in (60, 3600):
-            marks = 1 if divisor == 60 else 2
-            if self.next.kind == "num" and all(
-                self.sees("'", '"', ahead=k + 1) for k in range(marks)
-            ):
-                part = ("num", self.next.text)
-                node = ("+", node, ("*", part, ("^", ("num", str(divisor)), MINUS_ONE)))
+        for marks, parts in ((1, "60"), (2, "3600")):  # minutes, seconds
+            marked = all(self.sees("'", '"', ahead=k) for k in range(1, marks + 1))
+            if self.next.kind == "num" and marked:
+                node = ("+", node, over(("num", self.next.text), ("num", parts)))
                 self.at += 1 + marks
         return ("unit", node, "degree")
 
     def applied(self, node: Node) -> Node:
-        """f(x), f_n(x), f'(x), f^{-1}(x), P(A|B), E[X].
-
-        A function of its arguments, which no product is.
-        """
+        """f(x), f_n(x), f'(x), f^{-1}(x), P(A|B), E[X]: a function of its arguments."""
         if node[0] == "chain" and node[1] == "∘" and self.sees("("):  # (f ∘ g)(x) is f(g(x))
             inner = self.atom()
             for function in node[:1:-1]:
@@ -365,17 +441,17 @@ class Parser:
         base = node[1] if node[0] == "^" and node[2] == MINUS_ONE else node
         while base[0] == "call" and base[1] in ("index", "prime"):
             base = base[2]
-        if node[0] == "call" and node[1] == "apply" and self.sees("("):
-            base = ("name", "f")  # f(x)(y)
-        known = base[0] == "text" or (base[0] == "name" and base[1] in self.functions)
-        expected = (
-            base[0] == "name" and len(base[1]) == 1 and base[1].isupper() and self.sees("[")
-        )  # E[X]
-        if not (known and self.sees("(")) and not expected:
+        if self.sees("["):  # E[X]
+            known = base[0] == "name" and re.fullmatch("[A-Z]", base[1])
+        elif base[0] == "name":
+            known = base[1] in self.functions
+        else:
+            known = base[0] == "text" or base[:2] == ("call", "apply")  # f(x)(y)
+        if not known:
             return node
         function = ("call", "inverse", base) if node[0] == "^" else node
-        self.at += 1
-        arguments = members(self.answer(")" if not expected else "]"))
+        closing = ")" if self.take("(") else "]" * bool(self.take("["))
+        arguments = members(self.answer(closing))
         if function == ("name", "Gamma") and len(arguments) == 1:
             return ("call", "factorial", minus(arguments[0], ("num", "1")))
         if function == ("name", "zeta") and arguments[0][0] == "num":
@@ -401,14 +477,11 @@ class Parser:
             self.bars += token.text == "|"
             node = self.answer({"|": "|", "⌊": "⌋", "⌈": "⌉"}[token.text])
             self.bars -= token.text == "|"
-            function = {"|": "abs", "⌊": "floor", "⌈": "ceil"}[token.text]
-            return (
-                ("call", "det", node)
-                if function == "abs" and node[0] == "matrix"
-                else ("call", function, node)
-            )
+            if token.text == "|" and node[0] == "matrix":
+                return ("call", "det", node)
+            return ("call", {"|": "abs", "⌊": "floor", "⌈": "ceil"}[token.text], node)
         if token.text.startswith("\\begin"):
-            return self.environment(token.text[6:].strip("{}*"), token.text.replace("begin", "end"))
+            return self.environment(token.text)
         if token.kind == "command" and token.text in OPERATORS:
             operator = ("text", token.text.lower())
             return operator if self.sees("(", "[") else ("call", "apply", operator, self.operand())
@@ -421,10 +494,7 @@ class Parser:
         raise ParseError(f"expected a value, found {token.text or 'the end'!r}")
 
     def number(self, token: Token) -> Node:
-        """A number.
-
-        With a fraction of two whole numbers behind it, 1 \\frac12 or 1 1/2, a mixed one.
-        """
+        """A number; a mixed one, if a fraction of whole numbers follows: 1 \\frac12 or 1 1/2."""
         whole = ("num", token.text)
         start = self.at
         if not token.text.isdigit():
@@ -433,12 +503,12 @@ class Parser:
             self.at += 1
             above, below = self.digit_or_atom(), self.digit_or_atom()
             if above[0] == below[0] == "num" and above[1].isdigit() and below[1].isdigit():
-                return ("+", whole, ("*", above, ("^", below, MINUS_ONE)))
+                return ("+", whole, over(above, below))
         above, slash, below = self.tokens[start : start + 3]
         self.at = start
         if above.kind == below.kind == "num" and slash.text == "/" and above.blank:
             self.at += 3
-            return ("+", whole, ("*", ("num", above.text), ("^", ("num", below.text), MINUS_ONE)))
+            return ("+", whole, over(("num", above.text), ("num", below.text)))
         return whole
 
     def words(self, token: Token) -> Node:
@@ -481,18 +551,12 @@ class Parser:
         return ("call", "binomial", above, self.script())
 
     def set(self) -> Node:
-        """\\{1, 2\\} as a list.
-
-        \\{x | x > 2\\} as its condition; \\{3k : k \\in Z\\} as it stands.
-        """
+        """\\{1, 2\\} as a list; \\{x | x > 2\\} as its condition; \\{3k | k > 2\\} as it stands."""
         if self.take("\\}"):
             return ("name", "emptyset")
         if self.next.text.startswith("\\begin"):  # \left\{ before lines: a system, or cases
-            begin = self.next.text
             self.at += 1
-            return self.environment(
-                begin[6:].strip("{}*"), begin.replace("begin", "end"), braced=True
-            )
+            return self.environment(self.tokens[self.at - 1].text, braced=True)
         start = self.at
         left = self.expression(LEVEL[":"] + 1)
         if self.take("∈"):
@@ -500,20 +564,19 @@ class Parser:
         if not self.take("∣", "|", ":"):
             self.at = start
             node = self.answer("\\}")
-            return (
-                node
-                if node[0] in ("list", "or")
-                else ("list", *(node[2:] if node[0] == "tuple" else [node]))
-            )
+            if node[:2] == ("tuple", ";"):
+                return ("list", *node[2:])
+            return node if node[0] in ("list", "or") else ("list", node)
         condition = self.answer("\\}")
-        if left[0] == "name" or left[2:] in [(("name", x), ("name", "ℝ")) for x in names(left)]:
+        real = left[:2] == ("chain", "∈") and left[2][0] == "name" and left[3] == ("name", "ℝ")
+        if left[0] == "name" or real:
             return ("list", condition)
         return ("call", "builder", left, condition)
 
     def mark(self, mark: str) -> Node:
         """\\vec{v}, \\angle ABC, \\overline{AB}: the mark and what it is on, in order, one name."""
         taken = []
-        if mark in GEOMETRY and not self.sees("{"):
+        if mark in OF_LETTERS and not self.sees("{"):
             while self.next.kind in ("name", "num") and (not taken or not self.next.blank):
                 taken.append(self.next.text)
                 self.at += 1
@@ -531,31 +594,14 @@ class Parser:
             taken = min(taken, taken[::-1])
         return ("call", "mark", mark, " ".join(taken))
 
-    def environment(self, kind: str, end: str, braced: bool = False) -> Node:
-        """A matrix of rows.
-
-        The lines of `aligned`, or of `cases` without conditions, as a list; else "cases".
-        """
-        kind = kind.rstrip("*")
+    def environment(self, begin: str, braced: bool = False) -> Node:
+        """A matrix; "cases"; the lines of `aligned`, or of cases without conditions, as a list."""
+        kind, end = begin[len("\\begin{") : -1].rstrip("*"), begin.replace("begin", "end")
         if kind == "array" and self.take("{"):
             while not self.take("}") and self.next != END:
                 self.at += 1
-        if kind in (
-            "aligned",
-            "align",
-            "gathered",
-            "split",
-            "eqnarray",
-        ):  # & only says where lines meet
-            stop = next(
-                (k for k in range(self.at, len(self.tokens)) if self.tokens[k].text == end), self.at
-            )
-            kept = [token for token in self.tokens[self.at : stop] if token.text != "&"]
-            kept = [  # a line that goes on with "= 7"
-                a for a, b in itertools.zip_longest(kept, kept[1:], fillvalue=END)
-                if a.text != "\\\\" or b.text not in RELATIONS
-            ]  # fmt: skip
-            self.tokens[self.at : stop] = kept
+        if kind in ALIGNED:
+            self.join_lines(end)
         conditional = kind == "cases" or braced
         rows: list[Node] = []
         self.closed_by = ""
@@ -576,6 +622,17 @@ class Parser:
         if all(len(row) == 2 for row in rows):
             return rows[0][1] if len(rows) == 1 else ("list", *(row[1] for row in rows))
         return ("cases", *rows)
+
+    def join_lines(self, end: str) -> None:
+        """Drops every &, and the break before a line that goes on with "= 7"."""
+        texts = [token.text for token in self.tokens]
+        stop = texts.index(end, self.at) if end in texts[self.at :] else len(texts)
+        lines = [token for token in self.tokens[self.at : stop] if token.text != "&"]
+        kept = []
+        for token, following in zip(lines, [*lines[1:], END]):
+            if token.text != "\\\\" or following.text not in RELATIONS:
+                kept.append(token)
+        self.tokens[self.at : stop] = kept
 
     def condition(self, end: str) -> Node:
         """When a line of `cases` holds: a relation, or words that are compared as they stand."""
@@ -646,7 +703,7 @@ class Parser:
             ("*", ("name", inside[0])), ("*", ("^", ("name", inside[0]))),
         ):  # fmt: skip
             return ("call", "mark", "d", " ".join(inside))  # a derivative: d does not cancel
-        return times(above, ("^", below, MINUS_ONE))
+        return over(above, below)
 
     def digit_or_atom(self) -> Node:
         """Without braces, \\frac43 takes one digit at a time."""
@@ -685,11 +742,9 @@ class Parser:
         raise ParseError("an integral without its dx")
 
 
-def transposed(node: Node) -> Node:
-    if node[0] == "tuple":
-        return ("matrix", *(("row", cell) for cell in node[2:]))
-    rows = [row[1:] for row in node[1:]]
-    return ("matrix", *(("row", *column) for column in zip(*rows)))
+def is_vector(node: Node) -> bool:
+    """What has a cross product."""
+    return node[:2] == ("call", "mark") or node == ("name", "nabla")
 
 
 def combination(node: Node) -> Node:
@@ -704,12 +759,6 @@ def combination(node: Node) -> Node:
         case ("call", "apply", ("name", "C"), above, below):
             return ("call", "binomial", above, below)
     return node
-
-
-def members(node: Node) -> tuple[Node, ...]:
-    return (
-        node[1:] if node[0] in ("list", "or") else () if node == ("name", "emptyset") else (node,)
-    )
 
 
 def applied_names(tokens: list[Token]) -> set[str]:
@@ -745,58 +794,6 @@ def read(tokens: list[Token], functions: set[str]) -> Node:
             chosen[k] = Token("op", sign)
         nodes.append(Parser(chosen, functions).answer())
     return nodes[0] if len(nodes) == 1 else ("list", *(m for node in nodes for m in members(node)))
-
-
-def walk(node: Node | str) -> Iterator[Node]:
-    if isinstance(node, tuple):
-        yield node
-        for child in node[1:]:
-            yield from walk(child)
-
-
-CONSTANTS = {"pi", "e", "i", "infty", "emptyset", "ldots", *"ℝℤℕℚℂ"}
-
-
-def names(*nodes: Node) -> set[str]:
-    return {part[1] for node in nodes for part in walk(node) if part[0] == "name"} - CONSTANTS
-
-
-def substitute(node: Node, part: Node, other: Node) -> Node:
-    """The tree with `other` wherever `part` stands."""
-    if node == part:
-        return other
-    return tuple(
-        substitute(child, part, other) if isinstance(child, tuple) else child for child in node
-    )
-
-
-def fixed(node: Node, point: dict[str, Fraction]) -> Node:
-    """The tree with the names of a point replaced by their values."""
-    for name, value in point.items():
-        node = substitute(node, ("name", name), ("num", str(value)))
-    return node
-
-
-def determinant(matrix: Node) -> Node:
-    """Of a matrix up to 4 x 4, along the first row."""
-    rows = [row[1:] for row in matrix[1:]]
-    if len(rows) > 4 or any(len(row) != len(rows) for row in rows):
-        raise ValueError("no determinant")
-    if len(rows) == 1:
-        return rows[0][0]
-    terms = []
-    for k, cell in enumerate(rows[0]):
-        minor = ("matrix", *(("row", *row[:k], *row[k + 1 :]) for row in rows[1:]))
-        term = times(cell, determinant(minor))
-        terms.append(times(MINUS_ONE, term) if k % 2 else term)
-    return ("+", *terms)
-
-
-def show(node: Node | str) -> str:
-    """A tree in prefix notation: +(1, ^(2, -1))."""
-    if isinstance(node, str) or node[0] in ("num", "name", "text"):
-        return node if isinstance(node, str) else node[1]
-    return f"{node[0]}({', '.join(map(show, node[1:]))})"
 
 
 # ------------------------------------------------------------------------------------------------ p

@@ -26,9 +26,12 @@ MAX_BITS = 20_000  # of a rational number that is written out
 MAX_LOG = 20_000  # |log2| of any part of a number that is computed by its digits
 MAX_LOG_AT_A_POINT = 1_000  # the same, of an expression with names: there are other points
 MAX_WORK = 15_000  # steps of one verdict: about half a second
+LOOK_AT_CLOCK = 50  # every so many steps: to ask for the time costs more than a step
 MAX_TERMS = 300  # of a sum that is added up
 MAX_FACTORS = 200_000  # of a factorial, modulo the prime
 DIGITS = 60  # working precision, beyond what the sizes of the parts ask for
+
+MP = mpmath.mp.clone()  # one verdict at a time uses it: see LOCK in verify.py
 
 # Calls that have no value of their own: a random number that depends on the values of their parts.
 OPAQUE = {"apply", "index", "prime", "inverse", "mark", "cross", "builder", "int", "lim"}
@@ -64,13 +67,16 @@ class Budget:
     """Steps and seconds of one verdict."""
 
     def __init__(self, deadline: float):
-        self.work, self.deadline = 0, deadline
+        self.work, self.deadline = LOOK_AT_CLOCK - 1, deadline
 
     def spend(self, steps: int = 1) -> None:
-        self.work += steps
+        before, self.work = self.work, self.work + steps
         if self.work > MAX_WORK:
             raise Undecided("too much to compute")
-        if time.thread_time() > self.deadline:
+        if (
+            before // LOOK_AT_CLOCK < self.work // LOOK_AT_CLOCK
+            and time.thread_time() > self.deadline
+        ):
             raise TimeoutError
 
 
@@ -193,7 +199,7 @@ class Numbers:
     """
 
     def __init__(self, budget: Budget):
-        self.mp, self.budget = mpmath.mp.clone(), budget
+        self.mp, self.budget = MP, budget
         self.sizes, self.max_log, self.real, self.point = 0, MAX_LOG, False, {}
         self.memo: dict = {}  # of the parts, within one call of `at`
         self.found: dict = {}  # of whole trees: the members of two lists meet many times

@@ -277,6 +277,82 @@ A \cup B ## A \cup B
 18\text{ mph} ## 18 \text{ miles per hour}
 4^\text{th} ## 4
 13\text{th} ## 13
+5\ \mathrm{m/s^2} ## 5
+5 ## 5\ \mathrm{m/s^2}
+5 ## 5\text{ J/mol}
+5 ## 5^\circ\text{C}
+5 ## 5\ \mathrm{cm^{-3}}
+70 miles per hour ## 70
+12 square feet ## 12
+5 \mathrm{~m} / \mathrm{s} ## 5
+5 ## 5\text{ women}
+5 ## 5\text{ fish}
+5 ## 5元
+(n-2) 2^{n}+1 ## 2^n(n-2)+1
+360 ## 2^3 3^2 5
+\binom{2024}{990} ## \frac{2024!}{990!\,1034!}
+E ## \text{E.}
+E ## E)
+E ## \boldsymbol{E}
+E ## \text{Answer: E}
+B ## (B) 3.3\mathrm{MeV}
+P(x)=-1, P(x)=x+1 ## P(x)=x+1, P(x)=-1
+g(x)=2x^3+c, g(x)=-2x^3+c ## g(x)=\pm2x^3+c
+e=\frac{\sqrt3}{2} ## \frac{\sqrt3}{2}
+f^{-1}(x)=x+1 ## x+1
+A^{-1}=\begin{pmatrix}1&2\\3&4\end{pmatrix} ## \begin{pmatrix}1&2\\3&4\end{pmatrix}
+\frac{s}{r}=2 ## 2
+\cos\theta=\frac12 ## \frac12
+5 ## f'(2)=5
+(1,2) ## P(1,2)
+(x,y,z)=(2,-1,2) ## x=2, y=-1, z=2
+(-\infty,0)\cup\{1\} ## t<0 \text{ or } t=1
+2,3 ## a\in\{2,3\}
+\{(1,2),(3,4)\} ## (x,y)\in\{(1,2),(3,4)\}
+\{i,-i\} ## z=\pm i
+10^{-5} ## 10⁻⁵
+\frac12 ## ½
+(1,2) ## （1，2）
+\frac13 ## 0.\bar3
+\frac13 ## 0.\dot3
+\frac12 ## \nicefrac{1}{2}
+5 ## \color{red}{5}
+5 ## \bm{5}
+x\ge5 ## x⩾5
+\approx 17.1 ## 17.1
+63.75^\circ ## 63^\circ45'
+120 ## C_{10}^{3}
+\begin{pmatrix}1\\2\\3\end{pmatrix} ## (1,2,3)^T
+-2 ## \begin{vmatrix}1&2\\3&4\end{vmatrix}
+x=1, y=2 ## \left\{\begin{array}{l}x=1\\y=2\end{array}\right.
+x\equiv 1 \pmod 3 ## x\equiv 1 \pmod{3}
+No ## no
+28\% ## 28 pct
+\mathbb Z ## \mathbb{Z}
+1,2,\ldots,n ## 1, 2, \dots, n
+6 ## \sum_{k=1}^{3} k
+\pm 2 ## x^2=4
+-2<x<2 ## x^2<4
+\frac13 ## \int_0^1 x^2\,dx
+1 ## \lim_{x\to0}\frac{\sin x}{x}
+\frac{\pi^2}{6} ## \sum_{n=1}^\infty \frac{1}{n^2}
+5 ## \text{Number of ways}=5
+\text{Number of ways}=5 ## 5
+5,000,000 ## 5\text{ million}
+60 ## 5\text{ dozen}
+\frac{5}{3} ## 5\text{ thirds}
+x^2-x ## x(x-1)
+\frac{x}{2} ## \frac{x^2}{2x}
+3! 2! ## 12
+|x-5| ## \begin{cases} x-5 & x\ge5 \\ 5-x & x<5 \end{cases}
+x\equiv 7 \pmod{12} ## x \equiv 19 \pmod{12}
+2^{2024} ## 4^{1012}
+\sqrt{2}\cdot\sqrt{3} ## \sqrt6
+(2^{2024}+1)(2^{2024}-1) ## 2^{4048}-1
+\frac{n(n+1)}{2} ## \sum_{k=1}^{n} k
+(2k-1)!! ## \frac{(2k)!}{2^k k!}
+5 ft 8 in ## 5\text{ feet }8\text{ inches}
+\$15\text{ per hour} ## 15 dollars per hour
 """
 
 DIFFERENT = r"""
@@ -448,6 +524,53 @@ x>2 ## |x-5|+|x-6|>1
 2y=10\text{ m}+x ## 2y=10\text{ cm}+x
 3 ## x^{-1}=3
 10^{30} ## \sqrt{10^{60}+1}
+2^{2024}+1 ## 2^{2024}-1
+1-\frac{1}{2024!} ## 1-\frac{1}{2023!}
+\binom{200}{100}-1 ## \binom{200}{100}
+\frac{\binom{2024}{990}+23}{46} ## \frac{\binom{2024}{990}+22}{46}
+\sqrt{2^{2024}+1} ## 2^{1012}
+10^{10^{10}} ## 10^{10^{10}}+1
+e^{-1000}+1 ## 1
+\tanh 1000 ## 1
+x \equiv 7 \pmod{12} ## x \equiv 12 \pmod 7
+n \equiv 0 \pmod 4 ## n = 0
+\overrightarrow{AB} ## \overrightarrow{BA}
+\angle ABC ## \angle BAC
+a \mid b ## b \mid a
+f\circ g ## g\circ f
+IV ## VI
+\begin{cases} x & x>0 \\ 1 & x\le0 \end{cases} ## \begin{cases} 1 & x>0 \\ x & x\le0 \end{cases}
+\begin{cases} x & x>0 \\ 1 & x\le0 \end{cases} ## \begin{cases} x & x\ge0 \\ 1 & x<0 \end{cases}
+\begin{cases} x & x>0 \\ 1 & x\le0 \end{cases} ## x, 1
+5 ## \begin{aligned} 5 & 6 \end{aligned}
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ## \begin{vmatrix}1&2\\3&4\end{vmatrix}
+1,001 ## 1
+40,000 ## 0, 40
+222 ## 222,222
+N(0)e^{-\lambda t} ## 0
+(1,2) ## y=1, x=2
+(1,2) ## (y,x)=(1,2)
+5 ## 5 \text{ thirds}
+5 ## 5 \text{ tenths}
+5 ## 5 \text{ trillions}
+(n+1) 3^{n} ## n+1 3^{n}
+|x-1000| ## 1000-x
+\lfloor x\rfloor ## \lceil x\rceil-1
+|x-3|+|x-3.01| ## |2x-6.01|
+\vec a\times\vec b ## \vec b\times\vec a
+\frac{dy}{dx} ## \frac{y}{x}
+C ## \text{(D) Both (C) and (A)}
+6 ## \sum_{k=1}^{4} k
+\pm 2 ## x^2=5
+-2<x<2 ## x^2\le4
+\frac13 ## \int_0^1 x^3\,dx
+5\text{ mW} ## 5\text{ MW}
+5\text{ m/s} ## 5\text{ cm/s}
+v=20\text{ m/s} ## 20\text{ cm/s}
+5 ## 5\text{ hundred}
+\frac13 ## 0.3333333333333333333333333333
+F_{2024}-1 ## F_{2024}
+e=\frac12 ## e=2
 """
 
 
