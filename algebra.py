@@ -24,6 +24,7 @@ from maths import Node, walk
 from values import Undecided
 
 SECONDS = 1.0  # of CPU time for one verdict
+DIGITS = 180  # of a root
 MAX_NODES, MAX_NUMBER, MAX_POWER, MAX_DEGREE = 80, 10**12, 60, 12
 
 
@@ -188,7 +189,7 @@ def solutions(node: Node, name: str) -> list[Node]:
 
 
 def zeros(node: Node, name: str) -> list[Node]:
-    """The real zeros and poles of a rational function, to 90 digits."""
+    """The real zeros and poles of a rational function, to 180 digits."""
     expression = sympy.together(bounded(node))
     found: set[str] = set()
     for part in sympy.fraction(expression):
@@ -197,5 +198,5 @@ def zeros(node: Node, name: str) -> list[Node]:
             continue
         if poly.degree() > MAX_DEGREE or not poly.domain.is_Numerical or not poly.domain.is_Exact:
             raise Undecided("no polynomial of a low degree")
-        found |= {str(sympy.re(root.evalf(90))) for root in poly.real_roots()}
+        found |= {str(sympy.re(root.evalf(DIGITS))) for root in poly.real_roots()}
     return [("num", text) for text in found]

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable
 from fractions import Fraction
 
-from maths import MINUS_ONE, Node, fixed, minus, names, substitute, walk
+from maths import MINUS_ONE, Node, fixed, minus, names, over, substitute, walk
 from values import DIGITS, Budget, Numbers, Residues, Undecided, Undefined
 
 # Intervals that names take their values from, point by point; the later ones serve expressions
@@ -51,6 +51,8 @@ WHOLE = {
     "fac2",
     "binomial",
 }  # names in these, and in the bounds of sums, are whole numbers
+ZERO, ONE = ("num", "0"), ("num", "1")
+SET_DIGITS = 150  # of the ends of sets, which are compared to half of them
 CLOSE = 1e-9  # a gap that no rounding makes, where nothing is large
 TRUTHS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1), "=": (0,)}
 
@@ -61,17 +63,46 @@ def draw(*key) -> Fraction:
 
 
 def is_rational(node: Node) -> bool:
-    """A quotient of polynomials."""
+    """A quotient of polynomials; their coefficients may be any numbers."""
+    if not names(node):
+        return True
     if node[0] == "^":
         whole = node[2][0] == "num" and Fraction(node[2][1]).denominator == 1
         return whole and is_rational(node[1])
-    return node[0] in ("num", "name") or (node[0] in ("+", "*") and all(map(is_rational, node[1:])))
+    return node[0] == "name" or (node[0] in ("+", "*") and all(map(is_rational, node[1:])))
 
 
-def has_denominator(node: Node) -> bool:
-    """Is a name divided by?"""
-    powers = [part for part in walk(node) if part[0] == "^" and names(part[1])]
-    return any(part[2][1][:1] == "-" for part in powers)
+def coefficients(node: Node, name: str) -> list[Node] | None:
+    """Of a polynomial of one name up to the second degree, lowest first; None of anything else."""
+    if ("name", name) not in walk(node):
+        return [node]
+    match node:
+        case ("name", _):
+            return [ZERO, ONE]
+        case ("+", *terms):
+            found = [coefficients(term, name) for term in terms]
+            if None in found:
+                return None
+            return [("+", *column) for column in itertools.zip_longest(*found, fillvalue=ZERO)]
+        case ("*", *factors):
+            product: list[Node] | None = [ONE]
+            for factor in factors:
+                product = convolved(product, coefficients(factor, name))
+            return product
+        case ("^", base, ("num", "2")):
+            return convolved(coefficients(base, name), coefficients(base, name))
+    return None
+
+
+def convolved(left: list[Node] | None, right: list[Node] | None) -> list[Node] | None:
+    """The coefficients of a product, up to the second degree."""
+    if left is None or right is None or len(left) + len(right) > 4:
+        return None
+    columns: list[list[Node]] = [[ZERO] for _ in range(len(left) + len(right) - 1)]
+    for j, a in enumerate(left):
+        for k, b in enumerate(right):
+            columns[j + k].append(("*", a, b))
+    return [("+", *column) for column in columns]
 
 
 class Equality:
@@ -227,23 +258,26 @@ class Equality:
 
     def low_roots(self, node: Node, name: str) -> list[Node] | None:
         """The roots of a polynomial of the first or second degree; None for anything else."""
-        if not is_rational(node) or has_denominator(node):
+        found = coefficients(node, name)
+        if found is None:
             return None
-        c, one, two = (self.numbers.exact(fixed(node, {name: Fraction(k)})) for k in range(3))
-        a, b = (two - 2 * one + c) / 2, (4 * one - two - 3 * c) / 2
-        a, b, c = (("num", str(x)) for x in (a, b, c))
-        x = ("name", name)
-        if not self.same_residues(node, ("+", ("*", a, x, x), ("*", b, x), c)):
-            return None
-        if a == ("num", "0"):
-            return [] if b == a else [("*", c, MINUS_ONE, ("^", b, MINUS_ONE))]
-        square = minus(("*", b, b), ("*", ("num", "4"), a, c))
-        root = ("call", "root", ("num", str(self.numbers.exact(square))), ("num", "2"))
-        below = ("^", ("*", ("num", "2"), a), MINUS_ONE)
+        c, b, a = (self.plain(part) for part in (*found, ZERO, ZERO)[:3])
+        if self.same(a, ZERO):
+            constant = self.same(b, ZERO)
+            return [] if constant else [("*", MINUS_ONE, over(c, b))]
+        square = self.plain(minus(("*", b, b), ("*", ("num", "4"), a, c)))
+        root = ("call", "root", square, ("num", "2"))
+        below = ("*", ("num", "2"), a)
         return [
-            ("*", ("+", ("*", MINUS_ONE, b), ("*", sign, root)), below)
-            for sign in (MINUS_ONE, ("num", "1"))
+            over(("+", ("*", MINUS_ONE, b), ("*", sign, root)), below) for sign in (MINUS_ONE, ONE)
         ]
+
+    def plain(self, node: Node) -> Node:
+        """A number as it is written shortest, where it is rational."""
+        try:
+            return ("num", str(self.numbers.exact(node)))
+        except Undecided:
+            return node
 
     def roots(self, node: Node, name: str) -> list[Node] | None:
         """All roots of a polynomial of one name, sympy's help included; None for anything else."""
@@ -253,7 +287,7 @@ class Equality:
         return self.ask("solutions", node, name) if low is None else low
 
     def real(self, numbers: list[Node]) -> list:
-        values = [self.mp.convert(self.numbers.at(number)) for number in numbers]
+        values = [self.mp.convert(self.numbers.at(number, digits=SET_DIGITS)) for number in numbers]
         return [value for value in values if not isinstance(value, self.mp.mpc)]
 
     def zeros(self, node: Node, name: str) -> list:
@@ -313,23 +347,25 @@ class Equality:
             return found
         if names(node) or node[0] in ("tuple", "list", "or", "chain", "∪", "∩", "∖"):
             return [x for child in node[1:] for x in self.ends(child)]
-        return [self.mp.convert(self.numbers.at(node))]
+        return [self.mp.convert(self.numbers.at(node, digits=SET_DIGITS))]
 
     def order(self, a, b) -> int:
         """-1, 0 or 1 for a < b, a = b (up to rounding), a > b."""
-        self.mp.dps = DIGITS
+        self.mp.dps = SET_DIGITS
         a, b = self.mp.convert(a), self.mp.convert(b)
         if isinstance(a, self.mp.mpc) or isinstance(b, self.mp.mpc):
             raise Undefined("complex numbers have no order")
         finite = self.mp.isfinite(a) and self.mp.isfinite(b)
-        near = finite and abs(a - b) <= max(abs(a), abs(b), 1) * self.mp.mpf(10) ** (-DIGITS // 2)
+        near = finite and abs(a - b) <= max(abs(a), abs(b), 1) * self.mp.mpf(10) ** (
+            -SET_DIGITS // 2
+        )
         return 0 if near or a == b else 1 if a > b else -1
 
     def contains(self, node: Node, x) -> bool:
         match node:
             case ("tuple", brackets, low, high) if brackets != ";":
-                above = self.order(x, self.numbers.at(low))
-                below = self.order(self.numbers.at(high), x)
+                above = self.order(x, self.numbers.at(low, digits=SET_DIGITS))
+                below = self.order(self.numbers.at(high, digits=SET_DIGITS), x)
                 return above >= (brackets[0] != "[") and below >= (brackets[1] != "]")
             case ("∪" | "or", *parts):
                 return any(self.contains(part, x) for part in parts)
@@ -347,9 +383,9 @@ class Equality:
                 return self.contains(inner, x)
             case ("chain", signs, *parts) if set(signs.split()) <= set(TRUTHS):
                 point = dict.fromkeys(names(node), x)
-                values = [self.numbers.at(part, point, True) for part in parts]
+                values = [self.numbers.at(part, point, True, SET_DIGITS) for part in parts]
                 orders = [self.order(a, b) for a, b in itertools.pairwise(values)]
                 return all(order in TRUTHS[sign] for sign, order in zip(signs.split(), orders))
         if names(node) or node[0] in ("tuple", "text", "matrix", "chain"):
             raise Undefined("not a set of reals")
-        return self.order(self.numbers.at(node), x) == 0
+        return self.order(self.numbers.at(node, digits=SET_DIGITS), x) == 0

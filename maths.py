@@ -414,6 +414,8 @@ class Parser:
             return ("base", base[1], index[1])
         if base[0] not in ("name", "text", "call"):
             raise ParseError("an index of what is no name")
+        if base[0] == "name" and index[0] in ("num", "text"):  # x_1 is a name of its own
+            return ("name", f"{base[1]}_{index[1]}")
         return ("call", "index", base, index)
 
     def degrees(self, node: Node) -> Node:
@@ -444,7 +446,7 @@ class Parser:
         if self.sees("["):  # E[X]
             known = base[0] == "name" and re.fullmatch("[A-Z]", base[1])
         elif base[0] == "name":
-            known = base[1] in self.functions
+            known = base[1].partition("_")[0] in self.functions
         else:
             known = base[0] == "text" or base[:2] == ("call", "apply")  # f(x)(y)
         if not known:
@@ -750,12 +752,11 @@ def is_vector(node: Node) -> bool:
 def combination(node: Node) -> Node:
     """C_{10}^{3} and C(10, 3) as the binomial coefficient that they are."""
     match node:
-        case ("^", ("call", "index", ("name", "C"), above), below):
-            plain = [part[0] == "num" for part in (above, below)]
-            if plain == [False, False] or (
-                plain == [True, True] and Fraction(above[1]) >= Fraction(below[1])
-            ):
-                return ("call", "binomial", above, below)
+        case ("^", ("call", "index", ("name", "C"), above), below) if below[0] != "num":
+            return ("call", "binomial", above, below)
+        case ("^", ("name", name), ("num", below)) if re.fullmatch("C_[0-9]+", name):
+            if int(name[2:]) >= Fraction(below):
+                return ("call", "binomial", ("num", name[2:]), ("num", below))
         case ("call", "apply", ("name", "C"), above, below):
             return ("call", "binomial", above, below)
     return node

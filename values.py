@@ -409,7 +409,7 @@ class Numbers:
             parts = (parts[0], *(substitute(part, parts[1], bound) for part in parts[2:]))
             self.point = self.point | {bound[1]: Fraction(1234, 567)}
         digest = hashlib.sha256(repr([self.key(part) for part in parts]).encode()).hexdigest()[:8]
-        return Fraction(int(digest, 16) % 9_973 + 1, 9_974)
+        return Fraction(int(digest, 16) % 179_999, 10_000) - 6  # from -6 to 12
 
     def key(self, part: Node | str):
         try:
