@@ -3,6 +3,7 @@ r"""Small judges, asked in turn, of the tree of a reference and the tree of an a
 Each says True (equal), False (different) or None (does not know), and knows one kind of answer:
 
     identical       the same tree
+    restated        an answer that still has to be solved: it may be the question
     named_values    x = 1, y = 2 in any order; (x, y) = (1, 2)
     labels          x = 3 is 3
     coordinates     A(1, 2) is (1, 2)
@@ -70,6 +71,39 @@ def relations(node: Node) -> list[Node]:
             sign, left, right = turned[sign], right, left
         found.append(("chain", sign, left, right))
     return found
+
+
+def is_solved(node: Node) -> bool:
+    """A relation that says what a name is, or nearly: x = 3, y = 2x, 2x < 5, |x| > 1, x^2 = 4."""
+    for side in node[2:]:
+        others = [part for part in node[2:] if part is not side]
+        if is_label(side) and (node[1] == "=" or not names(side) & names(*others)):
+            return True
+    return all(map(is_monomial, node[2:]))
+
+
+def is_monomial(node: Node) -> bool:
+    """A number, or 2x, x^2, |x|: no more than one step away from its name."""
+    if is_label(node) or not names(node):
+        return True
+    match node:
+        case ("*", *factors):
+            named = [factor for factor in factors if names(factor)]
+            return len(named) == 1 and is_monomial(named[0])
+        case ("^", base, ("num", power)):
+            return power.isdigit() and is_monomial(base)
+        case ("call", "abs", inner):
+            return is_monomial(inner)
+    return False
+
+
+def unsolved(node: Node) -> bool:
+    """Does a tree hold an equation or inequality of one name that is not solved for it?"""
+    for part in walk(node):
+        relation = part[0] == "chain" and not set(part[1].split()) & ORDERED
+        if relation and len(names(part)) == 1 and not is_solved(part):
+            return True
+    return False
 
 
 def is_bound(node: Node) -> bool:
@@ -153,6 +187,10 @@ class Judges:
 
     def identical(self, gold: Node, answer: Node) -> Verdict:
         return True if gold == answer else None
+
+    def restated(self, gold: Node, answer: Node) -> Verdict:
+        """2x + 1 > 5 is no answer to "solve 2x + 1 > 5", unless the reference is of that form."""
+        return False if unsolved(answer) and not unsolved(gold) else None
 
     def named_values(self, gold: Node, answer: Node) -> Verdict:
         """By name; against a plain (1, 2) or 1, 2 in the order of the alphabet."""
@@ -392,6 +430,7 @@ class Judges:
 
     IN_TURN: tuple[Callable, ...] = (
         identical,
+        restated,
         named_values,
         labels,
         coordinates,

@@ -56,7 +56,7 @@ SMALL_WORDS = set(_small.split())
 _synonyms = r"""cdot * times × ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt <
     gt > ne != neq != pm ± mp ∓ cup ∪ cap ∩ setminus ∖ backslash ∖ in ∈ approx ≈ simeq ≈ equiv ≡
     langle ( rangle ) colon : land and wedge and lor or vee or dbinom binom tbinom binom dfrac frac
-    tfrac frac cfrac frac nicefrac frac sfrac frac over frac choose binom varnothing emptyset
+    tfrac frac cfrac frac nicefrac frac sfrac frac varnothing emptyset
     infinity infty oo infty inf infty dots ldots cdots ldots dotsc ldots vdots ldots lbrace \{
     rbrace \} degree ° prime ' mid ∣ nmid ∤ parallel ∥ perp ⟂ to → rightarrow → longrightarrow →
     mapsto ↦ Rightarrow ⇒ implies ⇒ Longrightarrow ⇒ Leftarrow ⇐ Leftrightarrow ⇔ iff ⇔
@@ -91,7 +91,6 @@ REWRITES = [  # what two or more tokens make together
     (r"\^\\prime", r"\\prime"),
     (r"\{:\}", ":"),
     (r"Rs\.", "₹"),
-    (r"\{([^{}]*)\\(over|choose)(?![a-z])([^{}]*)\}", r"\\\2{\1}{\3}"),
     (
         r"(?<=[0-9])(?:\^\s*)?\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?",
         "",

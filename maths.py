@@ -53,6 +53,7 @@ ALIGNED = {
     "split",
     "eqnarray",
 }  # where & says only where lines meet
+INFIX = ("over", "choose")  # TeX's {a \over b}
 TRANSPOSE = (("name", "T"), ("name", "top"), ("text", "top"))
 
 
@@ -295,7 +296,7 @@ class Parser:
             return self.bars == 0 and "|" in later
         if kind == "op":
             return text in ("(", "[", "{", "⌊", "⌈") or ("matrix" in text and "begin" in text)
-        return kind in ("num", "name", "command", "base")
+        return kind in ("num", "name", "command", "base") and text not in INFIX
 
     def modulus(self, left: Node) -> Node:
         """7 (mod 12), \\pmod{12} and \\pmod 12 are the same."""
@@ -531,7 +532,11 @@ class Parser:
         if opening == "{" and self.sees("}") and self.sees("^", "_", ahead=1):
             return self.combination_in_front()
         if opening == "{":
-            return self.answer("}")
+            node = self.answer("}", *INFIX)
+            if self.closed_by == "}":
+                return node
+            infix, below = self.closed_by, self.answer("}")
+            return over(node, below) if infix == "over" else ("call", "binomial", node, below)
         bars, self.bars = self.bars, 0
         node = self.answer(")", "]")
         self.bars = bars

@@ -268,9 +268,12 @@ A \cup B ## A \cup B
 1.0 ## 1
 \frac{22}{7} ## 3\frac{1}{7}
 7:00 ## 7:00 \text{ AM}
-(2,\infty) ## 2x+1 > 5
-(-1,4) ## |2x-3| < 5
-(-\infty,5)\cup(6,\infty) ## |x-5|+|x-6|>1
+2x+1 > 5 ## (2,\infty)
+|2x-3| < 5 ## (-1,4)
+|x-5|+|x-6|>1 ## (-\infty,5)\cup(6,\infty)
+x^2-5x+6=0 ## 2, 3
+x^2-5x+6>0 ## x<2 \text{ or } x>3
+2x+3=7 ## 2x=4
 \frac{AB}{CD} = 2 ## 2
 5 ## 5\text{\,}.
 \frac{2}{3}\text{ hours} ## \frac23
@@ -513,6 +516,11 @@ i ## \infty
 (-\infty,\infty) ## (-\sqrt2,\sqrt2)
 \tan 90^\circ ## \infty
 x>2 ## (x-2)(x-5)^2>0
+2,3 ## x^2-5x+6=0
+x=2 \text{ or } x=3 ## (x-2)(x-3)=0
+(2,\infty) ## 2x+1 > 5
+x>2 ## 2x+1 > 5
+(-1,4) ## |2x-3| < 5
 (2,\infty) ## (x-2)(x-5)(x-6)>0
 \mathbb{R} ## (x-7)^2>0
 \mathbb{R} ## |7x-3|>0

@@ -355,9 +355,7 @@ class Printer:
     def product(self, factors: list[Tree]) -> str:
         texts = [self.at_least(FACTOR, factor) for factor in factors]
         whole = texts[0]
-        for (left, right), (before, after) in zip(
-            itertools.pairwise(factors), itertools.pairwise(texts)
-        ):
+        for (left, right), (before, after) in zip(itertools.pairwise(factors), itertools.pairwise(texts)):
             whole += self.times(left, right, before, after) + after
         return whole
 
@@ -1251,11 +1249,11 @@ class Interval:
         left, right = (left, right) if left[1:2] and right[1:2] else ("", "")
         return f"{left}{'(['[self.closed[0]]}{low}, {high}{right}{')]'[self.closed[1]]}"
 
-    def inequality(self, rng: random.Random) -> str:
-        """a < x <= b, 3b >= 3x > 3a, -x < a, x + 1 > b."""
+    def inequality(self, rng: random.Random, solved: bool) -> str:
+        """a < x <= b, 3b >= 3x > 3a, -x < a; or one that is still to be solved, x + 1 > b."""
         signs = ["<" if not closed else r"\le" for closed in self.closed]
         k, c = Fraction(rng.choice([1, 1, 2, -1, -3])), Fraction(rng.choice([0, 0, 1, -5]))
-        k, c = (Fraction(1), Fraction(0)) if self.shift else (k, c)
+        k, c = (Fraction(1), Fraction(0)) if self.shift else (k, c * (not solved))
         texts = [linear(rng, {"x": k, "": c})]
         if self.low is not None:
             texts = [spelled(rng, k * self.low + c, self.shift), signs[0] if k > 0 else TURNED[signs[0]], *texts]
@@ -1271,11 +1269,12 @@ class Interval:
         sign = r"\le" if self.closed[0] else "<"
         return f"|{linear(rng, {'x': Fraction(1), '': -centre})}| {sign} {spelled(rng, radius)}"
 
-    def text(self, rng: random.Random) -> str:
-        forms = [self.brackets, self.brackets, self.inequality, self.inequality]
+    def text(self, rng: random.Random, solved: bool) -> str:
+        """In any form; `solved`: not in one that may be the question itself."""
+        forms = [self.brackets, lambda rng: self.inequality(rng, solved)] * 2
         forms.append(lambda rng: rf"x \in {self.brackets(rng)}")
         finite = self.low is not None and self.high is not None
-        if finite and self.closed[0] == self.closed[1] and not self.shift:
+        if finite and self.closed[0] == self.closed[1] and not self.shift and not solved:
             forms.append(self.distance)
         return rng.choice(forms)(rng)
 
@@ -1305,14 +1304,25 @@ def interval(rng: random.Random, same: bool) -> Pair:
         gold = replace(gold, low=None, closed=(False, gold.closed[1]))
     if left_out == 1:
         gold = replace(gold, high=None, closed=(gold.closed[0], False))
-    return gold.text(rng), (gold if same else gold.near_miss(rng)).text(rng)
+    answer = gold if same else gold.near_miss(rng)
+    return gold.text(rng, solved=False), answer.text(rng, solved=True)
 
 
-def union_text(rng: random.Random, parts: list[Interval]) -> str:
+def restated(rng: random.Random, same: bool) -> Pair:
+    """The question, which is no answer; the answer to it, if the reference is the question."""
+    asked = some_interval(rng, number(rng))
+    left, right = spelled(rng, 2 * asked.low + 7), spelled(rng, 2 * asked.high + 7)
+    signs = [r"\le" if closed else "<" for closed in asked.closed]
+    question = f"{left} {signs[0]} 2x+7 {signs[1]} {right}"
+    answer = asked.text(rng, solved=True)
+    return (question, answer) if same else (answer, question)
+
+
+def union_text(rng: random.Random, parts: list[Interval], solved: bool) -> str:
     parts = rng.sample(parts, len(parts))
     if rng.random() < 0.6:
         return r" \cup ".join(part.brackets(rng) for part in parts)
-    return r" \text{ or } ".join(part.inequality(rng) for part in parts)
+    return r" \text{ or } ".join(part.inequality(rng, solved) for part in parts)
 
 
 def union(rng: random.Random, same: bool) -> Pair:
@@ -1323,10 +1333,10 @@ def union(rng: random.Random, same: bool) -> Pair:
     if rng.random() < 0.3:
         parts[0] = replace(parts[0], low=None, closed=(False, parts[0].closed[1]))
         parts[-1] = replace(parts[-1], high=None, closed=(parts[-1].closed[0], False))
-    gold, k = union_text(rng, parts), rng.randrange(len(parts))
+    gold, k = union_text(rng, parts, False), rng.randrange(len(parts))
     if not same:
         parts[k : k + 1] = [] if rng.random() < 0.3 else [parts[k].near_miss(rng)]
-    return gold, union_text(rng, parts)
+    return gold, union_text(rng, parts, True)
 
 
 def set_text(rng: random.Random, numbers: list[Fraction], shift: str) -> str:
@@ -1400,7 +1410,7 @@ def equation(rng: random.Random, same: bool) -> Pair:
     return gold, equation_text(rng, parts | wrong, sign, k)
 
 
-MAKERS = [interval, union, finite_set, named_tuple, equation]
+MAKERS = [interval, restated, union, finite_set, named_tuple, equation]
 
 
 # ------------------------------------------------------------------------------- the tests
