@@ -84,7 +84,12 @@ _marks = """angle measuredangle triangle square odot vec overrightarrow overleft
     hat widehat tilde widetilde overarc mathcal mathscr mathfrak dot ddot neg lnot"""
 MARKS = set(_marks.split())
 
+_vector = (
+    r"\\(?:mathbf|boldsymbol|bm)\s*\{([A-Za-z])\}"  # where a cross product shows that it is one
+)
 REWRITES = [  # what two or more tokens make together
+    (_vector + r"(?=\s*\\times)", r"\\vec{\1}"),
+    (r"(?<=\\times)\s*" + _vector, r"\\vec{\1}"),
     (r"\\textcircled\s*\{\s*([1-9])\s*\}", lambda found: "①②③④⑤⑥⑦⑧⑨"[int(found[1]) - 1]),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "°"),
     (r"\^\s*\{((?:\s*\\prime)+)\s*\}", r"\1 "),
@@ -221,7 +226,8 @@ def read_piece(found: re.Match, thousands: bool) -> list[Token]:
     if found["period"]:
         return [Token("num", read_period(found))]
     if found["blackboard"]:
-        return [Token("name", "ℝℤℕℚℂ"["RZNQC".find(found["l1"] or found["l2"])])]
+        letter = found["l1"] or found["l2"]
+        return [Token("name", dict(zip("RZNQC", "ℝℤℕℚℂ")).get(letter, letter))]
     if found["thousands"]:
         if not thousands:
             raise ParseError("a number with blanks")

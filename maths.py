@@ -311,8 +311,8 @@ class Parser:
 
     def unit_ahead(self) -> bool:
         """Is the word behind the next sign * or / a unit?"""
-        token = self.tokens[self.at + 1]
-        return token.kind == "word" and unit_of(token.text) is not None
+        _, token, behind = self.tokens[self.at : self.at + 3]
+        return token.kind == "word" and behind.text != "_" and unit_of(token.text) is not None
 
     def measured(self, node: Node) -> Node:
         """The node with the unit, percent sign in words, or "million" that stands behind it."""
@@ -349,7 +349,10 @@ class Parser:
         sign = self.take("+", "-")
         if sign:
             node = self.operand()
-            node = times(MINUS_ONE, node) if sign == "-" else node
+            if sign == "-" and node[0] == "unit":
+                node = ("unit", times(MINUS_ONE, node[1]), node[2])
+            elif sign == "-":
+                node = times(MINUS_ONE, node)
         else:
             node = self.attached(self.atom())
         self.depth = depth
@@ -476,13 +479,11 @@ class Parser:
             return ("name", token.text)
         if token.text in ("(", "[", "{", "\\{"):
             return self.bracket(token.text)
-        if token.text in ("|", "⌊", "⌈"):
-            self.bars += token.text == "|"
-            node = self.answer({"|": "|", "⌊": "⌋", "⌈": "⌉"}[token.text])
-            self.bars -= token.text == "|"
-            if token.text == "|" and node[0] == "matrix":
-                return ("call", "det", node)
-            return ("call", {"|": "abs", "⌊": "floor", "⌈": "ceil"}[token.text], node)
+        if token.text == "|":
+            return self.between_bars()
+        if token.text in ("⌊", "⌈"):
+            closing, function = ("⌋", "floor") if token.text == "⌊" else ("⌉", "ceil")
+            return ("call", function, self.answer(closing))
         if token.text.startswith("\\begin"):
             return self.environment(token.text)
         if token.kind == "command" and token.text in OPERATORS:
@@ -495,6 +496,17 @@ class Parser:
             node, self.depth = self.function(token.text), self.depth - 1
             return node
         raise ParseError(f"expected a value, found {token.text or 'the end'!r}")
+
+    def between_bars(self) -> Node:
+        """|x|, ||x| - 1|, and the determinant of a matrix: where a value should be, a bar opens."""
+        self.deeper()
+        self.bars += 1
+        node = self.expression()
+        self.bars -= 1
+        self.depth -= 1
+        if not self.take("|"):
+            raise ParseError("a bar that is not closed")
+        return ("call", "det" if node[0] == "matrix" else "abs", node)
 
     def number(self, token: Token) -> Node:
         """A number; a mixed one, if a fraction of whole numbers follows: 1 \\frac12 or 1 1/2."""
@@ -762,8 +774,9 @@ def combination(node: Node) -> Node:
         case ("^", ("name", name), ("num", below)) if re.fullmatch("C_[0-9]+", name):
             if int(name[2:]) >= Fraction(below):
                 return ("call", "binomial", ("num", name[2:]), ("num", below))
-        case ("call", "apply", ("name", "C"), above, below):
-            return ("call", "binomial", above, below)
+        case ("call", "apply", ("name", "C"), ("num", above), ("num", below)):
+            if Fraction(above) >= Fraction(below):  # else C is a point
+                return ("call", "binomial", ("num", above), ("num", below))
     return node
 
 

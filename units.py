@@ -25,7 +25,7 @@ mmHg |; pixel px | pixel; baud | baud
 _PLAIN = """
 degree ° deg | degree; °C ℃ | celsius centigrade; °F ℉ | fahrenheit; rad | radian; sr | steradian;
 arcmin | arcminute; arcsec | arcsecond; in | inch inches; ft | foot feet; yd | yard; mi | mile;
-nmi |; acre | acre; ha | hectare; lb lbs | pound; oz | ounce; fl | fluid; gal | gallon;
+nmi |; nautical |; acre | acre; ha | hectare; lb lbs | pound; oz | ounce; fl | fluid; gal | gallon;
 qt | quart; pt | pint; cup | cup; tbsp | tablespoon; tsp | teaspoon; bbl | barrel;
 bushel | bushel; knot kn | knot; furlong | furlong; stone | stone; carat ct | carat; ppm |; bpm |;
 fps |; cc |; hp | horsepower; fathom | fathom; slug | slug; atm | atmosphere; torr Torr | torr;
@@ -44,7 +44,12 @@ mph |; kph kmph |; mpg |
 _PREFIX = """Y yotta Z zetta E exa P peta T tera G giga M mega k kilo h hecto da deca d deci c centi
     m milli μ micro n nano p pico f femto"""
 _QUOTIENTS = {"kph": "km h^-1", "mph": "mi h^-1", "mpg": "mi gal^-1", "psi": "lb in^-2"}
-_TOGETHER = {"degree °C": "°C", "degree °F": "°F", "light yr": "ly"}  # degrees Celsius, light years
+_TOGETHER = {
+    "degree °C": "°C",
+    "degree °F": "°F",
+    "light yr": "ly",
+    "mi nautical": "nmi",
+}  # degrees Celsius, light years
 POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 # Words behind a number that make it another number: 5 million, 5 dozen, 3 halves.
 SCALES = {
@@ -73,7 +78,7 @@ _PLURALS = set(_plurals.split())
 # the whole value.
 _not_counted = """is was has does goes as us its this thus plus minus times less unless yes
     always perhaps sometimes besides towards afterwards various previous numerous else equals
-    exceeds squares cubes powers roots wrongs mistakes guesses alternatives options tens dozens
+    exceeds squares cubes powers wrongs mistakes guesses alternatives options tens dozens
     scores halves thirds quarters digits decimals multiples factors approximates means remains
     makes gives hence yields opposites negatives inverses reciprocals logs"""
 _NOT_COUNTED = set(_not_counted.split())

@@ -659,21 +659,84 @@ def cases(shared):
     return cli.read_jsonl(shared / "verify" / "cases.jsonl")
 
 
-def test_labelled_cases(cases):
-    """The bars of the issue on the open half: accuracy, false positives, every kind of answer, and time."""
-    right, false_positives, times = collections.defaultdict(list), 0, []
-    for case in (case for case in cases if not case.get("debatable")):
+@pytest.mark.parametrize("name, groups", [("cases", None), ("cases_field", ["field"]), ("cases_field", ["variant"])])
+def test_labelled_cases(shared, name, groups):
+    """Guards against a rule that was fitted to our own cases: answers gathered by others, right and wrong."""
+    rows = cli.read_jsonl(shared / "verify" / f"{name}.jsonl")
+    chosen = [row for row in rows if not row.get("debatable") and (groups is None or row["group"] in groups)]
+    right, accepted, times = collections.defaultdict(list), [], []
+    for case in chosen:
         start = time.thread_time()
         got = is_correct(case["prediction"], case["gold"])
         times.append(time.thread_time() - start)
         right[case["kind"]].append(got == case["equal"])
-        false_positives += got and not case["equal"]
-    everything = [ok for kind in right.values() for ok in kind]
-    assert statistics.mean(everything) >= 0.985
-    assert false_positives <= 1
+        if got and not case["equal"]:
+            accepted.append((case["gold"], case["prediction"]))
+    assert statistics.mean(ok for kind in right.values() for ok in kind) >= 0.99
+    assert accepted == []
     assert all(statistics.mean(kind) >= 0.96 for kind in right.values() if len(kind) >= 20)
-    assert statistics.median(times) < 0.003
+    assert statistics.median(times) < 0.002
     assert max(times) < 2
+
+
+def test_our_own_answers():
+    """Guards against the kinds of mistake that answers.jsonl was written to find, before its author saw any rule.
+
+    The known ones are in RESULTS.md: nine right answers that are not seen, and T(n-1)+1 read as a product.
+    """
+    rows = cli.read_jsonl(Path(__file__).with_name("answers.jsonl"))
+    wrong = [row for row in rows if is_correct(row["prediction"], row["gold"]) != row["equal"]]
+    assert len(rows) > 2_400
+    assert [row["gold"] for row in wrong if not row["equal"]] in ([], ["T(n-1)+1"])
+    assert len(wrong) <= 10, wrong
+
+
+# ------------------------------------------------------------------------------------------------ what sympy is asked
+
+
+def closed(gold: str, answer: str) -> str:
+    """The verdict without sympy: "undecided" where it would be asked."""
+    return verify.decide(rf"\boxed{{{answer}}}", gold, 2.0, False, 0.0).outcome
+
+
+@pytest.mark.parametrize(
+    "gold, answer, right",
+    [
+        (r"\frac13", r"\int_0^1 x^2\,dx", True),
+        (r"\frac12", r"\int_0^1 x^2\,dx", False),
+        (r"\frac{\pi^2}{6}", r"\sum_{n=1}^\infty \frac1{n^2}", True),
+        (r"\frac{\pi^2}{8}", r"\sum_{n=1}^\infty \frac1{n^2}", False),
+        ("1", r"\lim_{x\to0}\frac{\sin x}{x}", True),
+        ("2", r"x^3=8", False),
+        (r"2, -1\pm i\sqrt3", r"x^3=8", True),
+        (r"(-2,2)", r"x^4<16", True),
+        (r"[-2,2]", r"x^4<16", False),
+    ],
+)
+def test_sympy_is_asked_in_a_worker(gold, answer, right):
+    """Guards against closed values that are never computed, and against sympy in the process that trains."""
+    assert closed(gold, answer) == "undecided"
+    assert equal(gold, answer) == right
+    assert "sympy" not in vars(verify)
+
+
+@pytest.mark.parametrize("answer", ["x=5", "5", "x^2", r"\sin x", "2x<4", r"\sum_{k=1}^{99} k", "x^2=5"])
+def test_sympy_is_not_asked_without_need(answer):
+    """Guards against half a second for every wrong answer of a training run."""
+    assert closed("7", answer) in ("wrong", "correct")
+
+
+def test_questions_that_sympy_cannot_answer_end():
+    """Guards against a worker that computes for ever, or is killed for every such answer."""
+    hard = [r"\int_0^{10^9} \lfloor x\rfloor^{\lfloor x\rfloor}\,dx", r"\sum_{n=1}^\infty \frac{\sin(n^3)}{n^{2}+\pi}"]
+    hard += [r"\lim_{n\to\infty} \sin(n^{n^n})", r"\int_0^1 x^{x^{x^x}}\,dx", r"\int_0^1 " + "x^{60}+" * 30 + r"1\,dx"]
+    for answer in hard:
+        start = time.monotonic()
+        assert verify.verify(rf"\boxed{{{answer}}}", "13").outcome in ("wrong", "timeout")
+        assert time.monotonic() - start < 20
+
+
+# ------------------------------------------------------------------------------------------------ attacks
 
 
 ATTACK = """
