@@ -88,7 +88,9 @@ def to_sympy(node: Node, bound: frozenset[str] = frozenset()) -> sympy.Expr:
             limits = (symbol(name, False), *(to_sympy(part, bound) for part in bounds))
             return sympy.Integral(to_sympy(body, bound), limits if bounds else limits[0])
         case ("call", "lim", ("name", name), point, body):
-            return sympy.Limit(to_sympy(body, bound), symbol(name, False), to_sympy(point, bound))
+            return sympy.Limit(
+                to_sympy(body, bound), symbol(name, False), to_sympy(point, bound), dir="+-"
+            )
         case ("call", function, *parts) if function in FUNCTIONS:
             arguments = [to_sympy(part, bound) for part in parts]
             if function in ("factorial", "fac2", "binomial", "exp") and any(
@@ -138,17 +140,11 @@ def from_sympy(expression: sympy.Expr) -> Node:
     )
     if expression.has(*unknown) or expression in (sympy.nan, sympy.zoo):
         raise Undecided("sympy has no closed form")
-    names = {str(symbol) for symbol in expression.free_symbols}
-    spelled = {
-        name: sympy.Symbol(f"Q{k}") for k, name in enumerate(sorted(names))
-    }  # names as the reader has them
-    text = Spelling().doprint(
-        expression.subs({symbol: spelled[str(symbol)] for symbol in expression.free_symbols})
-    )
-    tree = maths.read(latex.tokenise(text), set())
-    for name, plain in spelled.items():
-        plain_tree = maths.read(latex.tokenise(str(plain)), set())
-        tree = maths.substitute(tree, plain_tree, ("name", name))
+    letters = dict(zip(sorted(expression.free_symbols, key=str), "ABDFGHJKLMNPQRSTUVWXYZ"))
+    plain = {symbol: sympy.Symbol(letter) for symbol, letter in letters.items()}
+    tree = maths.read(latex.tokenise(Spelling().doprint(expression.subs(plain))), set())
+    for symbol, letter in letters.items():  # names as the reader has them, x_1 or alpha
+        tree = maths.substitute(tree, ("name", letter), ("name", str(symbol)))
     return tree
 
 

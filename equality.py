@@ -32,24 +32,14 @@ RANGES = [
     (0, 1),
 ]
 ENOUGH, FEWEST = 6, 3  # points where two expressions agree; the fewest that will do
-KINKS = {
-    "cases",
-    "abs",
-    "floor",
-    "ceil",
-    "root",
-    "max",
-    "min",
-    "sign",
-    "asin",
-    "acos",
-    "atan",
-    "acot",
-}
+KINKS = {"abs", "floor", "ceil", "root", "max", "min", "sign", "asin", "acos", "atan", "acot"}
+BRANCHES = {"abs", "max", "min", "floor", "ceil", "sign", "cases"}
 WHOLE = {
     "factorial",
     "fac2",
     "binomial",
+    "gcd",
+    "lcm",
 }  # names in these, and in the bounds of sums, are whole numbers
 ZERO, ONE = ("num", "0"), ("num", "1")
 SET_DIGITS = 150  # of the ends of sets, which are compared to half of them
@@ -57,8 +47,15 @@ CLOSE = 1e-9  # a gap that no rounding makes, where nothing is large
 TRUTHS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1), "=": (0,)}
 
 
+def hash_of(*trees: Node) -> str:
+    return hashlib.sha256(repr(trees).encode()).hexdigest()
+
+
 def draw(*key) -> Fraction:
-    """A number in (0, 1) that depends on the key alone: verdicts do not change from run to run."""
+    """A number in (0, 1) that depends on the key alone: verdicts do not change from run to run.
+
+    The two trees are in the key, so that no answer can be built to vanish at its own points.
+    """
     return Fraction(int(hashlib.sha256(repr(key).encode()).hexdigest()[:8], 16) % 9_973 + 1, 9_974)
 
 
@@ -90,7 +87,8 @@ def coefficients(node: Node, name: str) -> list[Node] | None:
                 product = convolved(product, coefficients(factor, name))
             return product
         case ("^", base, ("num", "2")):
-            return convolved(coefficients(base, name), coefficients(base, name))
+            root = coefficients(base, name)
+            return convolved(root, root)
     return None
 
 
@@ -105,6 +103,30 @@ def convolved(left: list[Node] | None, right: list[Node] | None) -> list[Node] |
     return [("+", *column) for column in columns]
 
 
+def bending(node: Node) -> list[Node]:
+    """What changes its sign where a node has a kink: x - 3 of |x - 3|, or of the case x < 3."""
+    if node[0] == "chain":
+        return [minus(left, right) for left, right in itertools.pairwise(node[2:])]
+    if node[0] != "call" or node[1] not in KINKS:
+        return []
+    if node[1] in ("max", "min"):
+        return [minus(left, right) for left, right in itertools.combinations(node[2:], 2)]
+    if node[1] in ("floor", "ceil"):  # at whole numbers
+        return [node[2], minus(node[2], ("num", "5"))]
+    return [node[2]]
+
+
+def whole_names(parts: list[Node]) -> set[str]:
+    """The names that only whole numbers make sense for: in factorials, and in bounds of sums."""
+    found = set()
+    for part in parts:
+        if part[0] == "call" and part[1] in WHOLE:
+            found |= names(*part[2:])
+        elif part[0] == "call" and part[1] in ("sum", "prod"):
+            found |= names(*part[3:5])
+    return found
+
+
 class Equality:
     """Of trees, within one budget.
 
@@ -115,6 +137,7 @@ class Equality:
         self.numbers = Numbers(budget)
         self.residues = Residues(budget, self.numbers)
         self.mp, self.ask = self.numbers.mp, ask
+        self.set_digits = SET_DIGITS
 
     # ------------------------------------------------------------------------------------ expressio
 
@@ -137,24 +160,34 @@ class Equality:
     def same_at_points(self, a: Node, b: Node) -> bool:
         """At all points where both have a real value (or, where there are none, a complex one)."""
         constant = not names(a, b)
+        branched = any(part[part[0] == "call"] in BRANCHES for part in walk(a))
         imaginary = ("name", "i") in (*walk(a), *walk(b))
+        whole = whole_names([*walk(a)])
         for real in (False,) if constant or imaginary else (True, False):
             agreed = 0
             for number, point in enumerate(self.points(a, b)):
-                if agreed >= ENOUGH and number < len(RANGES):
+                if agreed >= ENOUGH and number < len(RANGES) and not whole:
                     continue
                 try:
                     if not self.agree(a, b, point, real):
                         return False
                     agreed += 1
                 except Undefined:
-                    continue
+                    if real and branched and self.is_real(a, point):
+                        return False  # of |x|, an answer must have both branches
                 except Undecided:
                     if constant:
                         return False
             if agreed >= (1 if constant else FEWEST):
                 return True
         return False
+
+    def is_real(self, node: Node, point: dict) -> bool:
+        try:
+            self.numbers.at(node, point, True)
+        except (Undefined, Undecided):
+            return False
+        return True
 
     def agree(self, a: Node, b: Node, point: dict, real: bool) -> bool:
         """Have the two the same value at a point? Exactly if rational, else up to rounding.
@@ -177,7 +210,7 @@ class Equality:
         shrink = self.mp.mpf(10) ** (-digits // 2)
         first, _ = self.gap(at, a, b, digits)
         second, size = self.gap(at, a, b, 2 * digits)
-        return second <= max(first, size * shrink * shrink) * shrink
+        return second <= max(first, max(size, 1) * shrink * shrink) * shrink
 
     def gap(self, at: Callable, a: Node, b: Node, digits: int) -> tuple:
         """How far the two are apart, at so many digits, and how large they are."""
@@ -185,54 +218,88 @@ class Equality:
         return abs(x - y), max(abs(x), abs(y))
 
     def points(self, a: Node, b: Node) -> list[dict[str, Fraction]]:
-        """Values for the names, in RANGES.
-
-        Where there may be kinks also at, between and beyond them.
-        """
+        """Values for the names: each in another of RANGES, and wherever a kink may hide."""
         parts, free = [*walk(a), *walk(b)], sorted(names(a, b))
         if not free:
             return [{}]
+        bends = [bend for part in parts for bend in bending(part)]
         ranges = list(RANGES)
-        kinked = [part for part in parts if (part[1] if part[0] == "call" else part[0]) in KINKS]
-        if kinked:
-            marks = {Fraction(0), Fraction(2), Fraction(-2)}
-            for part in parts:
-                if part[0] == "num":
-                    marks |= {Fraction(part[1]), -Fraction(part[1])}
-            for part in kinked:
-                marks |= {kink for inner in walk(part) for kink in self.kinks(inner)}
-            marks = sorted(marks)[:40]
-            ranges += [*itertools.pairwise(marks), *((mark, mark) for mark in marks)]
-            ranges += [(10 * marks[0] - 10, marks[0]), (marks[-1], 10 * marks[-1] + 10)]
-        whole = self.whole_names(parts)
+        if bends:
+            marks = sorted({Fraction(0), Fraction(1), *self.written(parts)})[-12:]
+            ranges += itertools.pairwise(marks)
+            ranges += [(marks[-1], 10 * marks[-1] + 10), (-10 * marks[-1] - 10, -marks[-1])]
+        whole = whole_names(
+            [*walk(a)]
+        )  # of the reference: an answer does not choose where it is tested
+        salt = hash_of(a, b)
+        ranges += RANGES if whole else []
         points = []
-        for k, (low, high) in enumerate(ranges):
-            real = {name: low + (high - low) * draw(name, k) for name in free}
-            points.append(real | {name: Fraction(2 + int(20 * draw(name, k))) for name in whole})
+        for k in range(len(ranges)):
+            point = {}
+            for number, name in enumerate(free):
+                low, high = ranges[(k + 5 * number) % len(ranges)]
+                real = low + (high - low) * draw(name, k, salt)
+                point[name] = Fraction(2 + int(20 * draw(name, k, salt))) if name in whole else real
+            points.append(point)
+        for point in points[: 1 if len(free) == 1 else 3]:
+            for name in free if bends else ():
+                points += self.around_bends(bends, point, name)
         return points
 
-    def whole_names(self, parts: list[Node]) -> set[str]:
-        found = set()
-        for part in parts:
-            if part[0] == "call" and part[1] in WHOLE:
-                found |= names(*part[2:])
-            elif part[0] == "call" and part[1] in ("sum", "prod"):
-                found |= names(*part[3:5])
+    def searched(self, node: Node, name: str) -> list:
+        """Where an expression of one name changes its sign, as far as powers of ten show."""
+        if names(node) != {name}:
+            return []
+        sizes = [self.mp.mpf(10) ** k for k in range(-3, 16, 2)]
+        grid, found = [*(-x for x in reversed(sizes)), self.mp.mpf(0), *sizes], []
+        values = [self.sign_at(node, name, x) for x in grid]
+        for low, high, before, after in zip(grid, grid[1:], values, values[1:]):
+            if before * after < 0:
+                for _ in range(60):
+                    middle = (low + high) / 2
+                    same = self.sign_at(node, name, middle) == before
+                    low, high = (middle, high) if same else (low, middle)
+                found.append(high)
         return found
 
-    def kinks(self, node: Node) -> list[Fraction]:
-        """Where the insides of |x - 3| are zero, or the sides of the condition x < 3 meet."""
-        inside = (
-            [child for child in node[2:] if isinstance(child, tuple)] if node[0] == "call" else []
-        )
-        if node[0] == "chain" and len(node) == 4:
-            inside = [minus(node[2], node[3])]
-        found = []
-        for inner in inside:
-            if len(names(inner)) == 1:
-                roots = self.real(self.low_roots(inner, *names(inner)) or [])
-                found += [Fraction(int(self.mp.nint(root * 10**30)), 10**30) for root in roots]
+    def sign_at(self, node: Node, name: str, x) -> int:
+        """1, -1; 0 where it has no real value."""
+        try:
+            return int(self.mp.sign(self.numbers.at(node, {name: x}, True, 20)))
+        except (Undefined, Undecided):
+            return 0
+
+    def written(self, parts: list[Node]) -> set[Fraction]:
+        """The sizes of all rational numbers in a tree, 10^7 among them."""
+        found = set()
+        for part in parts:
+            if part[0] in ("num", "^") and not names(part):
+                value = self.plain(part)
+                if value[0] == "num" and abs(Fraction(value[1])) < 10**30:
+                    found.add(abs(Fraction(value[1])))
         return found
+
+    def around_bends(self, bends: list[Node], point: dict, name: str) -> list[dict]:
+        """Points at, between and beyond the kinks that a name has when the others are held."""
+        others = {other: value for other, value in point.items() if other != name}
+        found = set()
+        for bend in bends:
+            held = fixed(bend, others)
+            low = self.low_roots(held, name)
+            for root in self.searched(held, name) if low is None else self.real(low):
+                found.add(Fraction(int(self.mp.nint(root * 10**30)), 10**30))
+        kinks = sorted(found)[:12]
+        if not kinks:
+            return []
+        step = 1 + (abs(kinks[0]) + abs(kinks[-1])) / 7
+        values = [
+            kinks[0] - step,
+            *kinks,
+            kinks[-1] + step,
+            Fraction(2),
+        ]  # 2: an end of a floor's step
+        values += [(left + right) / 2 for left, right in itertools.pairwise(kinks)]
+        return [others | {name: value} for value in values]
 
     def proportional(self, a: Node, b: Node, signed: bool) -> bool:
         """Is one a constant multiple of the other, and a positive one where a sign matters (of a <
@@ -263,8 +330,9 @@ class Equality:
             return None
         c, b, a = (self.plain(part) for part in (*found, ZERO, ZERO)[:3])
         if self.same(a, ZERO):
-            constant = self.same(b, ZERO)
-            return [] if constant else [("*", MINUS_ONE, over(c, b))]
+            if not self.same(b, ZERO):
+                return [("*", MINUS_ONE, over(c, b))]
+            return None if self.same(c, ZERO) else []
         square = self.plain(minus(("*", b, b), ("*", ("num", "4"), a, c)))
         root = ("call", "root", square, ("num", "2"))
         below = ("*", ("num", "2"), a)
@@ -287,7 +355,9 @@ class Equality:
         return self.ask("solutions", node, name) if low is None else low
 
     def real(self, numbers: list[Node]) -> list:
-        values = [self.mp.convert(self.numbers.at(number, digits=SET_DIGITS)) for number in numbers]
+        values = [
+            self.mp.convert(self.numbers.at(number, digits=self.set_digits)) for number in numbers
+        ]
         return [value for value in values if not isinstance(value, self.mp.mpc)]
 
     def zeros(self, node: Node, name: str) -> list:
@@ -321,7 +391,12 @@ class Equality:
         """
         if max(len(names(gold)), len(names(answer))) > 1:
             return False
+        self.set_digits = SET_DIGITS
         ends = self.ends(gold) + self.ends(answer)
+        largest = max((abs(self.mp.mag(x)) for x in ends if x and self.mp.isfinite(x)), default=0)
+        if largest > SET_DIGITS:  # 2^{2024} and 2^{2024} + 1
+            self.set_digits += int(0.61 * min(largest, 10_000))
+            ends = self.ends(gold) + self.ends(answer)
         if any(isinstance(x, self.mp.mpc) for x in ends):
             raise Undefined("complex numbers have no order")
         ends = sorted({x for x in ends if abs(x) != self.mp.inf})
@@ -347,25 +422,29 @@ class Equality:
             return found
         if names(node) or node[0] in ("tuple", "list", "or", "chain", "∪", "∩", "∖"):
             return [x for child in node[1:] for x in self.ends(child)]
-        return [self.mp.convert(self.numbers.at(node, digits=SET_DIGITS))]
+        return [self.mp.convert(self.numbers.at(node, digits=self.set_digits))]
 
     def order(self, a, b) -> int:
         """-1, 0 or 1 for a < b, a = b (up to rounding), a > b."""
-        self.mp.dps = SET_DIGITS
+        self.mp.dps = self.set_digits
         a, b = self.mp.convert(a), self.mp.convert(b)
         if isinstance(a, self.mp.mpc) or isinstance(b, self.mp.mpc):
             raise Undefined("complex numbers have no order")
         finite = self.mp.isfinite(a) and self.mp.isfinite(b)
-        near = finite and abs(a - b) <= max(abs(a), abs(b), 1) * self.mp.mpf(10) ** (
-            -SET_DIGITS // 2
+        noise = self.mp.mpf(10) ** (20 - self.set_digits)
+        gap = abs(a - b) if finite else self.mp.inf
+        near = finite and gap <= max(
+            noise, max(abs(a), abs(b)) * self.mp.mpf(10) ** (30 - self.set_digits)
         )
         return 0 if near or a == b else 1 if a > b else -1
 
     def contains(self, node: Node, x) -> bool:
         match node:
             case ("tuple", brackets, low, high) if brackets != ";":
-                above = self.order(x, self.numbers.at(low, digits=SET_DIGITS))
-                below = self.order(self.numbers.at(high, digits=SET_DIGITS), x)
+                above = self.order(x, self.numbers.at(low, digits=self.set_digits))
+                below = self.order(self.numbers.at(high, digits=self.set_digits), x)
+                if brackets[1] == "]" and high == ("name", "infty"):
+                    raise Undefined("infinity is no member")
                 return above >= (brackets[0] != "[") and below >= (brackets[1] != "]")
             case ("∪" | "or", *parts):
                 return any(self.contains(part, x) for part in parts)
@@ -379,13 +458,13 @@ class Equality:
                 return True
             case ("name", "emptyset"):
                 return False
-            case ("chain", "∈", _, inner):
+            case ("chain", "∈", ("name", _), inner) if names(node):
                 return self.contains(inner, x)
             case ("chain", signs, *parts) if set(signs.split()) <= set(TRUTHS):
                 point = dict.fromkeys(names(node), x)
-                values = [self.numbers.at(part, point, True, SET_DIGITS) for part in parts]
+                values = [self.numbers.at(part, point, True, self.set_digits) for part in parts]
                 orders = [self.order(a, b) for a, b in itertools.pairwise(values)]
                 return all(order in TRUTHS[sign] for sign, order in zip(signs.split(), orders))
         if names(node) or node[0] in ("tuple", "text", "matrix", "chain"):
             raise Undefined("not a set of reals")
-        return self.order(self.numbers.at(node, digits=SET_DIGITS), x) == 0
+        return self.order(self.numbers.at(node, digits=self.set_digits), x) == 0

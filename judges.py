@@ -20,15 +20,16 @@ Each says True (equal), False (different) or None (does not know), and knows one
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
 
 from equality import Equality
 from latex import ORDERED
-from maths import CONSTANTS, MINUS_ONE, Node, members, minus, names, walk
+from maths import CONSTANTS, MINUS_ONE, Node, members, minus, names, substitute, walk
 from values import Budget, Undecided, Undefined
 
 FLOAT_DIGITS = range(15, 18)  # that a computer prints of a number; others are somebody's rounding
+DENIALS = {"not", "no", "never", "wrong", "incorrect", "neither", "isn", "except"}
 MAX_PAIRS = 2_500  # of the members of two lists
 Verdict = bool | None
 
@@ -39,8 +40,8 @@ def is_label(node: Node) -> bool:
     X, a_2, f(2), AB, |AB|, s/r, cos A, (x, y), "Area"?
     """
     match node:
-        case ("text", _):
-            return True
+        case ("text", words):
+            return not set(words.split()) & DENIALS
         case ("name", name):
             return name not in CONSTANTS or name in "ei"
         case ("call", "index" | "apply" | "prime" | "mark" | "inverse", *_):
@@ -62,6 +63,14 @@ def is_label(node: Node) -> bool:
     return False
 
 
+def are_neighbours(labels: Iterable[Node]) -> bool:
+    """x, y, z or a, b: names whose order is that of the alphabet, however they were written."""
+    letters = [
+        ord(label[1]) if label[0] == "name" and len(label[1]) == 1 else 0 for label in labels
+    ]
+    return all(letters) and max(letters) - min(letters) == len(letters) - 1
+
+
 def relations(node: Node) -> list[Node]:
     """The chain a < b >= c as relations that point one way: a < b, c <= b."""
     turned = {">": "<", ">=": "<=", "⊃": "⊂", "⊇": "⊆", "⇐": "⇒"}
@@ -73,35 +82,38 @@ def relations(node: Node) -> list[Node]:
     return found
 
 
-def is_solved(node: Node) -> bool:
-    """A relation that says what a name is, or nearly: x = 3, y = 2x, 2x < 5, |x| > 1, x^2 = 4."""
+def is_solved(node: Node, of_answer: bool) -> bool:
+    """A relation that says what a name is, or nearly: x = 3, y = 2x, -x < 5, |x| > 1, x^2 = 4.
+
+    Of a reference, 2x < 5 does as well; of an answer, that may be the question.
+    """
     for side in node[2:]:
         others = [part for part in node[2:] if part is not side]
-        if is_label(side) and (node[1] == "=" or not names(side) & names(*others)):
+        if is_label(side) and not names(side) & names(*others):
             return True
-    return all(map(is_monomial, node[2:]))
+    named = [side for side in node[2:] if names(side)]
+    if len(named) == 1 and named[0][0] == "*" and not of_answer:
+        return sum(1 for factor in named[0][1:] if names(factor)) == 1
+    return len(named) == 1 and is_monomial(named[0])
 
 
 def is_monomial(node: Node) -> bool:
-    """A number, or 2x, x^2, |x|: no more than one step away from its name."""
-    if is_label(node) or not names(node):
-        return True
+    """-x, x^2, |x|: no more than one step away from its name."""
     match node:
-        case ("*", *factors):
-            named = [factor for factor in factors if names(factor)]
-            return len(named) == 1 and is_monomial(named[0])
-        case ("^", base, ("num", power)):
-            return power.isdigit() and is_monomial(base)
-        case ("call", "abs", inner):
-            return is_monomial(inner)
-    return False
+        case (
+            ("*", ("num", "-1"), inner)
+            | ("^", inner, ("num", "2" | "3" | "4"))
+            | ("call", "abs", inner)
+        ):
+            return is_label(inner)
+    return is_label(node)
 
 
-def unsolved(node: Node) -> bool:
+def unsolved(node: Node, of_answer: bool) -> bool:
     """Does a tree hold an equation or inequality of one name that is not solved for it?"""
     for part in walk(node):
         relation = part[0] == "chain" and not set(part[1].split()) & ORDERED
-        if relation and len(names(part)) == 1 and not is_solved(part):
+        if relation and len(names(part)) == 1 and not is_solved(part, of_answer):
             return True
     return False
 
@@ -118,6 +130,11 @@ def is_open(node: Node) -> bool:
     if node[:2] in (("call", "sum"), ("call", "prod")):
         return ("name", "infty") in node[3:5]
     return node[:2] in (("call", "int"), ("call", "lim"))
+
+
+def has_named_bound(node: Node) -> bool:
+    """A sum or product up to n."""
+    return node[:2] in (("call", "sum"), ("call", "prod")) and bool(names(*node[3:5]))
 
 
 def inner_units(node: Node) -> set[str]:
@@ -190,7 +207,7 @@ class Judges:
 
     def restated(self, gold: Node, answer: Node) -> Verdict:
         """2x + 1 > 5 is no answer to "solve 2x + 1 > 5", unless the reference is of that form."""
-        return False if unsolved(answer) and not unsolved(gold) else None
+        return False if unsolved(answer, True) and not unsolved(gold, False) else None
 
     def named_values(self, gold: Node, answer: Node) -> Verdict:
         """By name; against a plain (1, 2) or 1, 2 in the order of the alphabet."""
@@ -205,8 +222,7 @@ class Judges:
         )
         if not plain:
             return None
-        letters = all(name[0] == "name" and len(name[1]) == 1 for name in assigned)
-        order = sorted(assigned) if letters else list(assigned)
+        order = sorted(assigned) if are_neighbours(assigned) else list(assigned)
         row = ("tuple", "()", *(assigned[name] for name in order))
         if other[0] == "list":
             other = ("tuple", "()", *members(other))
@@ -236,6 +252,9 @@ class Judges:
         (gold_label, gold_value), (label, value) = self.unlabel(gold), self.unlabel(answer)
         if gold_value is None or value is None:
             return False
+        rounded = answer[0] == "chain" and answer[1].endswith("≈") and gold[0] == "num"
+        if rounded and self.match(gold, answer[-1]):  # sqrt(2) ≈ 1.41
+            return True
         if gold_label is None and label is None:
             unchained = (gold_value, value) != (gold, answer)
             return True if unchained and self.match(gold_value, value) else None
@@ -258,12 +277,13 @@ class Judges:
         if signs == ["="] and is_label(parts[1]) and not is_label(parts[0]):
             parts.reverse()
         matrix = parts[-1][0] in ("matrix", "call")
-        if is_label(parts[0]) and (parts[0][0] != "^" or matrix):
+        member = signs == ["∈"] and not names(parts[0])
+        if is_label(parts[0]) and (parts[0][0] != "^" or matrix) and not member:
             label, signs, parts = parts[0], signs[1:], parts[1:]
         elif names(*parts) or "∈" in signs:
             return None, node
         for sign, left, right in zip(signs, parts, parts[1:]):
-            rounded = sign == "≈" and self.prints(right, left, range(1, 99))
+            rounded = sign == "≈" and self.prints(right, left, range(1, 99), last_unit=0.5)
             if not rounded and not self.match(left, right):
                 return label, None
         return label, parts[0]
@@ -293,6 +313,8 @@ class Judges:
             return gold[0] != "unit" and self.values(gold, answer) is True
         if (gold[0], answer[0]) == ("%", "unit"):
             return False
+        if answer[2:] == ("degree",) and ("name", "pi") in walk(gold):
+            return self.equality.same(gold, answer)  # radians
         bare_gold = gold[1] if gold[0] in ("unit", "%") else gold
         bare_answer = answer[1] if answer[0] == "unit" else answer
         return self.match(bare_gold, bare_answer) or self.values(gold, answer) is True
@@ -320,8 +342,14 @@ class Judges:
             return None
         if "tuple" in kinds or len(golds) * len(answers) > MAX_PAIRS:
             return False
+        if len(answers) > len(golds) > 0:  # one too many, or one twice
+            return False if len(golds) > 1 else None
         found = [[self.match(one, other) for other in answers] for one in golds]
         same = all(map(any, found)) and all(map(any, zip(*found))) and bool(golds) == bool(answers)
+        if same and len(golds) == len(answers):  # 1, 1, 2 is not 1, 2, 2
+            matched_by = [sum(column) for column in zip(*found)]
+            for row in found:
+                same &= all(sum(row) == count for hit, count in zip(row, matched_by) if hit)
         return same or (None if 1 in (len(golds), len(answers)) else False)
 
     def shapes(self, gold: Node, answer: Node) -> Verdict:
@@ -330,8 +358,14 @@ class Judges:
             return gold[0] == "base" and gold[1] == answer[1]
         if kinds == {"cases"} and len(gold) == len(answer):
             return True if self.match(("list", *gold[1:]), ("list", *answer[1:])) else None
-        if kinds == {":"} and len(gold) == len(answer) and not is_time(gold):
+        if kinds == {":"} and is_time(gold):
+            return is_time(answer) and self.match(
+                ("tuple", "()", *gold[1:]), ("tuple", "()", *answer[1:])
+            )
+        if kinds == {":"} and len(gold) == len(answer):
             pairs = zip(gold[2:], answer[2:])
+            if any(self.equality.same(first, ("num", "0")) for first in (gold[1], answer[1])):
+                return all(map(self.match, gold[1:], answer[1:]))
             return all(self.equality.same(("*", g, answer[1]), ("*", a, gold[1])) for g, a in pairs)
         if "mod" in kinds:
             return self.same_class(gold, answer) if kinds == {"mod"} else False
@@ -398,7 +432,7 @@ class Judges:
         stripped = without_degrees(gold), without_degrees(answer)
         if stripped != (gold, answer) and self.equality.same(*stripped):
             return True
-        different = None if any(map(is_open, (*walk(gold), *walk(answer)))) else False
+        different = None if self.open_parts(gold, answer) else False
         if names(gold, answer):
             return different
         gap = self.numbers.at(minus(gold, answer))  # Undefined, if one is infinite
@@ -406,7 +440,9 @@ class Judges:
         printed = self.prints(gold, answer) or self.prints(answer, gold)
         return True if close or printed else different
 
-    def prints(self, decimal: Node, exact: Node, digits: range = FLOAT_DIGITS) -> bool:
+    def prints(
+        self, decimal: Node, exact: Node, digits: range = FLOAT_DIGITS, last_unit: float = 1.0
+    ) -> bool:
         """Is `decimal` what a computer prints, in so many digits, of what no decimal is?"""
         text = decimal[1].lstrip("-") if decimal[0] == "num" else ""
         if not re.fullmatch(r"[0-9]*\.[0-9]+", text):
@@ -417,16 +453,21 @@ class Judges:
         if isinstance(x, Fraction) and 10**400 % x.denominator == 0 and digits == FLOAT_DIGITS:
             return False
         gap = self.mp.convert(self.numbers.at(minus(decimal, exact)))
-        return abs(gap) < self.mp.mpf(10) ** -len(text.split(".")[1])
+        return abs(gap) <= last_unit * self.mp.mpf(10) ** -len(text.split(".")[1])
 
     def closed_forms(self, gold: Node, answer: Node) -> Verdict:
-        closed = self.closed(gold), self.closed(answer)
-        return None if closed == (gold, answer) else self.match(*closed)
+        parts = self.open_parts(gold, answer)
+        for part in parts:
+            closed = self.ask("closed", part)[0]
+            gold, answer = substitute(gold, part, closed), substitute(answer, part, closed)
+        return self.match(gold, answer) if parts else None
 
-    def closed(self, node: Node) -> Node:
-        if is_open(node):
-            return self.ask("closed", node)[0]
-        return tuple(self.closed(part) if isinstance(part, tuple) else part for part in node)
+    def open_parts(self, gold: Node, answer: Node) -> list[Node]:
+        """What is not computed here; of sums up to n those of the answer, if the gold has none."""
+        parts = [part for part in (*walk(gold), *walk(answer)) if is_open(part)]
+        if not any(map(has_named_bound, walk(gold))):
+            parts += filter(has_named_bound, walk(answer))
+        return parts
 
     IN_TURN: tuple[Callable, ...] = (
         identical,

@@ -112,11 +112,12 @@ _pattern = r"""
   | (?P<period>(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)(?:
         \\(?:overline|bar|dot)\s*(?:\{(?P<p1>[0-9]+)\}|(?P<p2>[0-9]))
         (?P<p3>[0-9]*)(?:\\dot\s*(?:\{(?P<p4>[0-9])\}|(?P<p5>[0-9])))?
-      | \((?P<p6>[0-9]+)\)))
+      | (?<![1-9]\.[0-9])(?<![1-9]\.[0-9][0-9])\((?P<p6>[0-9]+)\)))
   | (?P<blackboard>\\mathbb\s*(?:\{\s*(?P<l1>[A-Z])\s*\}|(?P<l2>[A-Z])))
   | (?P<command>\\(?:[A-Za-z]+|\\(?:\s*\[[^\]\n]{0,9}\])?|.))
-  | (?P<base>[0-9][0-9A-F]*[A-F][0-9A-F]*(?=_))
-  | (?P<thousands>(?<![0-9.,])[0-9]{1,3}(?:(?:SEPARATOR)[0-9]{3})+(?![0-9]|,[0-9])(?:\.[0-9]+)?)
+  | (?P<base>[0-9][0-9A-F]{1,30}(?=_))
+  | (?P<thousands>(?<![0-9.])(?<![^\\],)
+        [0-9]{1,3}(?:(?:SEPARATOR)[0-9]{3})+(?![0-9]|,[0-9])(?:\.[0-9]+)?)
   | (?P<num>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3}(?![0-9.]))?)
   | (?P<noon>[apAP]\.\s?[mM]\b\.?)
   | (?P<letters>[^\W\d_]+)
@@ -130,9 +131,14 @@ LEXERS = {
     for bracketed, separators in ((True, _separators), (False, "," + "|" + _separators))
 }
 _written_out = sorted(FUNCTIONS | NAMES - {"ell", "Pi"} | {"infinity"}, key=len, reverse=True)
-_glue = "|".join(_written_out)
-GLUED = re.compile(rf"(?:[A-Za-z]?(?:{_glue})[A-Za-z]?)+")  # xsinx: names and functions as one
-PIECE = re.compile(rf"{_glue}|[A-Za-z]")
+PIECE = re.compile("|".join(_written_out) + "|[A-Za-z]")
+
+
+def glued(run: str) -> list[str] | None:
+    """xsinx as x, sin, x: names and functions written as one, with at most two letters between."""
+    pieces = PIECE.findall(run)
+    letters = "".join("." if len(piece) == 1 else "F" for piece in pieces)
+    return pieces if re.fullmatch(r"\.?F(?:\.{0,2}F)*\.?", letters) else None
 
 
 class Token(NamedTuple):
@@ -240,7 +246,8 @@ def read_piece(found: re.Match, thousands: bool) -> list[Token]:
         return [Token("cash", known_unit(piece))]
     if found["op"]:
         return [known_command(piece) if piece in SYNONYMS else Token("op", piece)]
-    return [Token("num" if found["num"] else "base", piece)]
+    kind = "num" if found["num"] or piece.isdigit() else "base"
+    return [Token(kind, piece.rstrip("."))]
 
 
 def read_command(name: str) -> list[Token]:
@@ -286,8 +293,8 @@ def read_letters(run: str, words: bool, before: Token) -> Iterator[Token]:
         yield known_command(run)
     elif words or known_unit(run) in CURRENCIES:
         yield Token("word", run)
-    elif GLUED.fullmatch(run) and known_unit(run) is None:
-        for piece in PIECE.findall(run):
+    elif known_unit(run) is None and (pieces := glued(run)):
+        for piece in pieces:
             yield known_command(piece) if len(piece) > 1 else Token("name", piece)
     elif run in SMALL_WORDS or re.fullmatch("[a-z]{4,}|[A-Z][a-z]{2,}", run):
         yield Token("word", run)

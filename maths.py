@@ -33,7 +33,7 @@ from latex import (
 )
 from units import CURRENCIES, SCALES, known_unit, read_unit, spell, unit_of
 
-MAX_DEPTH = 25  # of brackets
+MAX_DEPTH, MAX_NODES = 25, 500  # of brackets; of a product of matrices
 
 Node = tuple  # ("op", child, ...); the children of leaves are strings
 
@@ -53,6 +53,9 @@ ALIGNED = {
     "split",
     "eqnarray",
 }  # where & says only where lines meet
+EMPTY, REALS = ("name", "emptyset"), ("name", "ℝ")
+MEANINGS = {"no solution": EMPTY, "no real solution": EMPTY, "empty set": EMPTY}
+MEANINGS |= {"all real number": REALS, "all real": REALS, "infinity": ("name", "infty")}
 INFIX = ("over", "choose")  # TeX's {a \over b}
 TRANSPOSE = (("name", "T"), ("name", "top"), ("text", "top"))
 
@@ -148,19 +151,32 @@ def transposed(node: Node) -> Node:
 def matrix_sum(left: Node, right: Node) -> Node:
     rows = []
     for above, below in zip(left[1:], right[1:]):
+        if len(above) != len(below):
+            raise ParseError("matrices that have no sum")
         rows.append([("+", a, b) for a, b in zip(above[1:], below[1:])])
     return matrix(rows)
 
 
 def matrix_product(left: Node, right: Node) -> Node:
     columns = transposed(right)[1:]
-    fits = all(len(row) == len(right) for row in left[1:])
-    if not fits or len(left) * len(right) * len(columns) > 100:
+    if any(len(row) != len(right) for row in left[1:]):
         raise ParseError("matrices that have no product")
     rows = []
     for row in left[1:]:
-        rows.append([("+", *map(times, row[1:], column[1:])) for column in columns])
-    return matrix(rows)
+        rows.append([computed(("+", *map(times, row[1:], column[1:]))) for column in columns])
+    product = matrix(rows)
+    if sum(1 for _ in walk(product)) > MAX_NODES:
+        raise ParseError("a large product of matrices")
+    return product
+
+
+def computed(node: Node) -> Node:
+    """A cell that is plain arithmetic as its number, so that powers of matrices do not grow."""
+    try:
+        value = exact(node)
+    except (ParseError, ZeroDivisionError):
+        return node
+    return ("num", str(value)) if value.denominator < 10**50 and abs(value) < 10**50 else node
 
 
 def determinant(node: Node) -> Node:
@@ -212,15 +228,16 @@ class Parser:
         if self.depth > MAX_DEPTH:
             raise ParseError("nested too deeply")
 
-    def answer(self, *end: str) -> Node:
+    def answer(self, *end: str, first: Node | None = None) -> Node:
         """All up to the bracket `end`, or to the last token: one expression, or several.
 
         Commas and "and" make a "list", which has no order, "or" makes an "or"; semicolons and dots
         ("1, 2, ..., n") make a "tuple", which has one.
         """
         parts, separators = [], set()
-        while not self.sees(*end) and self.next != END:
-            parts.append(self.expression())
+        while first or (not self.sees(*end) and self.next != END):
+            parts.append(self.continued(first, 1) if first else self.expression())
+            first = None
             found = list(iter(lambda: self.take(",", ";", "and", "or"), ""))
             separators.update(found)
             if not found:
@@ -240,7 +257,11 @@ class Parser:
 
     def expression(self, level: int = 1) -> Node:
         """Operands joined by operators that bind at least as tightly as `level`."""
-        left = last = self.operand()
+        return self.continued(self.operand(), level)
+
+    def continued(self, left: Node, level: int) -> Node:
+        """The expression that begins with an operand that was read already."""
+        last = left
         while True:
             if level <= UNIT_LEVEL:
                 left = self.measured(left)
@@ -272,6 +293,8 @@ class Parser:
             signs, *parts = left[1:] if left[0] == "chain" else ("", left)
             return ("chain", f"{signs} {op}".strip(), *parts, right)
         if op == "×" and (is_vector(left) or is_vector(right)):
+            if left[:2] == ("call", "cross"):
+                raise ParseError("a product of three vectors")
             return ("call", "cross", left, right)
         if op in ("*", "×"):
             return times(left, right)
@@ -302,6 +325,8 @@ class Parser:
         """7 (mod 12), \\pmod{12} and \\pmod 12 are the same."""
         bracketed = self.sees("mod")
         self.at += bracketed
+        if left[0] == "mod":
+            raise ParseError("two moduli")
         node = ("mod", left, self.expression(LEVEL["mod"] + 1))
         if bracketed and not self.take(")"):
             raise ParseError("a modulus that is not closed")
@@ -333,7 +358,9 @@ class Parser:
 
     def compound(self, first: Node) -> Node:
         """5 ft 8 in: quantities in a row."""
+        self.deeper()
         rest = self.expression(UNIT_LEVEL)
+        self.depth -= 1
         if rest[0] == "unit":
             return ("tuple", "+", first, rest)
         if rest[:2] == ("tuple", "+"):
@@ -462,6 +489,7 @@ class Parser:
             return ("call", "factorial", minus(arguments[0], ("num", "1")))
         if function == ("name", "zeta") and arguments[0][0] == "num":
             return ("call", "zeta", *arguments)
+        self.deeper()
         return self.applied(("call", "apply", function, *arguments))
 
     def atom(self) -> Node:
@@ -511,19 +539,19 @@ class Parser:
     def number(self, token: Token) -> Node:
         """A number; a mixed one, if a fraction of whole numbers follows: 1 \\frac12 or 1 1/2."""
         whole = ("num", token.text)
-        start = self.at
         if not token.text.isdigit():
             return whole
+        behind = [token.text for token in self.tokens[self.at : self.at + 7]]
         if self.sees("frac"):
-            self.at += 1
-            above, below = self.digit_or_atom(), self.digit_or_atom()
-            if above[0] == below[0] == "num" and above[1].isdigit() and below[1].isdigit():
-                return ("+", whole, over(above, below))
-        above, slash, below = self.tokens[start : start + 3]
-        self.at = start
-        if above.kind == below.kind == "num" and slash.text == "/" and above.blank:
+            shape = "".join("n" if text.isdigit() else text[:1] for text in behind)
+            written = re.match(r"f(?:n|\{n\})(?:n|\{n\})", shape)
+            if written:
+                above, below = (text for text in behind[: written.end()] if text.isdigit())
+                self.at += written.end()
+                return ("+", whole, over(("num", above), ("num", below)))
+        elif behind[1] == "/" and behind[0].isdigit() and behind[2].isdigit() and self.next.blank:
             self.at += 3
-            return ("+", whole, over(("num", above.text), ("num", below.text)))
+            return ("+", whole, over(("num", behind[0]), ("num", behind[2])))
         return whole
 
     def words(self, token: Token) -> Node:
@@ -536,7 +564,8 @@ class Parser:
         while self.next.kind == "word":
             found.append(self.next.text)
             self.at += 1
-        return ("text", plain_words(found))
+        text = plain_words(found)
+        return MEANINGS.get(text, ("text", text))
 
     def bracket(self, opening: str) -> Node:
         if opening == "\\{":
@@ -576,13 +605,11 @@ class Parser:
         if self.next.text.startswith("\\begin"):  # \left\{ before lines: a system, or cases
             self.at += 1
             return self.environment(self.tokens[self.at - 1].text, braced=True)
-        start = self.at
         left = self.expression(LEVEL[":"] + 1)
         if self.take("∈"):
             left = ("chain", "∈", left, self.expression(LEVEL[":"] + 1))
         if not self.take("∣", "|", ":"):
-            self.at = start
-            node = self.answer("\\}")
+            node = self.answer("\\}", first=left)
             if node[:2] == ("tuple", ";"):
                 return ("list", *node[2:])
             return node if node[0] in ("list", "or") else ("list", node)
@@ -634,6 +661,11 @@ class Parser:
                 row = row[0][1:] if row[0][1][0] != "chain" else row
             if row != [("list",)]:
                 rows.append(("row", *row))
+        if not rows:
+            raise ParseError("nothing between begin and end")
+        ragged = len({len(row) for row in rows}) > 1
+        if ragged and ("matrix" in kind or (kind == "array" and not braced)):
+            raise ParseError("a matrix whose rows differ")
         if kind in ("vmatrix", "Vmatrix"):
             return ("call", "det", ("matrix", *rows))
         if "matrix" in kind or (kind == "array" and not braced):
@@ -812,7 +844,9 @@ def read(tokens: list[Token], functions: set[str]) -> Node:
         for k, sign in zip(signs, choice):
             chosen[k] = Token("op", sign)
         nodes.append(Parser(chosen, functions).answer())
-    return nodes[0] if len(nodes) == 1 else ("list", *(m for node in nodes for m in members(node)))
+    if len(nodes) == 1:
+        return nodes[0]
+    return ("list", *dict.fromkeys(itertools.chain(*map(members, nodes))))
 
 
 # ------------------------------------------------------------------------------------------------ p

@@ -76,15 +76,17 @@ _plurals = """people men women children feet teeth geese mice lice oxen fish she
 _PLURALS = set(_plurals.split())
 # Words in -s that say something else of the number before them: that it is wrong, unsure, or not
 # the whole value.
-_not_counted = """is was has does goes as us its this thus plus minus times less unless yes
-    always perhaps sometimes besides towards afterwards various previous numerous else equals
-    exceeds squares cubes powers wrongs mistakes guesses alternatives options tens dozens
-    scores halves thirds quarters digits decimals multiples factors approximates means remains
-    makes gives hence yields opposites negatives inverses reciprocals logs"""
+_not_counted = """nots lies errors doubts maximums minimums pairs couples trios twos threes fours
+    fives sixes sevens eights nines tenths is was has does goes as us its this thus plus minus
+    times less unless yes always perhaps sometimes besides towards afterwards various previous
+    numerous else equals exceeds squares cubes powers wrongs mistakes guesses alternatives
+    options tens dozens scores halves thirds quarters digits decimals multiples factors
+    approximates means remains makes gives hence yields opposites negatives inverses reciprocals
+    logs"""
 _NOT_COUNTED = set(_not_counted.split())
 _NUMBER_WORD = re.compile(
-    r"(half|third|quarter|(four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|\w*hundred|\w*thousand|"
-    r"\w*illion)th|hundred|thousand|\w*illion|dozen|score|gross|googol)s?"
+    r"(half|third|quarter|(four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|"
+    r"\w*hundred|\w*thousand|\w*illion)th|hundred|thousand|\w*illion|dozen|score|gross|googol)s?"
 )
 
 
@@ -177,12 +179,15 @@ def counted(word: str) -> str | None:
     if not word.isascii():
         return (
             word
-            if len(word) <= 4 and not re.search("[十百千万亿零一二两三四五六七八九半]", word)
+            if len(word) <= 4
+            and not re.search(
+                "[十百千万亿零一二两三四五六七八九半以左右不或约多余上下非错几]", word
+            )
             else None
         )
     if lower in _PLURALS:
         return lower
-    plural = re.fullmatch(r"[a-z]{2,}s", lower) and lower not in _NOT_COUNTED
+    plural = re.fullmatch(r"[a-z]{2,}(?<!ward)s", lower) and lower not in _NOT_COUNTED
     return None if not plural or _NUMBER_WORD.fullmatch(lower) or known_unit(lower) else lower
 
 
@@ -270,7 +275,13 @@ def _read_factor(tokens: list, at: int, below: bool) -> tuple[list[tuple[str, in
 
 def _read_power(tokens: list, at: int) -> tuple[int, int]:
     """^2, ^{-2}; 1 if there is none."""
-    written = re.match(r"\^(\{)?(-?[0-9])(?(1)\})", "".join(t.text for t in tokens[at : at + 5]))
-    if not written:
-        return 1, at
-    return int(written[2]), at + len(written[0])
+    texts = [token.text for token in tokens[at : at + 5]]
+    for shape in (["^", 1], ["^", "-", 1], ["^", "{", 1, "}"], ["^", "{", "-", 1, "}"]):
+        fits = len(texts) >= len(shape) and all(
+            text == part or (part == 1 and re.fullmatch("[0-9]{1,2}", text))
+            for text, part in zip(texts, shape)
+        )
+        if fits:
+            power = int(texts[shape.index(1)])
+            return -power if "-" in shape else power, at + len(shape)
+    return 1, at

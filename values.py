@@ -27,7 +27,7 @@ MAX_LOG = 20_000  # |log2| of any part of a number that is computed by its digit
 MAX_LOG_AT_A_POINT = 1_000  # the same, of an expression with names: there are other points
 MAX_WORK = 15_000  # steps of one verdict: about half a second
 LOOK_AT_CLOCK = 50  # every so many steps: to ask for the time costs more than a step
-MAX_TERMS = 300  # of a sum that is added up
+MAX_TERMS = 2_000  # of a sum that is added up
 MAX_FACTORS = 200_000  # of a factorial, modulo the prime
 DIGITS = 60  # working precision, beyond what the sizes of the parts ask for
 
@@ -38,7 +38,7 @@ OPAQUE = {"apply", "index", "prime", "inverse", "mark", "cross", "builder", "int
 OPAQUE |= {"big sum", "big prod", "big lim"}
 # Calls that grow as e^x does: what they are close to is closer by e^-x than a digit of theirs
 # shows.
-GROWING = {"exp", "sinh", "cosh", "tanh", "coth", "sech", "csch", "factorial", "fac2"}
+GROWING = {"exp", "sinh", "cosh", "tanh", "coth", "sech", "csch", "factorial", "fac2", "zeta"}
 FLAT = {
     "log",
     "atan",
@@ -49,6 +49,7 @@ FLAT = {
     "acosh",
     "zeta",
 }  # of a huge number, still computed
+SLOW, MAX_SLOW_DIGITS = {"zeta", "factorial", "fac2", "binomial"}, 400
 NOWHERE = Fraction(271_828, 314_159)  # the value of `cases` where none holds
 
 
@@ -147,6 +148,8 @@ class Residues:
                 * pow(self.product_down(k, 0), -1, self.prime)
                 % self.prime
             )
+        if function in ("sum", "prod"):
+            return self.added_up(function, *parts)
         if function in ("index", "apply"):
             return self.random(function, *map(self.key, parts))
         if function == "mark" and parts[0] == "overrightarrow" and len(parts[1].split()) == 2:
@@ -155,6 +158,16 @@ class Residues:
         if function in ("mark", "prime", "inverse"):
             return self.random(function, *parts)
         raise Undecided(f"{function} has no residue")
+
+    def added_up(self, function: str, bound: Node, low: Node, high: Node, body: Node) -> int:
+        first, last = self.whole(low), self.whole(high)
+        if last - first > MAX_TERMS:
+            raise Undecided("a long sum")
+        total = int(function == "prod")
+        for k in range(first, last + 1):
+            term = self.value(substitute(body, bound, ("num", str(k))))
+            total = (total + term if function == "sum" else total * term) % self.prime
+        return total
 
     def key(self, part: Node | str):
         """What an argument is known by: its residue; without one its form, if it has no names."""
@@ -210,7 +223,8 @@ class Numbers:
         `real`: Undefined outside of the reals.
         """
         self.mp.dps, self.real, self.point = digits, real, point or {}
-        self.max_log = MAX_LOG_AT_A_POINT if point else MAX_LOG
+        large = any(abs(x) > 2**MAX_LOG_AT_A_POINT for x in self.point.values())
+        self.max_log = MAX_LOG_AT_A_POINT if point and not large else MAX_LOG
         key = (node, tuple(self.point.items()), real, digits)
         if key not in self.found:
             self.memo, self.sizes = {}, 0
@@ -322,6 +336,7 @@ class Numbers:
         base, exponent = self.mp.convert(base), self.mp.convert(exponent)
         if base and abs(exponent * self.mp.log(abs(base), 2)) > self.max_log:
             raise Undecided("too large or too small to be compared")
+        self.budget.spend(self.mp.dps // 10)
         return self.mp.power(base, exponent)
 
     def root(self, x, degree):
@@ -349,7 +364,7 @@ class Numbers:
             return self.rounded(function, values[0])
         if function in ("gcd", "lcm"):
             if not whole:
-                return self.opaque(function, *parts)
+                raise Undefined("a divisor of what is not whole")
             return {"gcd": math.gcd, "lcm": math.lcm}[function](*(x.numerator for x in values))
         if function == "root":
             return self.root(*(self.value(part) for part in parts))
@@ -368,6 +383,8 @@ class Numbers:
             self.sizes = max(self.sizes, int(min(2 * growth, self.max_log + 1)))
             if self.sizes > self.max_log:
                 raise Undecided("too large or too small to be compared")
+        if function in SLOW and self.mp.dps > MAX_SLOW_DIGITS:
+            raise Undecided(f"{function} to {self.mp.dps} digits")
         self.budget.spend(self.mp.dps // 4)  # a function costs as much as many sums
         return getattr(self.mp, function)(*values)
 
@@ -404,12 +421,24 @@ class Numbers:
         """
         if parts[0] in LISTED:
             parts = (parts[0], *sorted(parts[1:], key=repr))
-        if parts[0] in ("sum", "prod", "int", "lim"):  # whatever the bound name is
+        keys = [parts[0]]
+        if parts[0] in (
+            "sum",
+            "prod",
+            "int",
+            "lim",
+        ):  # whatever the bound name is, and at three of its values
             bound = ("name", "the bound name")
             parts = (parts[0], *(substitute(part, parts[1], bound) for part in parts[2:]))
-            self.point = self.point | {bound[1]: Fraction(1234, 567)}
-        digest = hashlib.sha256(repr([self.key(part) for part in parts]).encode()).hexdigest()[:8]
-        return Fraction(int(digest, 16) % 179_999, 10_000) - 6  # from -6 to 12
+            values = [Fraction(hashed(Residues.secret, k), 2**60) + k for k in range(3)]
+        else:
+            bound, values = ("name", ""), [Fraction(0)]
+        known = self.point
+        for value in values:
+            self.point, self.memo = known | {bound[1]: value}, {}
+            keys += [self.key(part) for part in parts[1:]]
+        self.point, self.memo = known, {}
+        return Fraction(18 * hashed(Residues.secret, *keys), 2**64) - 6  # from -6 to 12
 
     def key(self, part: Node | str):
         try:
@@ -417,6 +446,11 @@ class Numbers:
         except (Undefined, KeyError, TypeError):
             return part
         return value if isinstance(value, Fraction | str) else self.mp.nstr(value, self.mp.dps - 15)
+
+
+def hashed(*key) -> int:
+    """64 bits that depend on the key alone."""
+    return int(hashlib.sha256(repr(key).encode()).hexdigest()[:16], 16)
 
 
 HOLDS = {

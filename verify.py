@@ -125,22 +125,25 @@ def same_choice(gold: str, answer: str) -> bool | None:
     several = re.sub(r"\band\b|[\s,;&]", "", gold)
     if re.fullmatch("[A-J]{2,6}", several) and "".join(sorted(set(several))) == several:
         letters = re.sub(r"\band\b|[\s,;&()]", "", answer)
-        return True if "".join(sorted(letters)) == several else None
+        listed = several != gold or letters != answer  # BA is no way to write AB
+        same = "".join(sorted(letters)) == several if listed else letters == several
+        return True if same else None
     if not re.fullmatch("[A-J]", gold):
         return None
     alone, marked = r"\s*\)?\s*", r"(?:\s*\)|[.:]|\s+[-–])+\s*([^\s.:)].*)"
     chosen = re.fullmatch(rf"\(?\s*([A-J])(?:{alone}|{marked})", answer)
     if not chosen:
         return None
-    hedged = re.match(r"(?:or|and|not|but|nor|maybe)\b|[,/?&]", chosen[2] or "")
-    other = re.search(r"\b(?:or|nor|not)\s*\(?[A-J]\b", chosen[2] or "")
+    rest = re.sub("^No,", "no", chosen[2] or "")
+    hedged = re.match(r"(?:or|and|not|no|but|nor|maybe|[A-J][.,:)])(?![a-z])|[,/?&]|[A-J]$", rest)
+    other = re.search(r"\b(?:or|nor|not)\s*\(?[A-J]\b", rest)
     return chosen[1] == gold and not hedged and not other
 
 
 def is_word(gold: str) -> bool:
     """IV, abc and odd are words, which have an order; ab, sinx and xpi are products."""
-    word = re.sub(r"\\text\w*|[{}$.\s]", "", gold)
-    product = re.fullmatch("[a-z]{2}", word) or latex.GLUED.fullmatch(word)
+    word = bare(gold)
+    product = re.fullmatch("[a-z]{2}", word) or latex.glued(word)
     return re.fullmatch("[A-Z]{2,}|[A-Z]?[a-z]{2,}", word) is not None and not product
 
 

@@ -356,6 +356,20 @@ x\equiv 7 \pmod{12} ## x \equiv 19 \pmod{12}
 (2k-1)!! ## \frac{(2k)!}{2^k k!}
 5 ft 8 in ## 5\text{ feet }8\text{ inches}
 \$15\text{ per hour} ## 15 dollars per hour
+1.41 ## \sqrt2\approx1.41
+\text{no solution} ## \emptyset
+\mathbb R ## \text{all real numbers}
+500500 ## \sum_{k=1}^{1000}k
+10 ## 2.5(4)
+p=3,n=4 ## 3,4
+0 ## \frac{\sqrt{18}}{3}-\sqrt2
+0 ## \tan y-\frac{\sin y}{\cos y}
+52_8 ## 52_8.
+1,600 ## \,1,600\,
+x>2^{2024} ## (2^{2024},\infty)
+\frac{1}{3} ## 0.1\overline{6}\cdot2
+\begin{pmatrix}1&5\\0&1\end{pmatrix} ## \begin{pmatrix}1&1\\0&1\end{pmatrix}^{5}
+\gcd(a,b) ## \gcd(b,a)
 """
 
 DIFFERENT = r"""
@@ -581,6 +595,64 @@ F_{2024}-1 ## F_{2024}
 e=\frac12 ## e=2
 """
 
+BRIBES = r"""
+2:3 ## 0:0
+2:3:5 ## 0:0:0
+\emptyset ## 0x=0
+(1,2) ## 2x\in(1,2)
+(1,2) ## 5\in(1,2)
+x>2 ## -x\in(2,\infty)
+\mathbb{R} ## i\in\mathbb R
+x=5 ## x=10-x
+x=5 ## x=3x-10
+0, 3 ## x^2=3x
+(0,3) ## x^2<3x
+5 ## 2x=10
+(5,\infty) ## 2x>10
+\emptyset ## x<x
+1, 1, 2 ## 1, 2, 2
+2, 3 ## 2, 3, 3
+|x-1| ## x-1+0\sqrt{x-1}
+\max(x,1) ## x+0\sqrt{x-1}
+x ## \lfloor x\rfloor+0\cdot x!
+x^2 ## x^2+\sin(\pi x)+0\cdot x!
+3 ## \gcd(0.5,189130)
+\int_0^x e^{-t^2}dt ## \int_0^x e^{-(1234/567)^2}dt
+1 ## \zeta(1000)
+x>0 ## x>10^{-80}
+\frac\pi6 ## (\frac\pi6)^\circ
+5 \text{ cm}^2 ## 5\text{ cm}^29
+5 ## 5以上
+5 ## 5左右
+5 ## 5不对
+5 ## 5\text{ fives}
+5 ## 5\text{ lies}
+5 ## 5\text{ upwards}
+10 ## 10\text{ pairs}
+5 ## \text{not}=5
+5 ## \text{The answer is not}=5
+B ## B. C. D. A
+B ## B: A, C
+B ## B. No, it is C
+AB ## BA
+ABC ## ACB
+\begin{pmatrix}1&2\\3&4\end{pmatrix} ## \begin{pmatrix}1&2\\3&4\end{pmatrix}+\begin{pmatrix}0&0&9\\0&0&9\end{pmatrix}
+[[1,3],[2,4]] ## \begin{pmatrix}1&2\\3&4&99\end{pmatrix}^T
+1 ## \lim_{x\to0}\frac{|x|}x
+\infty ## \lim_{x\to0}\frac1x
+3:05 ## 3:5
+\emptyset ## \begin{cases}\end{cases}
+x\ge3 ## [3,\infty]
+\frac13 ## \frac13\approx0.4
+\binom{n}{k}(-1)^n ## \binom{n}{k}(-1)^k
+\max(x,10^7) ## 10^7
+|x_1x_2| ## x_1x_2
+|x^3-10^{12}| ## 10^{12}-x^3
+|\ln x-30| ## 30-\ln x
+\lceil y-2081\rceil ## \lceil (y-2081)(1+10^{-5})\rceil
+x < 2^{200}+50 ## x < 2^{200}+50+10^{-40}
+"""
+
 
 @pytest.mark.parametrize("gold, answer", pairs(EQUAL))
 def test_equal(gold, answer):
@@ -591,6 +663,12 @@ def test_equal(gold, answer):
 @pytest.mark.parametrize("gold, answer", pairs(DIFFERENT))
 def test_different(gold, answer):
     """Guards against a wrong, hedged or merely near answer that is rewarded."""
+    assert not equal(gold, answer), verify.verify(f"\\boxed{{{answer}}}", gold)
+
+
+@pytest.mark.parametrize("gold, answer", pairs(BRIBES))
+def test_not_bribed(gold, answer):
+    """Guards against what a policy would find: the question restated, what is true of everything, crafted points."""
     assert not equal(gold, answer), verify.verify(f"\\boxed{{{answer}}}", gold)
 
 
@@ -782,7 +860,7 @@ def test_every_reference_parses_and_equals_itself(shared):
         forms = [
             f" {gold} ".replace("+", " + ").replace(",", ", ") if not gold.replace(",", "").isdigit() else f" {gold} ",
             gold.replace(r"\frac", r"\dfrac").replace("(", r"\left(").replace(")", r"\right)"),
-            f"x = {gold}" if value else f"{{{gold}}}",
+            f"y = {gold}" if value else f"{{{gold}}}",
             *([rf"{gold} \text{{ units}}"] if value and not any(c in gold for c in "\\^_$%") else []),
         ]
         for form in forms:
@@ -919,6 +997,20 @@ HEAVY = {
     "spaces": " " * 90_000 + "x",
     "roots": "√" * 900 + "2",
     "fractions": r"\frac" * 350 + "1",
+    "glued": "beta" * 60 + "qqq",
+    "sets": r"\{" * 24 + "1" + r"\}" * 24,
+    "matrix": r"\begin{pmatrix}1&1&1&1\\1&1&1&1\\1&1&1&1\\1&1&1&1\end{pmatrix}^{12}",
+    "matrices": r"(\begin{pmatrix}1&x\\1&1\end{pmatrix}^{12})^{12}",
+    "zeta": r"\zeta(0.5)+2^{-15000}",
+    "gamma of 0.3": r"(0.3)!+2^{-15000}",
+    "squares": "(" * 22 + "x" + ")^2" * 22 + "=0",
+    "nested bars": "|" * 20 + "x" + "|" * 20,
+    "bases": "1A" * 990,
+    "mixed": "1\\frac{" * 11 + "x" + "}{2}" * 11,
+    "applied": "f" + "(1)" * 600,
+    "crossed": r"\times".join([r"\vec a"] * 250),
+    "feet": "1 ft " * 390,
+    "moduli": " mod ".join("1" * 330),
 }
 
 

@@ -8,8 +8,7 @@ From random trees, from every reference of the problem sets, and from random rel
 An oracle that shares nothing with the checker decides about trees: exact fractions, however huge,
 or 900 digits at several points. References and relations are changed in ways whose effect is known.
 
-A failure names its seed, and NANOT1_SEED=123 makes the same questions again. The lists at the end of
-the message are `reference ## answer`.
+A failure lists `reference ## answer` and names its seed: NANOT1_SEED=123 makes the same questions.
 """
 
 import itertools
@@ -48,6 +47,7 @@ mp.dps = 900
 MOST_BITS, MOST_TERMS = 80_000, 60  # of an exact number, of a sum
 SEEN = mp.mpf("1e-400")  # a relative difference that counts
 NOISE = mp.mpf("1e-850")  # what rounding may make of a number near 1
+NOTHING = mp.mpf("1e-700")  # no tree here is as small, unless it is 0
 
 REAL = ["x", "y", "z", "a", "b", "c", "x_1", "x_2", r"\alpha", r"\theta"]
 WHOLE = ["n", "k"]  # stand in factorials, binomials and bounds: n is the larger one
@@ -203,8 +203,9 @@ class Oracle:
 
 def points(rng: random.Random) -> list[Point]:
     """Values for the names: at two points all are positive, then of any sign, then large ones."""
-    found = []
-    for signs, size in (((1,), 1), ((1,), 1), ((1, -1), 1), ((1, -1), 1), ((1, -1), 999)):
+    found, any_sign = [], (1, -1)
+    sizes = [((1,), 1), ((1,), 1), (any_sign, 1), (any_sign, 1), (any_sign, 999), (any_sign, 10**9)]
+    for signs, size in sizes:
         draw = [Fraction(rng.randint(90, 5000) * size, 997) * rng.choice(signs) for _ in REAL]
         whole = {"k": Fraction(rng.randint(3, 9)), "n": Fraction(rng.randint(20, 40))}
         found.append(dict(zip(REAL, draw)) | whole)
@@ -220,8 +221,10 @@ def agree_at(point: Point, left: Tree, right: Tree) -> bool | None:
         return None
     if isinstance(x, Fraction):
         return x == y
-    size = max(abs(x), abs(y))
-    if mp.ldexp(NOISE, 2 * oracle.log2) >= size * SEEN:
+    size, noise = max(abs(x), abs(y)), mp.ldexp(NOISE, 2 * oracle.log2)
+    if size <= noise < NOTHING:
+        return True  # both are 0
+    if noise >= size * SEEN:
         return None
     return abs(x - y) <= size * SEEN
 
@@ -246,6 +249,8 @@ def test_oracle():
     assert are_equal(rng, ("root", two, ("^", x, two)), ("abs", x)) is True
     assert are_equal(rng, ("+", ("pi",), ("^", ("int", 10), ("-", ("int", 300)))), ("pi",)) is False
     assert are_equal(rng, ("^", ("i",), two), ("-", one)) is True
+    thirds = ("/", ("root", two, ("int", 18)), ("int", 3))
+    assert are_equal(rng, ("+", thirds, ("-", ("root", two, two))), ("int", 0)) is True
     assert are_equal(rng, ("fn", "ln", ("int", 0)), one) is None
 
 
@@ -255,7 +260,7 @@ SUM, SLASH, PRODUCT, FACTOR, ATOM = range(5)  # how tightly the text of a tree b
 
 
 class Printer:
-    """A tree as LaTeX. With a random source every spelling is drawn, without one it is the usual one."""
+    """A tree as LaTeX. With a random source every spelling is drawn, without one the usual."""
 
     def __init__(self, rng: random.Random | None = None):
         self.rng = rng
@@ -267,7 +272,7 @@ class Printer:
         return self.rng.choice([usual, *others])
 
     def rarely(self) -> bool:
-        return self.rng is not None and self.rng.random() < 0.03
+        return self.rng is not None and self.rng.random() < 0.02
 
     def text(self, tree: Tree) -> str:
         return self.printed(tree)[0]
@@ -306,7 +311,7 @@ class Printer:
             case ("log", base, inner):
                 return self.applied(rf"\log_{self.script(base)}", inner)
             case ("sum", low, high, body):
-                return self.big_sum(self.text(low), self.script(high), self.at_least(PRODUCT, body))
+                return self.big_sum(self.text(low), self.text(high), self.at_least(PRODUCT, body))
             case ("max" | "min" as name, left, right):
                 return rf"\{name}({self.text(left)}, {self.text(right)})", ATOM
         return self.barred(tree[0], self.text(tree[1])), ATOM
@@ -355,8 +360,9 @@ class Printer:
     def product(self, factors: list[Tree]) -> str:
         texts = [self.at_least(FACTOR, factor) for factor in factors]
         whole = texts[0]
-        for (left, right), (before, after) in zip(itertools.pairwise(factors), itertools.pairwise(texts)):
-            whole += self.times(left, right, before, after) + after
+        for k in range(1, len(texts)):
+            sign = self.times(factors[k - 1], factors[k], texts[k - 1], texts[k])
+            whole += sign + texts[k]
         return whole
 
     def times(self, left: Tree, right: Tree, before: str, after: str) -> str:
@@ -367,7 +373,7 @@ class Printer:
         if after[0] in "0123456789.":
             clear = left[0] == "+"
         elif left[0] in ("int", "dec"):
-            clear = right[0] not in ("/", "max", "min")
+            clear = right[0] not in ("/", "max", "min") and after[0] != "e"  # 1e+2 is 100
         elif after.startswith(("(", r"\left(", r"\left[", r"\bigl(")):
             clear = right[0] == "+" and left[0] not in ("fn", "log", "abs", "max", "min")
         else:
@@ -380,7 +386,8 @@ class Printer:
 
     def fraction(self, above: Tree, below: Tree) -> tuple[str, int]:
         top, bottom = self.text(above), self.text(below)
-        if self.ascii or (form := self.one_of("frac", "dfrac", "tfrac", "slash", "short")) == "slash":
+        form = "slash" if self.ascii else self.one_of("frac", "dfrac", "tfrac", "slash", "short")
+        if form == "slash":
             sign = "/" if self.ascii else self.one_of("/", r" \div ", " / ")
             return self.at_least(FACTOR, above) + sign + self.at_least(FACTOR, below), SLASH
         if self.rarely():
@@ -402,14 +409,17 @@ class Printer:
     def binomial(self, above: str, below: str) -> str:
         if self.rarely():
             return rf"{{{above} \choose {below}}}"
-        return self.one_of(*(rf"\{name}{{{above}}}{{{below}}}" for name in ("binom", "dbinom", "tbinom")))
+        name = self.one_of("binom", "dbinom", "tbinom")
+        return rf"\{name}{{{above}}}{{{below}}}"
 
     def root(self, degree: Tree, text: str) -> str:
         if degree != ("int", 2):
             return rf"\sqrt[{self.text(degree)}]{{{text}}}"
         digit = len(text) == 1 and text.isdigit()
-        forms = [rf"\sqrt{{{text}}}", f"sqrt({text})", *([rf"\sqrt{text}", f"√{text}"] if digit else [])]
-        return forms[1] if self.ascii else self.one_of(*forms)
+        forms = [rf"\sqrt{{{text}}}", f"sqrt({text})"]
+        if self.ascii:
+            return forms[1]
+        return self.one_of(*forms, *([rf"\sqrt{text}", f"√{text}"] if digit else []))
 
     def applied(self, function: str, inner: Tree) -> tuple[str, int]:
         r"""\sin(x); or \sin x, which wants a bracket around it in a product."""
@@ -420,10 +430,12 @@ class Printer:
 
     def big_sum(self, low: str, high: str, body: str) -> tuple[str, int]:
         sign = self.one_of(r"\sum", r"\sum\limits", r"\displaystyle\sum")
-        return rf"{sign}_{{j={low}}}^{high} {body}", SUM
+        upper = self.one_of(f"{{{high}}}", high if len(high) == 1 else f"{{{high}}}")
+        return rf"{sign}_{{j={low}}}^{upper} {body}", SUM
 
     def barred(self, kind: str, text: str) -> str:
-        left, right = {"abs": "||", "floor": (r"\lfloor ", r"\rfloor"), "ceil": (r"\lceil ", r"\rceil")}[kind]
+        bars = {"abs": "||", "floor": (r"\lfloor ", r"\rfloor"), "ceil": (r"\lceil ", r"\rceil")}
+        left, right = bars[kind]
         forms = [rf"\left{left}{text}\right{right}", f"{left}{text}{right}"]
         return forms[0] if "|" in text else self.one_of(*forms)
 
@@ -498,8 +510,8 @@ def leaf(rng: random.Random, kind: str) -> Tree:
     if kind in ("named", "kinked") and rng.random() < 0.7:
         return ("name", rng.choice(REAL))
     if kind == "whole" and rng.random() < 0.7:
-        n, k = ("name", "n"), ("name", "k")
-        return rng.choice([n, k, ("!", n), ("binom", n, k), ("^", ("int", rng.randint(2, 5)), n)])
+        n, k, base = ("name", "n"), ("name", "k"), integer(rng.choice([-1, 2, 3, 5]))
+        return rng.choice([n, k, ("!", n), ("binom", n, k), ("^", base, n)])
     return small(rng)
 
 
@@ -531,8 +543,12 @@ def special(rng: random.Random, kind: str, left: Tree) -> Tree:
     inner, above, degree = leaf(rng, kind), rng.randint(4, 30), ("int", rng.choice([2, 2, 3, 5]))
     angle = ("*", ("/", ("int", rng.randint(1, 9)), ("int", rng.randint(2, 9))), PI)
     if kind == "kinked":
-        shape, other = rng.choice(["abs", "floor", "ceil", "max", "min"]), small(rng)
-        return (shape, left, other) if shape[0] == "m" else (shape, rng.choice([left, less(left, other)]))
+        shape = rng.choice(["abs", "floor", "ceil", "max", "min"])
+        far = ("^", TEN, ("int", rng.randint(3, 9)))
+        other = rng.choice([small(rng), small(rng), far])
+        if shape in ("max", "min"):
+            return (shape, left, other)
+        return (shape, rng.choice([left, less(left, other)]))
     if kind in ("real", "named"):
         name = ("name", rng.choice(REAL)) if kind == "named" else ("int", rng.randint(1, 9))
         forms = [
@@ -545,7 +561,7 @@ def special(rng: random.Random, kind: str, left: Tree) -> Tree:
         ]
         return rng.choice(forms)
     if kind == "whole":
-        return ("sum", ("int", rng.randint(0, 3)), ("name", "n"), body(rng))
+        return ("sum", ("int", rng.randint(0, 2)), ("name", "n"), body(rng))
     forms = [
         ("!", ("int", rng.randint(2, 12))),
         ("binom", ("int", above), ("int", rng.randint(1, above - 1))),
@@ -562,7 +578,7 @@ def body(rng: random.Random) -> Tree:
 
 
 def spots(tree: Tree, path: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-    """The paths to all parts that a rule may replace: not a root's degree, nor a logarithm's base."""
+    """The paths to all that a rule may replace: not a root's degree, nor a logarithm's base."""
     yield path
     for k in range(2 if tree[0] in ("root", "log") else 1, len(tree)):
         if isinstance(tree[k], tuple):
@@ -599,7 +615,7 @@ def names_of(tree: Tree) -> set[str]:
     return {name for name in [*REAL, *WHOLE] if with_name(tree, name, ONE) != tree}
 
 
-# ------------------------------------------------------------------------------- rewritings of trees
+# ------------------------------------------------------------------------------- equal trees
 
 
 def regroup(rng, tree):
@@ -662,7 +678,7 @@ def powers(rng, tree):
 
 
 def roots(rng, tree):
-    """sqrt(m) as m^{1/2}, as sqrt(k^2 m) / k; sqrt(a) + sqrt(b) as one root; 1/sqrt(m) as sqrt(m)/m."""
+    """sqrt(m) as m^{1/2}, or sqrt(k^2 m) / k; sqrt(a) + sqrt(b) as one root; 1/sqrt(m)."""
     k = rng.randint(2, 7)
     match tree:
         case ("root", ("int", n), m) if rng.random() < 0.5:
@@ -677,15 +693,16 @@ def roots(rng, tree):
 
 
 def counting(rng, tree):
-    """n! as n (n-1)!; Pascal's rule, the symmetry and the factorials of binomials; a sum's last term."""
+    """n! as n (n-1)!; Pascal's rule, symmetry and factorials of binomials; a sum's last term."""
     match tree:
         case ("!", n):
-            return ("*", n, ("!", less(n) if n[0] != "int" or rng.random() < 0.3 else integer(n[1] - 1)))
+            short = n[0] == "int" and rng.random() < 0.7
+            return ("*", n, ("!", integer(n[1] - 1) if short else less(n)))
         case ("binom", n, k):
             factorials = ("/", ("!", n), ("*", ("!", k), ("!", less(n, k))))
             pascal = ("+", ("binom", less(n), less(k)), ("binom", less(n), k))
             return rng.choice([pascal, ("binom", n, less(n, k)), factorials])
-        case ("sum", low, high, inner):
+        case ("sum", low, ("int" | "name", _) as high, inner):
             return ("+", ("sum", low, less(high), inner), with_name(inner, "j", high))
     return None
 
@@ -733,7 +750,8 @@ def functions(rng, tree):
         case ("log", base, x):
             return ("/", ("fn", "ln", x), ("fn", "ln", base))
         case ("abs", x):
-            return rng.choice([("abs", ("-", x)), ("root", TWO, ("^", x, TWO)), ("max", x, ("-", x))])
+            root = ("root", TWO, ("^", x, TWO))
+            return rng.choice([("abs", ("-", x)), root, ("max", x, ("-", x))])
         case ("floor", x):
             return rng.choice([("-", ("ceil", ("-", x))), less(("floor", ("+", x, TWO)), TWO)])
         case ("max", x, y):
@@ -746,7 +764,7 @@ REWRITINGS = [regroup, distribute, common_denominator, neutral, powers, roots, c
 REWRITINGS += [numerals, functions]
 
 
-# ------------------------------------------------------------------------------- near misses of trees
+# ------------------------------------------------------------------------------- other trees
 
 
 def another_digit(rng: random.Random, digits: str) -> str:
@@ -780,7 +798,8 @@ def wrong_sign(rng, tree):
 def wrong_exponent(rng, tree):
     match tree:
         case ("^", a, n):
-            return rng.choice([("^", a, ("+", n, integer(rng.choice([1, -1])))), ("*", a, n), ("^", n, a)])
+            off_by_one = ("^", a, ("+", n, integer(rng.choice([1, -1]))))
+            return rng.choice([off_by_one, off_by_one, ("*", a, n), ("^", n, a)])
         case ("root", ("int", n), x):
             return ("root", ("int", n + 1), x)
         case ("log", ("int", n), x):
@@ -852,7 +871,7 @@ def freshman(rng, tree):
 
 
 def rounded(rng, tree):
-    """3.14159 for pi; or what a computer prints for it, with a wrong digit: never the same number."""
+    """3.14159 for pi, or what a computer prints for it, with a wrong digit: another number."""
     try:
         x = digits_of(Oracle({}).real(tree))
     except (NoValue, KeyError):
@@ -879,7 +898,7 @@ NEAR_MISSES += [wrong_name, wrong_function, freshman, rounded, swapped_names]
 
 
 def tree_pair(rng: random.Random, same: bool) -> Pair | None:
-    """A tree as a reference, another as an answer; None if the oracle does not vouch for the two."""
+    """A tree as a reference, and an answer; None if the oracle does not vouch for the two."""
     kind = rng.choice(KINDS)
     gold = grown(rng, rng.choice([0, 1, 1, 2, 2, 3]), kind)
     if kind == "huge" and rng.random() < 0.3:
@@ -887,7 +906,11 @@ def tree_pair(rng: random.Random, same: bool) -> Pair | None:
     answer = gold if same else changed(rng, gold, NEAR_MISSES)
     for _ in range(rng.randint(1, 3) if same else rng.randrange(3)):
         answer = answer and changed(rng, answer, REWRITINGS)
-    if answer is None or are_equal(rng, gold, answer) is not same:
+    if answer is None:
+        return None
+    if rng.random() < 0.1:
+        gold, answer = ("int", 0), less(gold, answer)
+    if are_equal(rng, gold, answer) is not same:
         return None
     reference = Printer(rng.choice([None, rng])).text(gold)
     free = sorted({"S", "N", "y"} - names_of(gold) - names_of(answer))
@@ -909,7 +932,7 @@ UNITS = {  # how a reference ends: other ways to write its unit, and other units
     r"\text{ degrees}": (r"^\circ ## ^{\circ} ## °", r"\text{ radians} ## \text{ minutes}"),
     r"^\circ": (r"^{\circ} ## \text{ degrees} ## °", r"\text{ cm} ## \text{ hours} ## \%"),
 }
-WORDS = ["even", "odd", "east", "west", "ellipse", "parabola", "Evelyn", "Navin", "Briana", "rhombus"]
+WORDS = ["even", "odd", "east", "west", "ellipse", "parabola", "Evelyn", "Navin", "Briana"]
 
 
 def references(shared: Path) -> list[str]:
@@ -951,6 +974,14 @@ def letter_of(gold: str) -> str:
 
 def word_of(gold: str) -> str:
     return re.sub(r"\\text\{|\}", "", gold)
+
+
+def title_of(gold: str) -> str:
+    return word_of(gold).title()
+
+
+def amount_of(gold: str) -> str:
+    return gold.removeprefix(r"\$")
 
 
 def members(text: str) -> list[str]:
@@ -1014,14 +1045,16 @@ def with_thousands(rng, gold):
 
 def matrix_spelled(rng, gold):
     gold = re.sub(r"([0-9]+)/([0-9]+)", r"\\frac{\1}{\2}", gold)
-    return gold.replace("pmatrix", rng.choice(["bmatrix", "pmatrix"])).replace(" ", rng.choice([" ", "  "]))
+    gold = gold.replace("pmatrix", rng.choice(["bmatrix", "pmatrix"]))
+    return gold.replace(" ", rng.choice([" ", "  "]))
 
 
 def sides_changed(rng, gold):
     """Swapped; or both doubled, where that is not x = 5."""
     left, right = (side.strip() for side in gold.split("="))
     solved = left.isalpha() and not re.search("[a-z]", right)
-    return rng.choice([f"{right} = {left}", f"{right} = {left}" if solved else f"2({left}) = 2({right})"])
+    doubled = f"2({left}) = 2({right})"
+    return f"{right} = {left}" if solved or rng.random() < 0.5 else doubled
 
 
 def union_turned(rng, gold):
@@ -1050,8 +1083,8 @@ def tuple_spelled(rng, gold):
 def list_spelled(rng, gold):
     shuffled = rng.sample(members(gold), len(members(gold)))
     joined = rng.choice([", ", ","]).join(shuffled)
-    with_and = rf"{', '.join(shuffled[:-1])} \text{{ and }} {shuffled[-1]}"
-    return rng.choice([joined, rf"\{{{joined}\}}", rf"\left\{{{joined}\right\}}", f"x = {joined}", with_and])
+    forms = [joined, rf"\{{{joined}\}}", rf"\left\{{{joined}\right\}}", f"x = {joined}"]
+    return rng.choice([*forms, rf"{', '.join(shuffled[:-1])} \text{{ and }} {shuffled[-1]}"])
 
 
 def both_signs(rng, gold):
@@ -1069,11 +1102,11 @@ KEEPING = {
     "integer": [with_thousands, template("R.0 ## R ## R.00"), *NUMBER],
     "value": NUMBER,
     "choice": [template(LETTER, letter_of)],
-    "word": [template(WORD, word_of), template(r"R ## \text{R}", lambda gold: word_of(gold).title())],
+    "word": [template(WORD, word_of), template(r"R ## \text{R}", title_of)],
     "matrix": [matrix_spelled],
     "interval": [union_turned],
     "equation": [sides_changed],
-    "dollars": [template(r"R ## R \text{ dollars} ## x = R", lambda gold: gold.removeprefix(r"\$"))],
+    "dollars": [template(r"R ## R \text{ dollars} ## x = R", amount_of)],
     "unit": [unit_spelled],
     "base": [base_spelled],
     "tuple": [tuple_spelled],
@@ -1095,26 +1128,29 @@ def scaled(rng, gold):
     if gold == "0":
         return None
     times_ten = f"{plain(gold)}0" if GROUPED.fullmatch(gold) else rf"10 \cdot ({gold})"
-    return rng.choice([f"-({plain(gold)})", f"-({plain(gold)})", times_ten, rf"\frac{{{plain(gold)}}}{{2}}"])
+    forms = template(r"-(R) ## -(R) ## \frac{R}{2} ## 2R" if plain(gold).isdigit() else "-(R)")
+    return rng.choice([times_ten, forms(rng, gold)])
 
 
 def other_meaning(rng, gold):
     """5 as 5%, as 5!."""
     if gold in ("0", "1", "2") or gold.startswith("-"):
         return None
-    return template(r"R\% ## R! ## \sqrt{R} ## R^2" if plain(gold) != "1" else r"R\%")(rng, gold)
+    return template(r"R\% ## R! ## \sqrt{R} ## R^2")(rng, gold)
 
 
 def next_letter(rng, gold):
     letter = letter_of(gold)
     other = chr(ord(letter) + 1) if letter < "E" else "D"
-    forms = template(rf"R ## (R) ## \text{{(R)}} ## {letter} or R ## {letter}, R ## \text{{not }} {letter}", str)
-    return forms(rng, other)
+    alone = [other, f"({other})", rf"\text{{({other})}}"]
+    hedges = [f"{letter} or {other}", f"{letter}, {other}", rf"\text{{not }} {letter}"]
+    return rng.choice([*alone, *hedges])
 
 
 def another_word(rng, gold):
     word, other = word_of(gold), rng.choice([word for word in WORDS if word != word_of(gold)])
-    return template(rf"R ## \text{{R}} ## \text{{not {word}}} ## \text{{{word} or R}}", str)(rng, other)
+    hedges = [rf"\text{{not {word}}}", rf"\text{{{word} or {other}}}", f"{word}, {other}"]
+    return rng.choice([other, rf"\text{{{other}}}", *hedges])
 
 
 def column_turned(rng, gold):
@@ -1164,8 +1200,9 @@ def list_spoiled(rng, gold):
     return ", ".join(rng.choice([fewer, rng.sample(more, len(more))]))
 
 
-CALCULATED = [digit_changed, scaled, template(r"R+1 ## R-1 ## R+10^{-9} ## R+10^{-30} ## R-10^{-200}")]
-CALCULATED += [template(r"R, R+1 ## R \text{ or } R-1 ## \text{not } R ## R \text{ is wrong} ## x \neq R")]
+HEDGES = r"R, R+1 ## R \text{ or } R-1 ## \text{not } R ## R \text{ is wrong} ## x \neq R"
+CALCULATED = [digit_changed, scaled, template(HEDGES)]
+CALCULATED += [template(r"R+1 ## R-1 ## R+10^{-9} ## R+10^{-30} ## R-10^{-200}")]
 SPOILING = {
     "integer": [*CALCULATED, other_meaning],
     "value": CALCULATED,
@@ -1174,7 +1211,7 @@ SPOILING = {
     "matrix": [digit_changed, column_turned, template("2R ## -R ## R+R", str)],
     "interval": [digit_changed, bracket_flipped, union_dropped],
     "equation": [digit_changed, template("R + 1 ## R - 1 ## 1 + R", str)],
-    "dollars": [digit_changed, template(r"R \text{ cents} ## R \text{ kg} ## €R", lambda gold: gold[2:])],
+    "dollars": [digit_changed, template(r"R \text{ cents} ## R \text{ kg} ## €R", amount_of)],
     "unit": [digit_changed, unit_changed],
     "base": [digit_changed, base_changed],
     "tuple": [digit_changed, tuple_spoiled],
@@ -1212,7 +1249,9 @@ def spelled(rng: random.Random, x: Fraction, shift: str = "") -> str:
     elif short := decimal(size):
         forms.append(short[1])
     text = ("-" if x < 0 else "") + rng.choice(forms)
-    return rng.choice([f"{text}+{shift}", f"{shift} + {text}" if x >= 0 else f"{shift}{text}"]) if shift else text
+    if not shift:
+        return text
+    return rng.choice([f"{text}+{shift}", f"{shift} + {text}" if x >= 0 else f"{shift}{text}"])
 
 
 def term(x: Fraction, name: str) -> str:
@@ -1245,20 +1284,21 @@ class Interval:
     def brackets(self, rng: random.Random) -> str:
         low = r"-\infty" if self.low is None else spelled(rng, self.low, self.shift)
         high = r"\infty" if self.high is None else spelled(rng, self.high, self.shift)
-        left, right = rng.choice(["", r"\left"]), rng.choice(["", r"\right"])
-        left, right = (left, right) if left[1:2] and right[1:2] else ("", "")
+        left, right = rng.choice([("", ""), ("", ""), (r"\left", r"\right")])
         return f"{left}{'(['[self.closed[0]]}{low}, {high}{right}{')]'[self.closed[1]]}"
 
     def inequality(self, rng: random.Random, solved: bool) -> str:
         """a < x <= b, 3b >= 3x > 3a, -x < a; or one that is still to be solved, x + 1 > b."""
-        signs = ["<" if not closed else r"\le" for closed in self.closed]
-        k, c = Fraction(rng.choice([1, 1, 2, -1, -3])), Fraction(rng.choice([0, 0, 1, -5]))
+        k = Fraction(rng.choice([1, -1] if solved else [1, 1, 2, -1, -3]))
+        c = Fraction(rng.choice([0, 0, 1, -5]))
         k, c = (Fraction(1), Fraction(0)) if self.shift else (k, c * (not solved))
+        signs = [r"\le" if closed else "<" for closed in self.closed]
+        signs = signs if k > 0 else [TURNED[sign] for sign in signs]
         texts = [linear(rng, {"x": k, "": c})]
         if self.low is not None:
-            texts = [spelled(rng, k * self.low + c, self.shift), signs[0] if k > 0 else TURNED[signs[0]], *texts]
+            texts = [spelled(rng, k * self.low + c, self.shift), signs[0], *texts]
         if self.high is not None:
-            texts += [signs[1] if k > 0 else TURNED[signs[1]], spelled(rng, k * self.high + c, self.shift)]
+            texts += [signs[1], spelled(rng, k * self.high + c, self.shift)]
         if rng.random() < 0.5:
             texts = [TURNED.get(text, text) for text in texts[::-1]]
         return " ".join(texts)
@@ -1284,8 +1324,10 @@ class Interval:
         left, right = self.closed
         if rng.random() < 0.5:
             return replace(self, closed=(not left, right) if at_low else (left, not right))
-        step = Fraction(1, rng.choice([3, 10, 1000, 10**30]))
-        return replace(self, low=self.low - step) if at_low else replace(self, high=self.high + step)
+        step = Fraction(1, rng.choice([3, 10, 1000, 10**40]))
+        if at_low:
+            return replace(self, low=self.low - step)
+        return replace(self, high=self.high + step)
 
 
 def some_interval(rng: random.Random, above: Fraction, shift: str = "") -> Interval:
@@ -1295,7 +1337,8 @@ def some_interval(rng: random.Random, above: Fraction, shift: str = "") -> Inter
 
 
 def some_shift(rng: random.Random) -> str:
-    return rng.choice(["", "", r"\sqrt{2}", r"\pi"])
+    """What is added to all members or ends of a set: they keep their order."""
+    return rng.choices(["", r"\sqrt{2}", r"\pi", "2^{200}", "2^{2024}"], [60, 17, 17, 5, 1])[0]
 
 
 def interval(rng: random.Random, same: bool) -> Pair:
@@ -1353,7 +1396,7 @@ def finite_set(rng: random.Random, same: bool) -> Pair:
     numbers = list(dict.fromkeys(number(rng) for _ in range(rng.randint(3, 5))))
     shift, k = some_shift(rng), rng.randrange(len(numbers))
     gold, (before, after) = set_text(rng, numbers, shift), (numbers[:k], numbers[k + 1 :])
-    moved = numbers[k] + rng.choice([100, Fraction(1, 1000), Fraction(1, 10**30)])
+    moved = numbers[k] + rng.choice([100, Fraction(1, 1000), Fraction(1, 10**40)])
     others = [[*numbers, Fraction(99)], [*before, moved, *after]]
     others += [[*before, *after]] if len(numbers) > 1 else []
     return gold, set_text(rng, numbers if same else rng.choice(others), shift)
