@@ -29,7 +29,6 @@ from latex import (
     Token,
     literal,
     plain_words,
-    tokenise,
 )
 from units import CURRENCIES, SCALES, known_unit, read_unit, spell, unit_of
 
@@ -849,35 +848,8 @@ def read(tokens: list[Token], functions: set[str]) -> Node:
     return ("list", *dict.fromkeys(itertools.chain(*map(members, nodes))))
 
 
-# ------------------------------------------------------------------------------------------------ p
-
-
-def exact_arithmetic(text: str, operators: str = "+-*") -> tuple[Fraction, list[int]]:
-    r"""The value of whole numbers joined by these binary operators and brackets, and the numbers.
-
-    LaTeX's spellings are read where their operator is allowed; `2**3`, `7//2`, `-3`, `2(3)`, `2 3`
-    never are. Raises ParseError for anything else.
-    """
-    tokens = tokenise(text, thousands=False)
-    whole = [re.fullmatch("[0-9]{1,12}", token.text) is not None for token in tokens]
-    numbers = [int(token.text) for token, is_number in zip(tokens, whole) if is_number]
-    signs = {"frac": "f", **dict.fromkeys(operators + "×" * ("*" in operators), "o")}
-    shape = "".join(
-        "n" if number else signs.get(token.text, token.text[0])
-        for token, number in zip(tokens, whole)
-    )
-    smallest = r"\(n\)|non" + r"|f\{n\}\{n\}|fnn" * ("/" in operators)
-    while (smaller := re.sub(smallest, "n", shape)) != shape:
-        shape = smaller
-    if shape != "n":
-        raise ParseError(f"not just whole numbers, brackets and {operators}")
-    try:
-        return exact(Parser(tokens, set()).answer()), numbers
-    except ZeroDivisionError:
-        raise ParseError("division by zero") from None
-
-
 def exact(node: Node) -> Fraction:
+    """The value of plain arithmetic: numbers, +, * and one over; ParseError for anything else."""
     match node:
         case ("num", text):
             return Fraction(text)

@@ -15,12 +15,14 @@ is counted.
 import hashlib
 import math
 import random
+import re
 import time
 from fractions import Fraction
 
 import mpmath
 
-from maths import CONSTANTS, LISTED, MINUS_ONE, Node, determinant, names, substitute
+from latex import LISTED, ParseError, tokenise
+from maths import CONSTANTS, MINUS_ONE, Node, Parser, determinant, exact, names, substitute
 
 MAX_BITS = 20_000  # of a rational number that is written out
 MAX_LOG = 20_000  # |log2| of any part of a number that is computed by its digits
@@ -415,24 +417,14 @@ class Numbers:
         return total
 
     def opaque(self, *parts: Node | str) -> Fraction:
-        """f(x), a_n, an integral.
-
-        A number that depends on its parts' values alone (on their form, without).
-        """
+        """f(x), a_n, an integral: a number that depends on its parts' values alone, or form."""
         if parts[0] in LISTED:
             parts = (parts[0], *sorted(parts[1:], key=repr))
         keys = [parts[0]]
-        if parts[0] in (
-            "sum",
-            "prod",
-            "int",
-            "lim",
-        ):  # whatever the bound name is, and at three of its values
-            bound = ("name", "the bound name")
+        bound, values = ("name", "the bound name"), [Fraction(0)]
+        if parts[0] in ("sum", "prod", "int", "lim"):  # whatever the bound name is, at three values
             parts = (parts[0], *(substitute(part, parts[1], bound) for part in parts[2:]))
             values = [Fraction(hashed(Residues.secret, k), 2**60) + k for k in range(3)]
-        else:
-            bound, values = ("name", ""), [Fraction(0)]
         known = self.point
         for value in values:
             self.point, self.memo = known | {bound[1]: value}, {}
@@ -461,3 +453,31 @@ HOLDS = {
     "=": lambda a, b: a == b,
     "!=": lambda a, b: a != b,
 }
+
+
+# ---------------------------------------------------------------------------------------- arithmetic
+
+
+def exact_arithmetic(text: str, operators: str = "+-*") -> tuple[Fraction, list[int]]:
+    r"""The value of whole numbers joined by these operators and brackets, and the numbers.
+
+    LaTeX's spellings are read where their operator is allowed; `2**3`, `7//2`, `-3`, `2(3)`, `2 3`
+    never are. Raises ParseError for anything else.
+    """
+    tokens = tokenise(text, thousands=False)
+    whole = [re.fullmatch("[0-9]{1,12}", token.text) is not None for token in tokens]
+    numbers = [int(token.text) for token, is_number in zip(tokens, whole) if is_number]
+    signs = {"frac": "f", **dict.fromkeys(operators + "×" * ("*" in operators), "o")}
+    shape = "".join(
+        "n" if number else signs.get(token.text, token.text[0])
+        for token, number in zip(tokens, whole)
+    )
+    smallest = r"\(n\)|non" + r"|f\{n\}\{n\}|fnn" * ("/" in operators)
+    while (smaller := re.sub(smallest, "n", shape)) != shape:
+        shape = smaller
+    if shape != "n":
+        raise ParseError(f"not just whole numbers, brackets and {operators}")
+    try:
+        return exact(Parser(tokens, set()).answer()), numbers
+    except ZeroDivisionError:
+        raise ParseError("division by zero") from None

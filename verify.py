@@ -45,9 +45,8 @@ import maths
 from judges import Judges
 from latex import MAX_CHARS, ParseError, bare, literal
 from maths import show
-from values import Undecided
+from values import Undecided, exact_arithmetic  # noqa: F401 (the countdown checker's)
 
-exact_arithmetic = maths.exact_arithmetic  # the countdown checker, on the same tokens
 WORKER_BYTES = 2 << 30  # of address space: a worker that wants more is told that there is none
 LOCK = threading.Lock()  # mpmath caches its constants without one
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PEER = ROOT / ".cache" / "math-verify"
 SHARED = ROOT.parent / "shared" / "verify"
-OLDER = "peer_tests real_outputs human_solutions derived issues".split()  # groups of the first collection
+OLDER = ["peer_tests", "real_outputs", "human_solutions", "derived", "issues"]  # groups of the first collection
 
 
 @dataclass
