@@ -416,8 +416,11 @@ class Numbers:
             self.point, self.memo = known, {}
         return total
 
-    def opaque(self, *parts: Node | str) -> Fraction:
-        """f(x), a_n, an integral: a number that depends on its parts' values alone, or form."""
+    def opaque(self, *parts: Node | str):
+        """f(x), a_n, an integral: a number that depends on its parts' values alone, or form.
+
+        It is no Fraction, for it is as exact as they are: two that agree are looked at again.
+        """
         if parts[0] in LISTED:
             parts = (parts[0], *sorted(parts[1:], key=repr))
         keys = [parts[0]]
@@ -430,7 +433,7 @@ class Numbers:
             self.point, self.memo = known | {bound[1]: value}, {}
             keys += [self.key(part) for part in parts[1:]]
         self.point, self.memo = known, {}
-        return Fraction(18 * hashed(Residues.secret, *keys), 2**64) - 6  # from -6 to 12
+        return self.mp.mpf(18 * hashed(Residues.secret, *keys)) / 2**64 - 6  # from -6 to 12
 
     def key(self, part: Node | str):
         try:
