@@ -116,6 +116,12 @@ def bounded(node: Node) -> sympy.Expr:
         raise Undecided("no expression") from None
 
 
+# What `maths.read` reads of sympy's functions; erf or Si would be a product of letters.
+_spelled = """sin cos tan cot sec csc exp log sinh cosh tanh coth asin acos atan asinh acosh atanh
+    Abs floor gamma zeta"""
+SPELLED = set(_spelled.split())
+
+
 class Spelling(StrPrinter):
     """sympy's text, in words that `maths.read` knows."""
 
@@ -124,6 +130,9 @@ class Spelling(StrPrinter):
 
     def _print_ImaginaryUnit(self, expr):
         return "i"
+
+    def _print_gamma(self, expr):
+        return f"Gamma({self._print(expr.args[0])})"
 
     def _print_Abs(self, expr):
         return f"abs({self._print(expr.args[0])})"
@@ -138,11 +147,12 @@ def from_sympy(expression: sympy.Expr) -> Node:
         sympy.Piecewise,
         sympy.AccumBounds,
     )
-    if expression.has(*unknown) or expression in (sympy.nan, sympy.zoo):
+    functions = {type(part).__name__ for part in expression.atoms(sympy.Function)}
+    if expression.has(*unknown) or functions - SPELLED or expression in (sympy.nan, sympy.zoo):
         raise Undecided("sympy has no closed form")
     letters = dict(zip(sorted(expression.free_symbols, key=str), "ABDFGHJKLMNPQRSTUVWXYZ"))
     plain = {symbol: sympy.Symbol(letter) for symbol, letter in letters.items()}
-    tree = maths.read(latex.tokenise(Spelling().doprint(expression.subs(plain))), set())
+    tree = maths.read(latex.tokenise(Spelling().doprint(expression.subs(plain))), {"Gamma", "zeta"})
     for symbol, letter in letters.items():  # names as the reader has them, x_1 or alpha
         tree = maths.substitute(tree, ("name", letter), ("name", str(symbol)))
     return tree

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from fractions import Fraction
 
 from maths import MINUS_ONE, Node, fixed, minus, names, over, substitute, walk
-from values import DIGITS, Budget, Numbers, Residues, Undecided, Undefined
+from values import DIGITS, OPAQUE, SALT, Budget, Numbers, Residues, Undecided, Undefined
 
 # Intervals that names take their values from, point by point; the later ones serve expressions
 # without a value there.
@@ -32,15 +32,17 @@ RANGES = [
     (0, 1),
 ]
 ENOUGH, FEWEST = 6, 3  # points where two expressions agree; the fewest that will do
-KINKS = {"abs", "floor", "ceil", "root", "max", "min", "sign", "asin", "acos", "atan", "acot"}
+_kinks = "abs floor ceil root max min sign asin acos atan acot"
+KINKS = set(_kinks.split())
 BRANCHES = {"abs", "max", "min", "floor", "ceil", "sign", "cases"}
+# names in these, and in the bounds of sums, are whole numbers
 WHOLE = {
     "factorial",
     "fac2",
     "binomial",
     "gcd",
     "lcm",
-}  # names in these, and in the bounds of sums, are whole numbers
+}
 ZERO, ONE = ("num", "0"), ("num", "1")
 SET_DIGITS = 150  # of the ends of sets, which are compared to half of them
 CLOSE = 1e-9  # a gap that no rounding makes, where nothing is large
@@ -103,6 +105,11 @@ def convolved(left: list[Node] | None, right: list[Node] | None) -> list[Node] |
     return [("+", *column) for column in columns]
 
 
+def kind(node: Node) -> str:
+    """The function of a call, the operation of any other node."""
+    return node[1] if node[0] == "call" else node[0]
+
+
 def bending(node: Node) -> list[Node]:
     """What changes its sign where a node has a kink: x - 3 of |x - 3|, or of the case x < 3."""
     if node[0] == "chain":
@@ -128,10 +135,7 @@ def whole_names(parts: list[Node]) -> set[str]:
 
 
 class Equality:
-    """Of trees, within one budget.
-
-    `ask`: puts a question to sympy, or raises Undecided (see verify.py).
-    """
+    """Compares trees within one budget; `ask` puts a question to sympy, or raises Undecided."""
 
     def __init__(self, budget: Budget, ask: Callable[..., list[Node]]):
         self.numbers = Numbers(budget)
@@ -139,7 +143,7 @@ class Equality:
         self.mp, self.ask = self.numbers.mp, ask
         self.set_digits = SET_DIGITS
 
-    # ------------------------------------------------------------------------------------ expressio
+    # ------------------------------------------------------------------------ expressions
 
     def same(self, a: Node, b: Node) -> bool:
         """Are the two equal wherever they are defined?"""
@@ -160,7 +164,7 @@ class Equality:
     def same_at_points(self, a: Node, b: Node) -> bool:
         """At all points where both have a real value (or, where there are none, a complex one)."""
         constant = not names(a, b)
-        branched = any(part[part[0] == "call"] in BRANCHES for part in walk(a))
+        branched = any(kind(part) in BRANCHES for part in walk(a))
         imaginary = ("name", "i") in (*walk(a), *walk(b))
         whole = whole_names([*walk(a)])
         for real in (False,) if constant or imaginary else (True, False):
@@ -220,22 +224,22 @@ class Equality:
     def points(self, a: Node, b: Node) -> list[dict[str, Fraction]]:
         """Values for the names: each in another of RANGES, and wherever a kink may hide."""
         parts, free = [*walk(a), *walk(b)], sorted(names(a, b))
+        opaque = any(part[:1] == ("call",) and part[1] in OPAQUE for part in parts)
         if not free:
-            return [{}]
+            return [{SALT: Fraction(k)} for k in range(8)] if opaque else [{}]
         bends = [bend for part in parts for bend in bending(part)]
         ranges = list(RANGES)
         if bends:
             marks = sorted({Fraction(0), Fraction(1), *self.written(parts)})[-12:]
             ranges += itertools.pairwise(marks)
             ranges += [(marks[-1], 10 * marks[-1] + 10), (-10 * marks[-1] - 10, -marks[-1])]
-        whole = whole_names(
-            [*walk(a)]
-        )  # of the reference: an answer does not choose where it is tested
+        # of the reference: an answer does not choose where it is tested
+        whole = whole_names([*walk(a)])
         salt = hash_of(a, b)
         ranges += RANGES if whole else []
         points = []
         for k in range(len(ranges)):
-            point = {}
+            point = {SALT: Fraction(k)}
             for number, name in enumerate(free):
                 low, high = ranges[(k + 5 * number) % len(ranges)]
                 real = low + (high - low) * draw(name, k, salt)
@@ -292,12 +296,13 @@ class Equality:
         if not kinks:
             return []
         step = 1 + (abs(kinks[0]) + abs(kinks[-1])) / 7
+        # 2: an end of a floor's step
         values = [
             kinks[0] - step,
             *kinks,
             kinks[-1] + step,
             Fraction(2),
-        ]  # 2: an end of a floor's step
+        ]
         values += [(left + right) / 2 for left, right in itertools.pairwise(kinks)]
         return [others | {name: value} for value in values]
 
@@ -321,7 +326,7 @@ class Equality:
             return self.same(("*", a, second), ("*", b, first))
         return False
 
-    # ------------------------------------------------------------------------------------ roots
+    # ------------------------------------------------------------------------ roots
 
     def low_roots(self, node: Node, name: str) -> list[Node] | None:
         """The roots of a polynomial of the first or second degree; None for anything else."""
@@ -382,13 +387,10 @@ class Equality:
             raise Undefined("a condition that is not rational")
         return self.real(self.ask("zeros", node, name))
 
-    # ------------------------------------------------------------------------------------ sets of r
+    # ------------------------------------------------------------------------ sets of reals
 
     def same_set(self, gold: Node, answer: Node) -> bool:
-        """The same members among.
-
-        Every end, both its sides, a point between any two, and far away.
-        """
+        """Have they the same members: at every end, beside it, between any two, and far away?"""
         if max(len(names(gold)), len(names(answer))) > 1:
             return False
         self.set_digits = SET_DIGITS
@@ -408,10 +410,7 @@ class Equality:
         return all(self.contains(gold, x) == self.contains(answer, x) for x in points)
 
     def ends(self, node: Node | str) -> list:
-        """The reals at which membership of a set can change, and perhaps more.
-
-        Undefined if they are not found.
-        """
+        """The reals where a set may begin or end, and perhaps others; Undefined if not found."""
         if isinstance(node, str) or (node[0] == "name" and node != ("name", "infty")):
             return []
         if node[0] == "chain" and node[1] != "∈":
@@ -439,6 +438,7 @@ class Equality:
         return 0 if near or a == b else 1 if a > b else -1
 
     def contains(self, node: Node, x) -> bool:
+        """Is a real number in a set: an interval, a union, a list, the solutions of a condition?"""
         match node:
             case ("tuple", brackets, low, high) if brackets != ";":
                 above = self.order(x, self.numbers.at(low, digits=self.set_digits))

@@ -31,14 +31,11 @@ from values import Budget, Undecided, Undefined
 FLOAT_DIGITS = range(15, 18)  # that a computer prints of a number; others are somebody's rounding
 DENIALS = {"not", "no", "never", "wrong", "incorrect", "neither", "isn", "except"}
 MAX_PAIRS = 2_500  # of the members of two lists
-Verdict = bool | None
+Opinion = bool | None  # None: I do not know
 
 
 def is_label(node: Node) -> bool:
-    """May this stand for the value on the other side.
-
-    X, a_2, f(2), AB, |AB|, s/r, cos A, (x, y), "Area"?
-    """
+    """May this name a value: x, a_2, f(2), AB, |AB|, s/r, cos A, (x, y), "Area"?"""
     match node:
         case ("text", words):
             return not set(words.split()) & DENIALS
@@ -187,7 +184,7 @@ class Judges:
         finally:
             self.depth -= 1
 
-    def asked(self, judge: Callable, gold: Node, answer: Node) -> Verdict:
+    def asked(self, judge: Callable, gold: Node, answer: Node) -> Opinion:
         try:
             return judge(self, gold, answer)
         except (Undefined, Undecided):
@@ -200,16 +197,16 @@ class Judges:
             raise Undecided("a question for sympy")
         return getattr(self.algebra, what)(*arguments)
 
-    # ------------------------------------------------------------------------------------ names
+    # ------------------------------------------------------------------------ names
 
-    def identical(self, gold: Node, answer: Node) -> Verdict:
+    def identical(self, gold: Node, answer: Node) -> Opinion:
         return True if gold == answer else None
 
-    def restated(self, gold: Node, answer: Node) -> Verdict:
+    def restated(self, gold: Node, answer: Node) -> Opinion:
         """2x + 1 > 5 is no answer to "solve 2x + 1 > 5", unless the reference is of that form."""
         return False if unsolved(answer, True) and not unsolved(gold, False) else None
 
-    def named_values(self, gold: Node, answer: Node) -> Verdict:
+    def named_values(self, gold: Node, answer: Node) -> Opinion:
         """By name; against a plain (1, 2) or 1, 2 in the order of the alphabet."""
         golds, answers = self.assignments(gold), self.assignments(answer)
         if golds and answers and set(golds) == set(answers):
@@ -244,11 +241,8 @@ class Judges:
         distinct = len({label for label, _ in pairs}) == len(pairs)
         return dict(pairs) if distinct and len(pairs) > 1 else None
 
-    def labels(self, gold: Node, answer: Node) -> Verdict:
-        """A name of the value may be missing on either side.
-
-        Another is wrong. f(x) may be called y.
-        """
+    def labels(self, gold: Node, answer: Node) -> Opinion:
+        """A value's name may be missing on either side, but not be another; f(x) may be y."""
         (gold_label, gold_value), (label, value) = self.unlabel(gold), self.unlabel(answer)
         if gold_value is None or value is None:
             return False
@@ -267,10 +261,7 @@ class Judges:
         return True if self.match(gold_value, value) else None
 
     def unlabel(self, node: Node) -> tuple[Node | None, Node | None]:
-        """(name, value) of x = 3, x = 6/2 = 3 or 6/2 = 3.
-
-        (None, node) of others; no value if false.
-        """
+        """(name, value) of x = 3 or x = 6/2 = 3; (None, node) of others; no value if false."""
         if node[0] != "chain" or not set(node[1].split()) <= {"=", "≈", "∈", "≡"}:
             return None, node
         signs, parts, label = node[1].split(), list(node[2:]), None
@@ -288,7 +279,8 @@ class Judges:
                 return label, None
         return label, parts[0]
 
-    def coordinates(self, gold: Node, answer: Node) -> Verdict:
+    def coordinates(self, gold: Node, answer: Node) -> Opinion:
+        """A(1, 2) is the point (1, 2)."""
         if {gold[0], answer[0]} != {"call", "tuple"}:
             return None
         plain = []
@@ -297,13 +289,10 @@ class Judges:
             plain.append(("tuple", "()", *node[3:]) if point else node)
         return self.match(*plain) if plain != [gold, answer] else None
 
-    # ------------------------------------------------------------------------------------ units
+    # ------------------------------------------------------------------------ units
 
-    def units(self, gold: Node, answer: Node) -> Verdict:
-        """The reference's unit may be missing.
-
-        % is a hundredth; the reference's may be missing, too.
-        """
+    def units(self, gold: Node, answer: Node) -> Opinion:
+        """The reference's unit may be missing; so may its %, which else is a hundredth."""
         kinds = {gold[0], answer[0]}
         if not kinds & {"unit", "%"} or "chain" in kinds:
             return None
@@ -319,16 +308,16 @@ class Judges:
         bare_answer = answer[1] if answer[0] == "unit" else answer
         return self.match(bare_gold, bare_answer) or self.values(gold, answer) is True
 
-    # ------------------------------------------------------------------------------------ sets, lis
+    # ------------------------------------------------------------------------ sets and shapes
 
-    def sets(self, gold: Node, answer: Node) -> Verdict:
+    def sets(self, gold: Node, answer: Node) -> Opinion:
         parts = [gold, answer, *members(gold), *members(answer)]
         real = any(is_bound(part) or part[0] in ("∪", "∩", "∖") for part in parts)
         if not real or inner_units(gold) != inner_units(answer):
             return None
         return True if self.equality.same_set(gold, answer) else None
 
-    def lists(self, gold: Node, answer: Node) -> Verdict:
+    def lists(self, gold: Node, answer: Node) -> Opinion:
         """In any order; in order where one side has semicolons or dots, or is 5 feet 8 inches."""
         if {gold[:2], answer[:2]} & {("tuple", ";"), ("tuple", "+")} and gold[0] != "list":
             golds, answers = (
@@ -346,22 +335,20 @@ class Judges:
             return False if len(golds) > 1 else None
         found = [[self.match(one, other) for other in answers] for one in golds]
         same = all(map(any, found)) and all(map(any, zip(*found))) and bool(golds) == bool(answers)
-        if same and len(golds) == len(answers):  # 1, 1, 2 is not 1, 2, 2
-            matched_by = [sum(column) for column in zip(*found)]
-            for row in found:
-                same &= all(sum(row) == count for hit, count in zip(row, matched_by) if hit)
+        if same and len(golds) == len(answers):
+            same = one_to_one(found)
         return same or (None if 1 in (len(golds), len(answers)) else False)
 
-    def shapes(self, gold: Node, answer: Node) -> Verdict:
+    def shapes(self, gold: Node, answer: Node) -> Opinion:
+        """Part by part: tuples, matrices, cases, bases, ratios and times, residue classes."""
         kinds = {gold[0], answer[0]}
         if kinds == {"base", "num"}:
             return gold[0] == "base" and gold[1] == answer[1]
         if kinds == {"cases"} and len(gold) == len(answer):
             return True if self.match(("list", *gold[1:]), ("list", *answer[1:])) else None
-        if kinds == {":"} and is_time(gold):
-            return is_time(answer) and self.match(
-                ("tuple", "()", *gold[1:]), ("tuple", "()", *answer[1:])
-            )
+        if kinds == {":"} and (is_time(gold) or answer[2][1][:1] == "0"):
+            clock = is_time(gold) and is_time(answer)
+            return clock and all(map(self.match, gold[1:], answer[1:])) and len(gold) == len(answer)
         if kinds == {":"} and len(gold) == len(answer):
             pairs = zip(gold[2:], answer[2:])
             if any(self.equality.same(first, ("num", "0")) for first in (gold[1], answer[1])):
@@ -387,13 +374,10 @@ class Judges:
         turns = ("*", minus(gold[1], answer[1]), ("^", gold[2], MINUS_ONE))
         return self.numbers.exact(turns).denominator == 1
 
-    # ------------------------------------------------------------------------------------ relations
+    # ------------------------------------------------------------------------ relations
 
-    def equations(self, gold: Node, answer: Node) -> Verdict:
-        """Multiples of one another are the same.
-
-        Relations that have no meaning here, side by side.
-        """
+    def equations(self, gold: Node, answer: Node) -> Opinion:
+        """The same if multiples of one another; relations without a meaning here, side by side."""
         if not gold[0] == answer[0] == "chain":
             return None
         golds, answers = relations(gold), relations(answer)
@@ -409,7 +393,8 @@ class Judges:
         sides = minus(right, left), minus(second, first)
         return self.equality.proportional(*sides, signed="<" in sign)
 
-    def solutions(self, gold: Node, answer: Node) -> Verdict:
+    def solutions(self, gold: Node, answer: Node) -> Opinion:
+        """An equation against its roots: x^2 = 4 against 2, -2."""
         if (gold[0], answer[0]).count("chain") != 1:
             return None
         equation, other = (gold, answer) if gold[0] == "chain" else (answer, gold)
@@ -421,9 +406,9 @@ class Judges:
         roots = self.equality.roots(minus(equation[2], equation[3]), *free)
         return None if roots is None else self.match(("list", *roots), other)
 
-    # ------------------------------------------------------------------------------------ values
+    # ------------------------------------------------------------------------ values
 
-    def values(self, gold: Node, answer: Node) -> Verdict:
+    def values(self, gold: Node, answer: Node) -> Opinion:
         """Equal exactly, within the tolerance, or as a computer prints the number."""
         if inner_units(gold) != inner_units(answer):
             return False
@@ -455,7 +440,7 @@ class Judges:
         gap = self.mp.convert(self.numbers.at(minus(decimal, exact)))
         return abs(gap) <= last_unit * self.mp.mpf(10) ** -len(text.split(".")[1])
 
-    def closed_forms(self, gold: Node, answer: Node) -> Verdict:
+    def closed_forms(self, gold: Node, answer: Node) -> Opinion:
         parts = self.open_parts(gold, answer)
         for part in parts:
             closed = self.ask("closed", part)[0]
@@ -484,6 +469,19 @@ class Judges:
         values,
         closed_forms,
     )
+
+
+def one_to_one(found: list[list[bool]]) -> bool:
+    """Does every member occur as often on either side? 1, 1, 2 is not 1, 2, 2.
+
+    `found[i][j]`: is the i-th of the reference the j-th of the answer?
+    """
+    columns = [sum(column) for column in zip(*found)]
+    for row in found:
+        twins = [count for hit, count in zip(row, columns) if hit]
+        if any(count != sum(row) for count in twins):
+            return False
+    return True
 
 
 def is_time(ratio: Node) -> bool:

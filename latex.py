@@ -22,7 +22,7 @@ class ParseError(Exception):
     """The text is not mathematics that we read, or it is too large to be read safely."""
 
 
-# ---------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------------- tables
 
 _computed = """sin cos tan cot sec csc asin acos atan acot asec acsc sinh cosh tanh coth sech csch
     asinh acosh atanh log exp floor ceil abs sign"""
@@ -30,19 +30,9 @@ _other = """arcsin arccos arctan arccot arcsec arccsc arsinh arcosh artanh arcsi
     ln lg sqrt sgn gcd lcm max min det sum prod int lim frac binom"""
 FUNCTIONS = set((_computed + " " + _other).split())
 LISTED = {"gcd", "lcm", "max", "min"}  # functions of several numbers
-OPERATORS = {
-    "Pr",
-    "Var",
-    "Cov",
-    "arg",
-    "Re",
-    "Im",
-    "dim",
-    "ker",
-    "deg",
-    "tr",
-    "rank",
-}  # never computed
+# never computed
+_operators = """Pr Var Cov arg Re Im dim ker deg tr rank"""
+OPERATORS = set(_operators.split())
 
 _greek = """alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu
     nu xi omicron pi rho varrho sigma varsigma tau upsilon phi varphi chi psi omega"""
@@ -96,13 +86,14 @@ REWRITES = [  # what two or more tokens make together
     (r"\^\\prime", r"\\prime"),
     (r"\{:\}", ":"),
     (r"Rs\.", "₹"),
+    # 13^{th}
     (
         r"(?<=[0-9])(?:\^\s*)?\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?",
         "",
-    ),  # 13^{th}
+    ),
 ]
 
-# ---------------------------------------------------------------------------------------- the lexer
+# ---------------------------------------------------------------------------- the lexer
 
 _pattern = r"""
     (?P<blank>(?:\s|~|\$|&nbsp;|\\[,;:>!\s()\[\]]|\\q?quad(?![A-Za-z])|\\left\s*\.|\\right\s*\.)+)
@@ -202,7 +193,9 @@ def tokens_of(text: str, words: bool, thousands: bool) -> Iterator[Token]:
         if found["text"]:
             blank = blank or not found["inside"].strip()
             new = [*tokens_of(found["inside"].replace("$", ""), True, thousands)]
-            if found["font"] in ("mathrm", "operatorname"):
+            if found["font"].startswith("operatorname") and found["inside"].strip() in FUNCTIONS:
+                new = [known_command(found["inside"].strip())]
+            elif found["font"] in ("mathrm", "operatorname"):
                 new = [part for token in new for part in upright(token)]
         elif found["command"] and piece[1:] in WITH_ARGUMENT:
             position = re.compile(r"\s*(\{[^{}]*\})?").match(text, position).end()
@@ -211,9 +204,8 @@ def tokens_of(text: str, words: bool, thousands: bool) -> Iterator[Token]:
             new = [*read_letters(piece, words, before)]
         elif piece == "." and words and before.kind == "word":  # sq. ft.
             continue
-        elif (
-            found["num"] and before.text == "frac" and piece.isdigit() and len(piece) > 1
-        ):  # \frac12
+        # \frac12
+        elif found["num"] and before.text == "frac" and piece.isdigit() and len(piece) > 1:
             new = [Token("num", piece[0]), Token("num", piece[1:])]
         else:
             new = read_piece(found, thousands)
@@ -278,10 +270,7 @@ def read_period(found: re.Match) -> str:
 
 
 def read_letters(run: str, words: bool, before: Token) -> Iterator[Token]:
-    """Letters side by side.
-
-    In \\text a word; else a function, a word too long for names, or names.
-    """
+    r"""Letters in a row: in \text a word; else a function, a word too long for names, or names."""
     quantity = before.kind in ("num", "word") or before.text in (")", "}", "%")
     if not run.isascii():
         yield from foreign_letters(run, words, before)
@@ -331,7 +320,7 @@ def upright(token: Token) -> list[Token]:
     return [token]
 
 
-# ---------------------------------------------------------------------------------------- as it sta
+# ---------------------------------------------------------------------------- as it stands
 
 
 def trimmed(tokens: list[Token]) -> list[Token]:

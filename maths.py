@@ -1,6 +1,6 @@
 r"""Tokens into a tree: the grammar of an answer, strictly.
 
-    1 \\frac12 \\text{ cm} shows as unit(+(1, *(1, ^(2, -1))), cm)
+    1 \frac12 \text{ cm} shows as unit(+(1, *(1, ^(2, -1))), cm)
 
 A command that is not known, or words where a value should be, are a ParseError: such an answer is
 not read, and then compared only token by token, in order.
@@ -45,13 +45,14 @@ END = Token("end", "")
 
 CONSTANTS = {"pi", "e", "i", "infty", "emptyset", "ldots", *"ℝℤℕℚℂ"}
 OF_LETTERS = {"angle", "measuredangle", "triangle", "square", "odot"}  # marks of several letters
+# where & says only where lines meet
 ALIGNED = {
     "aligned",
     "align",
     "gathered",
     "split",
     "eqnarray",
-}  # where & says only where lines meet
+}
 EMPTY, REALS = ("name", "emptyset"), ("name", "ℝ")
 MEANINGS = {"no solution": EMPTY, "no real solution": EMPTY, "empty set": EMPTY}
 MEANINGS |= {"all real number": REALS, "all real": REALS, "infinity": ("name", "infty")}
@@ -59,7 +60,7 @@ INFIX = ("over", "choose")  # TeX's {a \over b}
 TRANSPOSE = (("name", "T"), ("name", "top"), ("text", "top"))
 
 
-# ---------------------------------------------------------------------------------------- trees
+# ---------------------------------------------------------------------------- trees
 
 
 def walk(node: Node | str) -> Iterator[Node]:
@@ -178,22 +179,7 @@ def computed(node: Node) -> Node:
     return ("num", str(value)) if value.denominator < 10**50 and abs(value) < 10**50 else node
 
 
-def determinant(node: Node) -> Node:
-    """Of a matrix up to 4 x 4, along the first row; ValueError for others."""
-    rows = [row[1:] for row in node[1:]]
-    if len(rows) > 4 or any(len(row) != len(rows) for row in rows):
-        raise ValueError("no determinant")
-    if len(rows) == 1:
-        return rows[0][0]
-    terms = []
-    for k, cell in enumerate(rows[0]):
-        minor = matrix([row[:k] + row[k + 1 :] for row in rows[1:]])
-        term = times(cell, determinant(minor))
-        terms.append(times(MINUS_ONE, term) if k % 2 else term)
-    return ("+", *terms)
-
-
-# ---------------------------------------------------------------------------------------- grammar
+# ---------------------------------------------------------------------------- grammar
 
 
 class Parser:
@@ -208,7 +194,7 @@ class Parser:
         self.at, self.depth, self.bars, self.closed_by = 0, 0, 0, ""
 
     @property
-    def next(self) -> Token:
+    def token(self) -> Token:
         return self.tokens[self.at]
 
     def sees(self, *texts: str, ahead: int = 0) -> bool:
@@ -234,17 +220,17 @@ class Parser:
         ("1, 2, ..., n") make a "tuple", which has one.
         """
         parts, separators = [], set()
-        while first or (not self.sees(*end) and self.next != END):
+        while first or (not self.sees(*end) and self.token != END):
             parts.append(self.continued(first, 1) if first else self.expression())
             first = None
             found = list(iter(lambda: self.take(",", ";", "and", "or"), ""))
             separators.update(found)
             if not found:
                 break
-        closed = self.sees(*end) if end else self.next == END
+        closed = self.sees(*end) if end else self.token == END
         if not closed:
-            raise ParseError(f"left over: {self.next.text!r}")
-        self.closed_by = self.next.text
+            raise ParseError(f"left over: {self.token.text!r}")
+        self.closed_by = self.token.text
         self.at += bool(end)
         if len(parts) == 1 and not separators:
             return parts[0]
@@ -268,7 +254,7 @@ class Parser:
             of_unit = op in ("*", "/", "×") and not implicit and self.unit_ahead()
             if LEVEL.get(op, 0) < level or of_unit:
                 return left
-            if implicit and self.next.kind == "num" and last[0] == "num":
+            if implicit and self.token.kind == "num" and last[0] == "num":
                 raise ParseError("two numbers side by side")
             self.at += not implicit
             if op == "mod":
@@ -285,9 +271,10 @@ class Parser:
             return "*", True
         if self.sees("|") and self.bars == 0:
             return "∣", False
-        return (self.next.text if self.next.kind == "op" else ""), False
+        return (self.token.text if self.token.kind == "op" else ""), False
 
     def join(self, op: str, left: Node, right: Node) -> Node:
+        """The node of two operands; relations side by side make one chain."""
         if LEVEL[op] == 1:
             signs, *parts = left[1:] if left[0] == "chain" else ("", left)
             return ("chain", f"{signs} {op}".strip(), *parts, right)
@@ -310,7 +297,7 @@ class Parser:
 
     def starts_factor(self) -> bool:
         """Does another factor stand here without a sign, as in 2x, (x-1)3, n!2^n, 2|x|?"""
-        kind, text, _ = self.next
+        kind, text, _ = self.token
         if kind == "word":
             return len(text) == 1 and not known_unit(text)
         if kind == "op" and text == "|":
@@ -340,12 +327,7 @@ class Parser:
 
     def measured(self, node: Node) -> Node:
         """The node with the unit, percent sign in words, or "million" that stands behind it."""
-        while self.next.kind == "word" and (scale := self.next.text.lower()) and node[0] == "num":
-            number = SCALES.get(scale) or SCALES.get(scale.removesuffix("s"))
-            if number is None:
-                break
-            self.at += 1
-            node = times(node, ("num", number))
+        node = self.scaled(node)
         unit, self.at = read_unit(self.tokens, self.at)
         if unit == [("percent", 1)]:
             return ("%", node)
@@ -353,7 +335,18 @@ class Parser:
             node = ("unit", node[1], spell([(node[2], 1), *unit]))
         elif unit:
             node = ("unit", node, spell(unit))
-        return self.compound(node) if node[0] == "unit" and self.next.kind == "num" else node
+        return self.compound(node) if node[0] == "unit" and self.token.kind == "num" else node
+
+    def scaled(self, node: Node) -> Node:
+        """5 million, $5 million, 5 hundred thousand: a number times what stands behind it."""
+        word = self.token.text.lower() if self.token.kind == "word" else ""
+        scale = SCALES.get(word) or SCALES.get(word.removesuffix("s"))
+        if not scale or names(node) or node[0] not in ("num", "*", "unit"):
+            return node
+        if node[0] == "unit":
+            return ("unit", self.scaled(node[1]), node[2])
+        self.at += 1
+        return self.scaled(times(node, ("num", scale)))
 
     def compound(self, first: Node) -> Node:
         """5 ft 8 in: quantities in a row."""
@@ -385,6 +378,7 @@ class Parser:
         return node
 
     def attached(self, node: Node) -> Node:
+        """The atom with what stands behind it: x^2, a_n, 5!, 50 %, 30°, f', f(x)."""
         node = self.applied(node)
         while mark := self.take("^", "!", "!!", "%", "°", "'", "_"):
             self.deeper()
@@ -415,7 +409,7 @@ class Parser:
 
     def script(self) -> Node:
         """What stands in an index or exponent; commands there are a label: A_{\\max}."""
-        if self.next.kind == "command" and self.next.text in LISTED | {"lim", "int"}:
+        if self.token.kind == "command" and self.token.text in LISTED | {"lim", "int"}:
             self.at += 1
             return ("text", self.tokens[self.at - 1].text)
         braced = self.sees("{") and self.sees("}", ahead=2)
@@ -424,7 +418,7 @@ class Parser:
             return ("text", self.tokens[self.at - 2].text)
         if self.take("*"):
             return ("text", "*")
-        if self.next.kind == "num":  # \log_3 \frac23 has no mixed number
+        if self.token.kind == "num":  # \log_3 \frac23 has no mixed number
             self.at += 1
             return ("num", self.tokens[self.at - 1].text)
         return self.atom()
@@ -450,14 +444,14 @@ class Parser:
 
     def degrees(self, node: Node) -> Node:
         """30°, 63°45'30'' as degrees, 20 °C as a unit."""
-        scale = self.next
+        scale = self.token
         if scale.kind in ("word", "name") and scale.text in ("C", "F"):
             self.at += 1
             return ("unit", node, "°" + scale.text)
         for marks, parts in ((1, "60"), (2, "3600")):  # minutes, seconds
             marked = all(self.sees("'", '"', ahead=k) for k in range(1, marks + 1))
-            if self.next.kind == "num" and marked:
-                node = ("+", node, over(("num", self.next.text), ("num", parts)))
+            if self.token.kind == "num" and marked:
+                node = ("+", node, over(("num", self.token.text), ("num", parts)))
                 self.at += 1 + marks
         return ("unit", node, "degree")
 
@@ -492,7 +486,8 @@ class Parser:
         return self.applied(("call", "apply", function, *arguments))
 
     def atom(self) -> Node:
-        token = self.next
+        """What needs nothing beside it: a number, a name, words, a bracket, a function, a mark."""
+        token = self.token
         self.at += 1
         if token.kind == "num":
             return self.number(token)
@@ -548,7 +543,7 @@ class Parser:
                 above, below = (text for text in behind[: written.end()] if text.isdigit())
                 self.at += written.end()
                 return ("+", whole, over(("num", above), ("num", below)))
-        elif behind[1] == "/" and behind[0].isdigit() and behind[2].isdigit() and self.next.blank:
+        elif behind[1] == "/" and behind[0].isdigit() and behind[2].isdigit() and self.token.blank:
             self.at += 3
             return ("+", whole, over(("num", behind[0]), ("num", behind[2])))
         return whole
@@ -556,19 +551,20 @@ class Parser:
     def words(self, token: Token) -> Node:
         """Words side by side, as one text; a single letter in \\text is a name."""
         found = [token.text]
-        if known_unit(token.text) in CURRENCIES and self.next.kind == "num":  # Rs. 5
+        if known_unit(token.text) in CURRENCIES and self.token.kind == "num":  # Rs. 5
             return ("unit", self.atom(), known_unit(token.text))
-        if len(token.text) == 1 and self.next.kind != "word":
+        if len(token.text) == 1 and self.token.kind != "word":
             return ("name", token.text)
-        while self.next.kind == "word":
-            found.append(self.next.text)
+        while self.token.kind == "word":
+            found.append(self.token.text)
             self.at += 1
         text = plain_words(found)
         return MEANINGS.get(text, ("text", text))
 
     def bracket(self, opening: str) -> Node:
+        """(1, 2] is a tuple, with its brackets; {1, 2} and \\{1, 2\\} are lists; (x) is x."""
         if opening == "\\{":
-            return self.set()
+            return self.braces()
         if opening == "{" and self.sees("}") and self.sees("^", "_", ahead=1):
             return self.combination_in_front()
         if opening == "{":
@@ -592,16 +588,16 @@ class Parser:
         """{}^{8}C_{3} and {}_{8}C_{3}."""
         self.at += 2
         above = self.script()
-        if self.next.text != "C" or not self.sees("_", ahead=1):
+        if self.token.text != "C" or not self.sees("_", ahead=1):
             raise ParseError("an index of nothing")
         self.at += 2
         return ("call", "binomial", above, self.script())
 
-    def set(self) -> Node:
+    def braces(self) -> Node:
         """\\{1, 2\\} as a list; \\{x | x > 2\\} as its condition; \\{3k | k > 2\\} as it stands."""
         if self.take("\\}"):
             return ("name", "emptyset")
-        if self.next.text.startswith("\\begin"):  # \left\{ before lines: a system, or cases
+        if self.token.text.startswith("\\begin"):  # \left\{ before lines: a system, or cases
             self.at += 1
             return self.environment(self.tokens[self.at - 1].text, braced=True)
         left = self.expression(LEVEL[":"] + 1)
@@ -622,19 +618,19 @@ class Parser:
         """\\vec{v}, \\angle ABC, \\overline{AB}: the mark and what it is on, in order, one name."""
         taken = []
         if mark in OF_LETTERS and not self.sees("{"):
-            while self.next.kind in ("name", "num") and (not taken or not self.next.blank):
-                taken.append(self.next.text)
+            while self.token.kind in ("name", "num") and (not taken or not self.token.blank):
+                taken.append(self.token.text)
                 self.at += 1
         elif self.take("{"):
             nested = 1
-            while nested and self.next != END:
+            while nested and self.token != END:
                 nested += self.sees("{") - self.sees("}")
-                taken.append(self.next.text)
+                taken.append(self.token.text)
                 self.at += 1
             taken = taken[:-1]
         else:
-            taken = [self.next.text]
-            self.at += self.next != END
+            taken = [self.token.text]
+            self.at += self.token != END
         if mark in ("angle", "overline"):  # ABC and CBA are the same
             taken = min(taken, taken[::-1])
         return ("call", "mark", mark, " ".join(taken))
@@ -643,7 +639,7 @@ class Parser:
         """A matrix; "cases"; the lines of `aligned`, or of cases without conditions, as a list."""
         kind, end = begin[len("\\begin{") : -1].rstrip("*"), begin.replace("begin", "end")
         if kind == "array" and self.take("{"):
-            while not self.take("}") and self.next != END:
+            while not self.take("}") and self.token != END:
                 self.at += 1
         if kind in ALIGNED:
             self.join_lines(end)
@@ -654,9 +650,8 @@ class Parser:
             row = [self.answer("&", "\\\\", end)]
             while self.closed_by == "&":
                 row.append(self.condition(end) if conditional else self.answer("&", "\\\\", end))
-            if (
-                conditional and row[0][0] == "list" and len(row) == 1 and len(row[0]) == 3
-            ):  # value, condition
+            # value, condition
+            if conditional and row[0][0] == "list" and len(row) == 1 and len(row[0]) == 3:
                 row = row[0][1:] if row[0][1][0] != "chain" else row
             if row != [("list",)]:
                 rows.append(("row", *row))
@@ -686,20 +681,26 @@ class Parser:
 
     def condition(self, end: str) -> Node:
         """When a line of `cases` holds: a relation, or words that are compared as they stand."""
-        while self.next.kind == "word" and self.next.text.lower() in ("if", "for", "when", "where"):
+        while self.token.kind == "word" and self.token.text.lower() in (
+            "if",
+            "for",
+            "when",
+            "where",
+        ):
             self.at += 1
-        start, depth = self.at, self.depth
+        start, state = self.at, (self.at, self.depth, self.bars)
         try:
             return self.answer("&", "\\\\", end)
         except ParseError:
-            self.at, self.depth = start, depth
-        while not self.sees("&", "\\\\", end) and self.next != END:
+            self.at, self.depth, self.bars = state
+        while not self.sees("&", "\\\\", end) and self.token != END:
             self.at += 1
-        self.closed_by = self.next.text
+        self.closed_by = self.token.text
         self.at += 1
         return ("text", literal(self.tokens[start : self.at - 1]))
 
     def function(self, name: str) -> Node:
+        """A function with its scripts, \\log_2, \\sin^2, and its argument."""
         if name == "frac":
             return self.fraction()
         if name == "binom":
@@ -720,12 +721,16 @@ class Parser:
                 return ("call", "big " + name, below or MINUS_ONE, above or MINUS_ONE, body)
             return ("call", name, bound, start, *([above] if above else []), body)
         if name in LISTED:
+            if below:
+                raise ParseError(f"{name} with an index")
             argument = self.atom()
-            return ("call", name, *(argument[2:] if argument[0] == "tuple" else members(argument)))
+            parts = argument[2:] if argument[0] == "tuple" else members(argument)
+            node = ("call", name, *parts)
+            return ("^", node, above) if above else node
         argument = self.argument()
         if name == "det":
             return ("call", "det", argument)
-        if above == MINUS_ONE:
+        if above == MINUS_ONE and "a" + name in FUNCTIONS:  # sin^{-1} is asin
             name, above = "a" + name, None
         node = ("call", "log" if name == "lg" else name, argument)
         if below or name == "lg":
@@ -740,30 +745,31 @@ class Parser:
         if self.sees("(", "{", "[", "|"):
             return self.atom()
         node = last = self.operand()
-        while self.next.kind in ("num", "name") and not last[0] == self.next.kind == "num":
+        while self.token.kind in ("num", "name") and not last[0] == self.token.kind == "num":
             last = self.operand()
             node = times(node, last)
         return node
 
     def fraction(self) -> Node:
+        """A quotient; dy/dx is a mark, for its d does not cancel."""
         start = self.at
         above, below = self.digit_or_atom(), self.digit_or_atom()
         inside = [token.text for token in self.tokens[start : self.at] if token.text not in "{}"]
-        if inside[0] in ("d", "partial") and inside.count(inside[0]) >= 2 and below[:2] in (
-            ("*", ("name", inside[0])), ("*", ("^", ("name", inside[0]))),
-        ):  # fmt: skip
-            return ("call", "mark", "d", " ".join(inside))  # a derivative: d does not cancel
+        d = ("name", inside[0])
+        divided_by_dx = below[0] == "*" and below[1] in (d, ("^", d))
+        if inside[0] in ("d", "partial") and inside.count(inside[0]) >= 2 and divided_by_dx:
+            return ("call", "mark", "d", " ".join(inside))
         return over(above, below)
 
     def digit_or_atom(self) -> Node:
         """Without braces, \\frac43 takes one digit at a time."""
-        token = self.next
+        token = self.token
         if token.kind == "num" and token.text.isdigit() and len(token.text) > 1:
             self.tokens[self.at : self.at + 1] = [
                 Token("num", token.text[0]),
                 Token("num", token.text[1:]),
             ]
-        if self.next.kind != "num":
+        if self.token.kind != "num":
             return self.atom()
         self.at += 1
         return ("num", self.tokens[self.at - 1].text)
@@ -812,10 +818,7 @@ def combination(node: Node) -> Node:
 
 
 def applied_names(tokens: list[Token]) -> set[str]:
-    """Names with an argument that no product has.
-
-    P(0), u(t), A(1, 2). x(y + 1) may be a product.
-    """
+    """Names with an argument that no product has: P(0), A(1, 2); x(y + 1) may be a product."""
     found = set()
     for k, token in enumerate(tokens[:-2]):
         if token.kind != "name" or token.text in CONSTANTS or tokens[k + 1].text != "(":

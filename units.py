@@ -44,12 +44,13 @@ mph |; kph kmph |; mpg |
 _PREFIX = """Y yotta Z zetta E exa P peta T tera G giga M mega k kilo h hecto da deca d deci c centi
     m milli μ micro n nano p pico f femto"""
 _QUOTIENTS = {"kph": "km h^-1", "mph": "mi h^-1", "mpg": "mi gal^-1", "psi": "lb in^-2"}
+# degrees Celsius, light years
 _TOGETHER = {
     "degree °C": "°C",
     "degree °F": "°F",
     "light yr": "ly",
     "mi nautical": "nmi",
-}  # degrees Celsius, light years
+}
 POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 # Words behind a number that make it another number: 5 million, 5 dozen, 3 halves.
 SCALES = {
@@ -76,13 +77,13 @@ _plurals = """people men women children feet teeth geese mice lice oxen fish she
 _PLURALS = set(_plurals.split())
 # Words in -s that say something else of the number before them: that it is wrong, unsure, or not
 # the whole value.
-_not_counted = """nots lies errors doubts maximums minimums pairs couples trios twos threes fours
-    fives sixes sevens eights nines tenths is was has does goes as us its this thus plus minus
-    times less unless yes always perhaps sometimes besides towards afterwards various previous
-    numerous else equals exceeds squares cubes powers wrongs mistakes guesses alternatives
-    options tens dozens scores halves thirds quarters digits decimals multiples factors
-    approximates means remains makes gives hence yields opposites negatives inverses reciprocals
-    logs"""
+_not_counted = """ones zeros teens exponents fakes negates nopes nots lies errors doubts maximums
+    minimums pairs couples trios twos threes fours fives sixes sevens eights nines tenths is was
+    has does goes as us its this thus plus minus times less unless yes always perhaps sometimes
+    besides towards afterwards various previous numerous else equals exceeds squares cubes powers
+    wrongs mistakes guesses alternatives options tens dozens scores halves thirds quarters digits
+    decimals multiples factors approximates means remains makes gives hence yields opposites
+    negatives inverses reciprocals logs"""
 _NOT_COUNTED = set(_not_counted.split())
 _NUMBER_WORD = re.compile(
     r"(half|third|quarter|(four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|"
@@ -105,49 +106,11 @@ PREFIXED, PREFIXED_NAMES = _table(_PREFIXED)
 PLAIN, PLAIN_NAMES = _table(_PLAIN)
 PREFIXES = dict(zip(_PREFIX.split()[::2], _PREFIX.split()[::2]))
 PREFIX_NAMES = dict(zip(_PREFIX.split()[1::2], _PREFIX.split()[::2]))
-# Written without \text, these follow a number; the other symbols are then products of letters (5m,
-# 3mg).
 CURRENCIES = {"usd", "eur", "gbp", "inr", "jpy", "cny"}
-BARE = {
-    "cm",
-    "mm",
-    "km",
-    "kg",
-    "ft",
-    "in",
-    "mi",
-    "yd",
-    "lb",
-    "lbs",
-    "oz",
-    "mL",
-    "ml",
-    "hr",
-    "hrs",
-    "min",
-    "am",
-    "pm",
-}
-BARE |= {
-    "AM",
-    "PM",
-    "sq",
-    "cu",
-    "mph",
-    "kph",
-    "Hz",
-    "kHz",
-    "MHz",
-    "eV",
-    "keV",
-    "MeV",
-    "GeV",
-    "kJ",
-    "kW",
-    "mol",
-    "deg",
-}
-BARE |= {"sec", "mins", "nm", "pct", "kPa", "rad", "Rs", "day", "men", "per"}
+# Written without \text, these follow a number; other symbols are products of letters (5m, 3mg).
+_bare = """cm mm km kg ft in mi yd lb lbs oz mL ml hr hrs min am pm AM PM sq cu mph kph Hz kHz
+    MHz eV keV MeV GeV kJ kW mol deg sec mins nm pct kPa rad Rs day men per"""
+BARE = set(_bare.split())
 
 
 def known_unit(word: str) -> str | None:
@@ -171,10 +134,7 @@ def known_unit(word: str) -> str | None:
 
 
 def counted(word: str) -> str | None:
-    """The plural of a thing that may stand behind a number.
-
-    Marbles, women, 个; None for "thirds", "maybe", "is".
-    """
+    """The plural of a thing behind a number: marbles, women, 个; None for "thirds", "maybe"."""
     lower = word.lower()
     if not word.isascii():
         return (
@@ -217,7 +177,7 @@ def spell(units: list[tuple[str, int]]) -> str:
     return _TOGETHER.get(spelled, spelled)
 
 
-# ---------------------------------------------------------------------------------------- phrases
+# ---------------------------------------------------------------------------- phrases
 
 
 def read_unit(tokens: list, at: int) -> tuple[list[tuple[str, int]], int]:

@@ -8,6 +8,8 @@ Neither ever calls two numbers equal because their leading digits agree:
 - `Numbers` computes roots, logarithms and the like by digits, and says how large or small any part
   was (`sizes`), so that the caller can ask for the digits that tell 1 from 1 + 2^{-2024}.
 
+`exact_arithmetic`, below, is the countdown task's: plain sums, as strictly as can be.
+
 What is too large for both is `Undecided`, and then equal only to the very same expression. All work
 is counted.
 """
@@ -22,7 +24,17 @@ from fractions import Fraction
 import mpmath
 
 from latex import LISTED, ParseError, tokenise
-from maths import CONSTANTS, MINUS_ONE, Node, Parser, determinant, exact, names, substitute
+from maths import (
+    CONSTANTS,
+    MINUS_ONE,
+    Node,
+    Parser,
+    exact,
+    matrix,
+    names,
+    substitute,
+    times,
+)
 
 MAX_BITS = 20_000  # of a rational number that is written out
 MAX_LOG = 20_000  # |log2| of any part of a number that is computed by its digits
@@ -41,25 +53,15 @@ OPAQUE |= {"big sum", "big prod", "big lim"}
 # Calls that grow as e^x does: what they are close to is closer by e^-x than a digit of theirs
 # shows.
 GROWING = {"exp", "sinh", "cosh", "tanh", "coth", "sech", "csch", "factorial", "fac2", "zeta"}
-FLAT = {
-    "log",
-    "atan",
-    "acot",
-    "tanh",
-    "coth",
-    "asinh",
-    "acosh",
-    "zeta",
-}  # of a huge number, still computed
+# of a huge number, still computed
+FLAT = {"log", "atan", "acot", "tanh", "coth", "asinh", "acosh", "zeta"}
 SLOW, MAX_SLOW_DIGITS = {"zeta", "factorial", "fac2", "binomial"}, 400
+SALT = "salt"  # a name of a point that only opaque values look at: other values at every point
 NOWHERE = Fraction(271_828, 314_159)  # the value of `cases` where none holds
 
 
 class Undefined(Exception):
-    """No value here.
-
-    1/0, the logarithm of a negative number over the reals, a set where a number is needed.
-    """
+    """No value here: 1/0, the root of -1 over the reals, a set where a number is needed."""
 
 
 class Undecided(Exception):
@@ -91,9 +93,9 @@ def random_prime(bits: int = 160) -> int:
 
 
 class Residues:
-    """Values modulo a random prime.
+    """Values modulo a random prime: of +, *, whole powers, factorials, binomials and whole sums.
 
-    Of +, *, whole powers, factorials and binomials, else Undecided.
+    f(x), a_n and \\vec{v} are random numbers of their own. Undecided for anything else.
     """
 
     prime = random_prime()
@@ -172,13 +174,8 @@ class Residues:
         return total
 
     def key(self, part: Node | str):
-        """What an argument is known by: its residue; without one its form, if it has no names."""
-        try:
-            return part if isinstance(part, str) else self.value(part)
-        except Undecided:
-            if names(part):
-                raise
-            return part
+        """What an argument is known by: its residue, or a word."""
+        return part if isinstance(part, str) else self.value(part)
 
     def ratio(self, x: Fraction) -> int:
         return x.numerator * pow(x.denominator, -1, self.prime) % self.prime
@@ -220,10 +217,7 @@ class Numbers:
         self.found: dict = {}  # of whole trees: the members of two lists meet many times
 
     def at(self, node: Node, point: dict | None = None, real: bool = False, digits: int = DIGITS):
-        """The value of a tree, its names being what `point` says.
-
-        `real`: Undefined outside of the reals.
-        """
+        """The value of a tree, its names being what `point` says; `real`: Undefined elsewhere."""
         self.mp.dps, self.real, self.point = digits, real, point or {}
         large = any(abs(x) > 2**MAX_LOG_AT_A_POINT for x in self.point.values())
         self.max_log = MAX_LOG_AT_A_POINT if point and not large else MAX_LOG
@@ -270,6 +264,7 @@ class Numbers:
         return x
 
     def compute(self, node: Node):
+        """One node, its parts being computed first."""
         op, *children = node
         if op == "num":
             return Fraction(children[0])
@@ -388,6 +383,8 @@ class Numbers:
         if function in SLOW and self.mp.dps > MAX_SLOW_DIGITS:
             raise Undecided(f"{function} to {self.mp.dps} digits")
         self.budget.spend(self.mp.dps // 4)  # a function costs as much as many sums
+        if not hasattr(self.mp, function):
+            raise Undefined(f"{function} is no function")
         return getattr(self.mp, function)(*values)
 
     def rounded(self, function: str, x):
@@ -427,13 +424,13 @@ class Numbers:
         bound, values = ("name", "the bound name"), [Fraction(0)]
         if parts[0] in ("sum", "prod", "int", "lim"):  # whatever the bound name is, at three values
             parts = (parts[0], *(substitute(part, parts[1], bound) for part in parts[2:]))
-            values = [Fraction(hashed(Residues.secret, k), 2**60) + k for k in range(3)]
+            values = [Fraction(hashed(k), 2**60) + k for k in range(3)]
         known = self.point
         for value in values:
             self.point, self.memo = known | {bound[1]: value}, {}
             keys += [self.key(part) for part in parts[1:]]
         self.point, self.memo = known, {}
-        return self.mp.mpf(18 * hashed(Residues.secret, *keys)) / 2**64 - 6  # from -6 to 12
+        return self.mp.mpf(18 * hashed(self.point.get(SALT), *keys)) / 2**64 - 9
 
     def key(self, part: Node | str):
         try:
@@ -448,6 +445,21 @@ def hashed(*key) -> int:
     return int(hashlib.sha256(repr(key).encode()).hexdigest()[:16], 16)
 
 
+def determinant(node: Node) -> Node:
+    """Of a matrix up to 4 x 4, along the first row; ValueError for others."""
+    rows = [row[1:] for row in node[1:]]
+    if len(rows) > 4 or any(len(row) != len(rows) for row in rows):
+        raise ValueError("no determinant")
+    if len(rows) == 1:
+        return rows[0][0]
+    terms = []
+    for k, cell in enumerate(rows[0]):
+        minor = matrix([row[:k] + row[k + 1 :] for row in rows[1:]])
+        term = times(cell, determinant(minor))
+        terms.append(times(MINUS_ONE, term) if k % 2 else term)
+    return ("+", *terms)
+
+
 HOLDS = {
     "<": lambda a, b: a < b,
     "<=": lambda a, b: a <= b,
@@ -458,7 +470,7 @@ HOLDS = {
 }
 
 
-# --------------------------------------------------------------------------------------- arithmetic
+# ---------------------------------------------------------------------------- arithmetic
 
 
 def exact_arithmetic(text: str, operators: str = "+-*") -> tuple[Fraction, list[int]]:

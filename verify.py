@@ -47,6 +47,7 @@ from latex import MAX_CHARS, ParseError, bare, literal
 from maths import show
 from values import Undecided, exact_arithmetic  # noqa: F401 (the countdown checker's)
 
+APPLIED = {*"fghFGH", "Gamma", "zeta"}  # f(x + 1) is never a product
 WORKER_BYTES = 2 << 30  # of address space: a worker that wants more is told that there is none
 LOCK = threading.Lock()  # mpmath caches its constants without one
 
@@ -66,7 +67,7 @@ class Verdict:
         return self.outcome == "correct"
 
 
-# ---------------------------------------------------------------------------------------- extractio
+# ---------------------------------------------------------------------------- extraction
 
 
 def last_boxed(text: str) -> str | None:
@@ -103,7 +104,13 @@ def reference_answer(field: str | int | float) -> str:
     return re.sub(r"^(-?[0-9]+)\.0$", r"\1", last_boxed(text) or text)
 
 
-# ---------------------------------------------------------------------------------------- the two t
+# ---------------------------------------------------------------------------- the two texts
+
+
+ALONE = r"\s*\)?\s*"
+WITH_TEXT = r"(?:\s*\)|[.:]|\s+[-–])+\s*([^\s.:)].*)"  # the option's text behind the letter
+HEDGE = r"(?:or|and|not|[Nn]o,|but|nor|maybe|[A-J][.,:)])(?![a-z])|[,/?&]|[A-J]$"
+OTHER_CHOICE = r"\b(?:or|nor|not)\s*\(?[A-J]\b|\b(?:and|be|is|think|[Ee]ither)\s*\(?[A-J]$"
 
 
 def same_words(gold: str, answer: str) -> bool:
@@ -129,14 +136,12 @@ def same_choice(gold: str, answer: str) -> bool | None:
         return True if same else None
     if not re.fullmatch("[A-J]", gold):
         return None
-    alone, marked = r"\s*\)?\s*", r"(?:\s*\)|[.:]|\s+[-–])+\s*([^\s.:)].*)"
-    chosen = re.fullmatch(rf"\(?\s*([A-J])(?:{alone}|{marked})", answer)
+    chosen = re.fullmatch(rf"\(?\s*([A-J])(?:{ALONE}|{WITH_TEXT})", answer)
     if not chosen:
         return None
-    rest = re.sub("^No,", "no", chosen[2] or "")
-    hedged = re.match(r"(?:or|and|not|no|but|nor|maybe|[A-J][.,:)])(?![a-z])|[,/?&]|[A-J]$", rest)
-    other = re.search(r"\b(?:or|nor|not)\s*\(?[A-J]\b", rest)
-    return chosen[1] == gold and not hedged and not other
+    rest = chosen[2] or ""
+    hedged = re.match(HEDGE, rest) or re.search(OTHER_CHOICE, rest)
+    return chosen[1] == gold and not hedged
 
 
 def is_word(gold: str) -> bool:
@@ -146,7 +151,7 @@ def is_word(gold: str) -> bool:
     return re.fullmatch("[A-Z]{2,}|[A-Z]?[a-z]{2,}", word) is not None and not product
 
 
-# ---------------------------------------------------------------------------------------- verdicts
+# ---------------------------------------------------------------------------- verdicts
 
 
 def judge(answer: str, gold: str, deadline: float, tolerance: float, algebra=None) -> Verdict:
@@ -172,17 +177,17 @@ def judge(answer: str, gold: str, deadline: float, tolerance: float, algebra=Non
         return Verdict("correct", answer, *literals, "literal")
     if not tokens:
         return Verdict("unparsed", answer, "nothing", literals[1], "literal")
-    functions = maths.applied_names(tokens) | maths.applied_names(gold_tokens) | set("fghFGH")
+    functions = maths.applied_names(tokens) | maths.applied_names(gold_tokens) | APPLIED
     try:
         gold_read = None if is_word(gold) else maths.read(gold_tokens, functions)
     except ParseError:
         gold_read = None
     if gold_read is None or not gold_tokens:  # what is not read is only compared as it stands
-        return Verdict("wrong", answer, *literals, "literal")
+        return Verdict("wrong", answer, *literals, "unread")
     try:
         answer_read = maths.read(tokens, functions)
     except ParseError as error:
-        return Verdict("unparsed", answer, str(error), show(gold_read), "read")
+        return Verdict("unparsed", answer, str(error), show(gold_read), "unread")
     judges = Judges(deadline, tolerance, algebra)
     with LOCK:
         right = judges.match(gold_read, answer_read)
@@ -203,9 +208,7 @@ def decide(
         return judge(answer, gold, time.thread_time() + timeout, tolerance, algebra)
     except TimeoutError:
         return Verdict("timeout", answer)
-    except (
-        Exception
-    ) as error:  # a bug of ours must not end a run of days; `judge` shows it to the fuzz
+    except Exception as error:  # a bug of ours must not end a run of days; the fuzz calls `judge`
         return Verdict("unparsed", answer, f"{type(error).__name__}: {error}")
 
 
@@ -215,8 +218,8 @@ def verify(
     """The verdict on a response. Never raises, whatever the two strings are.
 
     `timeout`: seconds of this thread's CPU time, so that a busy machine changes nothing; the bounds
-    end everything well before. `lenient`: an answer that is not boxed will do. `tolerance`:
-    relative, for numbers.
+    end everything well before. What sympy is asked has a second of its own (`algebra.SECONDS`).
+    `lenient`: an answer that is not boxed will do. `tolerance`: relative, for numbers.
     """
     verdict = decide(response, gold, timeout, lenient, tolerance)
     if verdict.outcome == "undecided":
@@ -231,7 +234,7 @@ def is_correct(response: str, gold: str) -> bool:
     return verify(response, gold).correct
 
 
-# ------------------------------------------------------------------------------------------------ m
+# ---------------------------------------------------------------------------- many at once
 
 
 class Pool:
@@ -250,9 +253,8 @@ class Pool:
         if worker is None or worker.poll() is not None:
             command = [sys.executable, "-c", "import verify; verify.serve()"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
-            worker = subprocess.Popen(
-                command, cwd=Path(__file__).parent, **pipes
-            )  # it ends with us: see `serve`
+            # it ends with us: see `serve`
+            worker = subprocess.Popen(command, cwd=Path(__file__).parent, **pipes)
             if worker.stdout.readline() != "ready\n":  # importing does not count
                 worker.kill()
                 reason = f"{' '.join(command)}, code {worker.wait()}"
@@ -264,10 +266,11 @@ class Pool:
             worker.stdin.write(json.dumps([*pair, timeout, lenient, tolerance]) + "\n")
             worker.stdin.flush()
             return Verdict(**json.loads(worker.stdout.readline()))
+        # it was killed, by us or for lack of memory: nothing was decided
         except (
             OSError,
             ValueError,
-        ):  # it was killed, by us or for lack of memory: nothing was decided
+        ):
             worker.kill()
             self.local.worker = None
             return Verdict("timeout")
@@ -313,7 +316,7 @@ def verify_many(
     return list(pool.threads.map(lambda pair: pool.check(pair, timeout), pairs))
 
 
-# ------------------------------------------------------------------------------------------------ c
+# ---------------------------------------------------------------------------- command line
 
 
 @dataclass

@@ -370,6 +370,21 @@ x>2^{2024} ## (2^{2024},\infty)
 \frac{1}{3} ## 0.1\overline{6}\cdot2
 \begin{pmatrix}1&5\\0&1\end{pmatrix} ## \begin{pmatrix}1&1\\0&1\end{pmatrix}^{5}
 \gcd(a,b) ## \gcd(b,a)
+\Gamma(1/2) ## \sqrt\pi
+\int_0^\infty e^{-x^3} dx ## \Gamma(4/3)
+\sum_{n=1}^\infty 1/n^3 ## \zeta(3)
+\max^2(1,2) ## 4
+\ln^{-1} 2 ## \frac{1}{\ln 2}
+\$5 \text{ million} ## 5000000
+5 \text{ hundred million} ## 500000000
+1 ## \operatorname{min}(1,2)
+f(\sqrt8/2) ## f(\sqrt2)
+\begin{cases} 1 & |\foo x| \\ 2|x| & x>1 \end{cases} ## \begin{cases} 1 & |\foo x| \\ 2|x| & x>1 \end{cases}
+Rs. 5 ## 5
+[[1,2],[3,4]] ## \begin{pmatrix}1&2\\3&4\end{pmatrix}
+C_{n}^{k} ## \binom{n}{k}
+A_{*} ## A_{*}
+26 ## \text{(C) } 26
 """
 
 DIFFERENT = r"""
@@ -653,6 +668,19 @@ x\ge3 ## [3,\infty]
 x < 2^{200}+50 ## x < 2^{200}+50+10^{-40}
 \int_0^1 e^{x^3}dx ## \int_0^1 e^{x^3(1+10^{-70})}dx
 f(\sqrt2) ## f(\sqrt2+10^{-90})
+\int_0^1 e^{-x^2} dx ## \frac{\sqrt\pi}{2} e r f
+\int_0^1 \frac{\sin x}{x} dx ## i S
+\Gamma(\frac12) ## \frac{\Gamma}{2}
+|\vec v| ## \vec v
+|\overline{AB}| ## \overline{AB}
+\max(\overline{AB},\overline{CD}) ## \overline{AB}
+\max^2(1,2) ## 2
+2 ## \gcd_7^9(4,6)
+\max_{0\le x\le1}(x,3) ## \max_{5\le x\le7}(x,3)
+3:5 ## 3:05
+3 ## 3 \text{ ones}
+C ## C: I think D
+C ## C. Either B
 """
 
 
