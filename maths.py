@@ -537,8 +537,8 @@ class Parser:
             return whole
         behind = [token.text for token in self.tokens[self.at : self.at + 7]]
         if self.sees("frac"):
-            shape = "".join("n" if text.isdigit() else text[:1] for text in behind)
-            written = re.match(r"f(?:n|\{n\})(?:n|\{n\})", shape)
+            shape = "".join("0" if text.isdigit() else text[:1] or " " for text in behind)
+            written = re.match(r"f(?:0|\{0\})(?:0|\{0\})", shape)
             if written:
                 above, below = (text for text in behind[: written.end()] if text.isdigit())
                 self.at += written.end()

@@ -385,6 +385,7 @@ Rs. 5 ## 5
 C_{n}^{k} ## \binom{n}{k}
 A_{*} ## A_{*}
 26 ## \text{(C) } 26
+\frac{n}{2} ## 1\frac n2
 """
 
 DIFFERENT = r"""
