@@ -869,7 +869,7 @@ def test_attacks(shared, tmp_path):
     assert len(rows) == attacks.read_text(encoding="utf-8").count("\n")
     assert [note for note, got, expected, *_ in rows if expected is not None and got != expected] == []
     assert max(seconds for *_, seconds, _ in rows) < 2
-    assert max(megabytes for *_, megabytes in rows) < 300
+    assert max(megabytes for *_, megabytes in rows) < 60
     assert list(tmp_path.iterdir()) == []
 
 
