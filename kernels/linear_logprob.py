@@ -37,6 +37,7 @@ from .logprob import accumulate, check_targets, finish, logits_gradient, logprob
 
 TILE_ROWS, TILE = 16384, 1 << 23  # at most so many rows, and about so many logits, in a tile: 32 MiB of fp32
 CPU_TILE_ROWS = 512
+CPU_TILE_COLUMNS = 8192  # a BLAS may add a row of dZ @ W up term by term: longer rows lose digits
 
 
 def linear_logprob_entropy(
@@ -109,6 +110,7 @@ def tiles(hidden, weight):
     row_step, tile = (TILE_ROWS, TILE) if hidden.is_cuda else (CPU_TILE_ROWS, CPU_TILE)
     row_step = max(1, min(n, row_step))
     column_step = max(256, tile // row_step // 256 * 256)  # a multiple of the matrix units' tiles
+    column_step = column_step if hidden.is_cuda else min(column_step, CPU_TILE_COLUMNS)
     rows = [slice(row, min(row + row_step, n)) for row in range(0, n, row_step)]
     return [(slice(column, min(column + column_step, v)), rows) for column in range(0, v, column_step)]
 
@@ -120,7 +122,9 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, with total in fp32."""
-    if a.dtype == total.dtype:
+    if not total.is_cuda and a.shape[1] > CPU_TILE_ROWS:  # addmm_ may add long sums to the total term by term
+        total += product(a, b)
+    elif a.dtype == total.dtype:
         total.addmm_(a, b)
     else:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
