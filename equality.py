@@ -44,6 +44,7 @@ WHOLE = {
     "lcm",
 }
 ZERO, ONE = ("num", "0"), ("num", "1")
+MAX_BENDS = 24  # kinks that are looked at
 SET_DIGITS = 150  # of the ends of sets, which are compared to half of them
 CLOSE = 1e-9  # a gap that no rounding makes, where nothing is large
 TRUTHS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "!=": (-1, 1), "=": (0,)}
@@ -117,7 +118,10 @@ def bending(node: Node) -> list[Node]:
     if node[0] != "call" or node[1] not in KINKS:
         return []
     if node[1] in ("max", "min"):
-        return [minus(left, right) for left, right in itertools.combinations(node[2:], 2)]
+        pairs = (
+            itertools.combinations(node[2:], 2) if len(node) < 7 else itertools.pairwise(node[2:])
+        )
+        return [minus(left, right) for left, right in pairs]
     if node[1] in ("floor", "ceil"):  # at whole numbers
         return [node[2], minus(node[2], ("num", "5"))]
     return [node[2]]
@@ -227,7 +231,8 @@ class Equality:
         opaque = any(part[:1] == ("call",) and part[1] in OPAQUE for part in parts)
         if not free:
             return [{SALT: Fraction(k)} for k in range(8)] if opaque else [{}]
-        bends = [bend for part in parts for bend in bending(part)]
+        bends = list(dict.fromkeys(itertools.chain(*map(bending, parts))))
+        bends = bends[:MAX_BENDS] if len(free) * len(bends) < 4 * MAX_BENDS else bends[:4]
         ranges = list(RANGES)
         if bends:
             marks = sorted({Fraction(0), Fraction(1), *self.written(parts)})[-12:]
@@ -288,6 +293,7 @@ class Equality:
         others = {other: value for other, value in point.items() if other != name}
         found = set()
         for bend in bends:
+            self.numbers.budget.spend(5)
             held = fixed(bend, others)
             low = self.low_roots(held, name)
             for root in self.searched(held, name) if low is None else self.real(low):
@@ -391,7 +397,7 @@ class Equality:
 
     def same_set(self, gold: Node, answer: Node) -> bool:
         """Have they the same members: at every end, beside it, between any two, and far away?"""
-        if max(len(names(gold)), len(names(answer))) > 1:
+        if len(names(gold, answer)) > 1:
             return False
         self.set_digits = SET_DIGITS
         ends = self.ends(gold) + self.ends(answer)

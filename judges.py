@@ -29,7 +29,9 @@ from maths import CONSTANTS, MINUS_ONE, Node, members, minus, names, substitute,
 from values import Budget, Undecided, Undefined
 
 FLOAT_DIGITS = range(15, 18)  # that a computer prints of a number; others are somebody's rounding
-DENIALS = {"not", "no", "never", "wrong", "incorrect", "neither", "isn", "except"}
+_denials = """not no never wrong incorrect neither isn except greater less more than least most
+    unlike maybe about approximately or false other between almost nearly"""
+DENIALS = set(_denials.split())
 MAX_PAIRS = 2_500  # of the members of two lists
 Opinion = bool | None  # None: I do not know
 
@@ -41,6 +43,8 @@ def is_label(node: Node) -> bool:
             return not set(words.split()) & DENIALS
         case ("name", name):
             return name not in CONSTANTS or name in "ei"
+        case ("call", "mark", "neg" | "lnot", _):
+            return False
         case ("call", "index" | "apply" | "prime" | "mark" | "inverse", *_):
             return True
         case ("call", "abs" | "det" | "sin" | "cos" | "tan" | "cot", inner):
@@ -269,7 +273,8 @@ class Judges:
             parts.reverse()
         matrix = parts[-1][0] in ("matrix", "call")
         member = signs == ["∈"] and not names(parts[0])
-        if is_label(parts[0]) and (parts[0][0] != "^" or matrix) and not member:
+        scalar = parts[0][0] == "tuple" and parts[-1][0] in ("num", "+", "*", "^")
+        if is_label(parts[0]) and (parts[0][0] != "^" or matrix) and not member and not scalar:
             label, signs, parts = parts[0], signs[1:], parts[1:]
         elif names(*parts) or "∈" in signs:
             return None, node

@@ -33,6 +33,7 @@ from latex import (
 from units import CURRENCIES, SCALES, known_unit, read_unit, spell, unit_of
 
 MAX_DEPTH, MAX_NODES = 25, 500  # of brackets; of a product of matrices
+MAX_READ = 4_000  # tokens of all that a ± may stand for
 
 Node = tuple  # ("op", child, ...); the children of leaves are strings
 
@@ -96,9 +97,9 @@ def substitute(node: Node, part: Node, other: Node) -> Node:
 
 def fixed(node: Node, point: dict[str, Fraction]) -> Node:
     """The tree with the names of a point replaced by their values."""
-    for name, value in point.items():
-        node = substitute(node, ("name", name), ("num", str(value)))
-    return node
+    if node[0] == "name":
+        return ("num", str(point[node[1]])) if node[1] in point else node
+    return tuple(fixed(child, point) if isinstance(child, tuple) else child for child in node)
 
 
 def show(node: Node | str) -> str:
@@ -835,7 +836,7 @@ def applied_names(tokens: list[Token]) -> set[str]:
 def read(tokens: list[Token], functions: set[str]) -> Node:
     """The tree of an answer; ± as the list of all that it may stand for."""
     signs = [k for k, token in enumerate(tokens) if token.kind == "op" and token.text in ("±", "∓")]
-    if len(signs) > 4:
+    if len(signs) > 4 or len(tokens) << len(signs) > MAX_READ:
         raise ParseError("too many signs ±")
     nodes = []
     for choice in itertools.product("+-", repeat=len(signs)):

@@ -87,7 +87,9 @@ _not_counted = """ones zeros teens exponents fakes negates nopes nots lies error
 _NOT_COUNTED = set(_not_counted.split())
 _NUMBER_WORD = re.compile(
     r"(half|third|quarter|(four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|"
-    r"\w*hundred|\w*thousand|\w*illion)th|hundred|thousand|\w*illion|dozen|score|gross|googol)s?"
+    r"\w*hundred|\w*thousand|\w*illion)th|hundred|thousand|\w*illion|dozen|score|gross|googol|"
+    r"lakh|crore|myriad|permil|permille|one|two|three|four|five|six|seven|eight|nine|ten|eleven|"
+    r"twelve|\w+teen|(twen|thir|for|fif|six|seven|eigh|nine)ty)s?"
 )
 
 
@@ -157,10 +159,11 @@ def unit_of(word: str) -> str | None:
 
 
 def noun(word: str) -> str | None:
-    """What may stand after "per": a unit, or any one thing."""
-    return known_unit(word) or (
-        word.lower().removesuffix("s") if word.isalpha() and len(word) > 2 else None
-    )
+    """What may stand after "per": a unit, or any one thing that is no number and no denial."""
+    lower = word.lower()
+    refused = {lower, lower + "s"} & (_NOT_COUNTED | set(SCALES)) or _NUMBER_WORD.fullmatch(lower)
+    thing = lower.removesuffix("s") if word.isalpha() and len(word) > 2 and not refused else None
+    return known_unit(word) or thing
 
 
 def spell(units: list[tuple[str, int]]) -> str:
@@ -201,7 +204,9 @@ def read_unit(tokens: list, at: int) -> tuple[list[tuple[str, int]], int]:
 def _read_sign(tokens: list, at: int, first: bool) -> tuple[int, int]:
     """-1 behind a sign of division, else 1; and where the sign ends."""
     kind, text, _ = tokens[at]
-    if text == "/" or (kind == "word" and text in ("per", "each", "a", "an")):
+    if text == "/" or (kind, text) == ("word", "per"):
+        return -1, at + 1
+    if kind == "word" and text in ("each", "a", "an") and known_unit(tokens[at + 1].text):
         return -1, at + 1
     return 1, at + (not first and text in ("*", "×", "-"))  # kg·m, light-years
 

@@ -40,6 +40,7 @@ MAX_BITS = 20_000  # of a rational number that is written out
 MAX_LOG = 20_000  # |log2| of any part of a number that is computed by its digits
 MAX_LOG_AT_A_POINT = 1_000  # the same, of an expression with names: there are other points
 MAX_WORK = 15_000  # steps of one verdict: about half a second
+MAX_REFUSED = 1_000  # requests beyond that
 LOOK_AT_CLOCK = 50  # every so many steps: to ask for the time costs more than a step
 MAX_TERMS = 2_000  # of a sum that is added up
 MAX_FACTORS = 200_000  # of a factorial, modulo the prime
@@ -72,17 +73,19 @@ class Budget:
     """Steps and seconds of one verdict."""
 
     def __init__(self, deadline: float):
-        self.work, self.deadline = LOOK_AT_CLOCK - 1, deadline
+        self.work, self.refused, self.deadline = LOOK_AT_CLOCK - 1, 0, deadline
 
     def spend(self, steps: int = 1) -> None:
         before, self.work = self.work, self.work + steps
-        if self.work > MAX_WORK:
-            raise Undecided("too much to compute")
-        if (
-            before // LOOK_AT_CLOCK < self.work // LOOK_AT_CLOCK
-            and time.thread_time() > self.deadline
-        ):
+        over = self.work > MAX_WORK
+        look = over or before // LOOK_AT_CLOCK < self.work // LOOK_AT_CLOCK
+        if look and time.thread_time() > self.deadline:
             raise TimeoutError
+        self.refused += over
+        if self.refused > MAX_REFUSED:  # somebody goes on asking
+            raise TimeoutError
+        if over:
+            raise Undecided("too much to compute")
 
 
 def random_prime(bits: int = 160) -> int:

@@ -110,7 +110,8 @@ def reference_answer(field: str | int | float) -> str:
 ALONE = r"\s*\)?\s*"
 WITH_TEXT = r"(?:\s*\)|[.:]|\s+[-–])+\s*([^\s.:)].*)"  # the option's text behind the letter
 HEDGE = r"(?:or|and|not|[Nn]o,|but|nor|maybe|[A-J][.,:)])(?![a-z])|[,/?&]|[A-J]$"
-OTHER_CHOICE = r"\b(?:or|nor|not)\s*\(?[A-J]\b|\b(?:and|be|is|think|[Ee]ither)\s*\(?[A-J]$"
+OTHER_CHOICE = r"(?i:alternatively|perhaps|wait|actually|wrong|except)|[B-J]\?|/\s*[A-J]$|"
+OTHER_CHOICE += r"\b(?:or|nor|not)\s*\(?[A-J]\b|\b(?:and|be|is|think|[Ee]ither)\s*\(?[A-J]$"
 
 
 def same_words(gold: str, answer: str) -> bool:
@@ -146,6 +147,8 @@ def same_choice(gold: str, answer: str) -> bool | None:
 
 def is_word(gold: str) -> bool:
     """IV, abc and odd are words, which have an order; ab, sinx and xpi are products."""
+    if re.search(r"\\(?!text|math|mbox|bf|rm|bm|boldsymbol|left|right)[A-Za-z]", gold):
+        return False
     word = bare(gold)
     product = re.fullmatch("[a-z]{2}", word) or latex.glued(word)
     return re.fullmatch("[A-Z]{2,}|[A-Z]?[a-z]{2,}", word) is not None and not product

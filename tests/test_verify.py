@@ -385,6 +385,8 @@ Rs. 5 ## 5
 C_{n}^{k} ## \binom{n}{k}
 A_{*} ## A_{*}
 26 ## \text{(C) } 26
+\varnothing ## \text{no solution}
+5 ## 5\text{ dollars an hour}
 \frac{n}{2} ## 1\frac n2
 """
 
@@ -680,6 +682,21 @@ f(\sqrt2) ## f(\sqrt2+10^{-90})
 \max_{0\le x\le1}(x,3) ## \max_{5\le x\le7}(x,3)
 3:5 ## 3:05
 3 ## 3 \text{ ones}
+5 ## 5\text{ per thousand}
+5 ## 5\text{ per two}
+5 ## 5/\text{half}
+5 ## 5\text{ each half}
+5 ## 5\text{ a dozen}
+5 ## 5\text{ per not}
+5 ## 5\text{ an error}
+5 ## 5\text{ lakhs}
+5 ## \text{definitely greater than}=5
+5 ## \lnot x=5
+5 ## (x,y)=5
+C ## C. alternatively D
+C ## C. wrong
+C ## C. D?
+x>2 ## y>2
 C ## C: I think D
 C ## C. Either B
 """
@@ -1041,6 +1058,10 @@ HEAVY = {
     "applied": "f" + "(1)" * 600,
     "crossed": r"\times".join([r"\vec a"] * 250),
     "feet": "1 ft " * 390,
+    "maxima": r"\max(" + ",".join(["x"] * 900) + ")",
+    "many names": r"\max(" + ",".join("abcdefghjklmnopqrstuvwxyz" * 8) + ")",
+    "many bars": "+".join(f"|{name}-2|" for name in "abcdefghjklmnopqrstuvwxyz" * 7),
+    "signs and terms": r"\pm1" * 4 + "+x" * 980,
     "moduli": " mod ".join("1" * 330),
 }
 
