@@ -110,7 +110,7 @@ def reference_answer(field: str | int | float) -> str:
 ALONE = r"\s*\)?\s*"
 WITH_TEXT = r"(?:\s*\)|[.:]|\s+[-–])+\s*([^\s.:)].*)"  # the option's text behind the letter
 HEDGE = r"(?:or|and|not|[Nn]o,|but|nor|maybe|[A-J][.,:)])(?![a-z])|[,/?&]|[A-J]$"
-OTHER_CHOICE = r"(?i:alternatively|perhaps|wait|actually|wrong|except)|[B-J]\?|/\s*[A-J]$|"
+OTHER_CHOICE = r"\b(?i:alternatively|perhaps|wait|actually|wrong|except)\b|[B-J]\?|/\s*[A-J]$|"
 OTHER_CHOICE += r"\b(?:or|nor|not)\s*\(?[A-J]\b|\b(?:and|be|is|think|[Ee]ither)\s*\(?[A-J]$"
 
 
