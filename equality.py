@@ -171,9 +171,10 @@ class Equality:
         branched = any(kind(part) in BRANCHES for part in walk(a))
         imaginary = ("name", "i") in (*walk(a), *walk(b))
         whole = whole_names([*walk(a)])
+        points = self.points(a, b)
         for real in (False,) if constant or imaginary else (True, False):
             agreed = 0
-            for number, point in enumerate(self.points(a, b)):
+            for number, point in enumerate(points):
                 if agreed >= ENOUGH and number < len(RANGES) and not whole:
                     continue
                 try:
