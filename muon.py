@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
-from parallel import whole
+from parallel import adamw, whole
 
 
 class Muon(torch.optim.Optimizer):
@@ -64,3 +64,16 @@ def orthogonal(matrices: Tensor) -> Tensor:
         b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, b, x, beta=3.4445)
     return x.mT if tall else x
+
+
+def make_optimizers(
+    scorer: nn.Module, kind: str, lr: float, weight_decay: float = 0.0
+) -> dict[str, torch.optim.Optimizer]:
+    """By name: AdamW for all parameters, or, of the kind "muon", for all but the matrices of the model's blocks."""
+    matrices = [p for p in scorer.model.blocks.parameters() if p.ndim == 2] if kind == "muon" else []
+    taken = set(matrices)
+    rest = [parameter for parameter in scorer.parameters() if parameter not in taken]
+    optimizers: dict[str, torch.optim.Optimizer] = {"adamw": adamw(rest, lr, weight_decay)}
+    if matrices:
+        optimizers["muon"] = Muon(matrices, lr, weight_decay)
+    return optimizers

@@ -32,11 +32,17 @@ class Example:
 
     tokens: list[int]
     spans: list[tuple[int, int]]
+    positions: list[int] | None = None  # of each token; None: 0, 1, 2, ...
 
     @property
     def stem(self) -> tuple[int, ...]:
-        """What sequences with the same prompt can share: the tokens before the one that predicts the first target."""
-        return tuple(self.tokens[: max(self.spans[0][0] - 1, 0)]) if self.spans else ()
+        """What sequences with the same prompt can share: the tokens before the one that predicts the first target.
+
+        Nothing where the positions are its own: the same tokens at other positions have other keys.
+        """
+        if not self.spans or self.positions is not None:
+            return ()
+        return tuple(self.tokens[: max(self.spans[0][0] - 1, 0)])
 
     @property
     def targets(self) -> int:
@@ -50,14 +56,16 @@ class Packed:
 
     tokens[R, T] int64; documents[R, T] int64, the number of the document in its row (padding: one more document), or
     None where every row holds one document; parents[R, T] int64, the document that this one continues (-1: none), or
-    None where none does; targets[R, T] int64, the next token of the document (0 where there is
-    none); mask[R, T] bool, true where the target is trained on; index[N] int64, the same positions in flattened form,
-    sequence after sequence in the order in which they were given; counts[i], how many of them are sequence i's.
+    None where none does; positions[R, T] int64, of each token, or None where all count from 0 in their document;
+    targets[R, T] int64, the next token of the document (0 where there is none); mask[R, T] bool, true where the target
+    is trained on; index[N] int64, the same positions in flattened form, sequence after sequence in the order in which
+    they were given; counts[i], how many of them are sequence i's.
     """
 
     tokens: Tensor
     documents: Tensor | None
     parents: Tensor | None
+    positions: Tensor | None
     targets: Tensor
     mask: Tensor
     index: Tensor
@@ -144,6 +152,8 @@ def pack(examples: list[Example], row_length: int = 0, units: list[Unit] | None 
     tokens = torch.zeros(height, width, dtype=torch.long)
     targets = torch.zeros_like(tokens)
     documents = torch.zeros_like(tokens)
+    own_positions = any(example.positions is not None for example in examples)
+    places = torch.zeros_like(tokens) if own_positions else None
     parents = torch.full_like(tokens, -1)
     positions: list[list[int]] = [[]] * len(examples)
     for r, row in enumerate(rows):
@@ -160,6 +170,9 @@ def pack(examples: list[Example], row_length: int = 0, units: list[Unit] | None 
                 origin = r * width + column - cut - 1  # the position before a token is the one that predicts it
                 positions[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
                 runs.append((examples[i].tokens[cut:], parent))
+                if own_positions:
+                    own = examples[i].positions or list(range(len(examples[i].tokens)))
+                    places[r, column : column + len(own)] = torch.tensor(own)
                 column += len(examples[i].tokens) - cut
         tokens[r, :column] = torch.tensor([token for run, _ in runs for token in run])
         targets[r, :column] = torch.tensor([token for run, _ in runs for token in (*run[1:], 0)])
@@ -173,7 +186,8 @@ def pack(examples: list[Example], row_length: int = 0, units: list[Unit] | None 
     alone = all(len(row) == 1 for row in rows) and all(len(unit.members) == 1 for unit in units)
     counts = [len(sequence) for sequence in positions]
     parents = parents if (parents >= 0).any() else None
-    return Packed(tokens, None if alone else documents, parents, targets, mask.view(height, width), index, counts)
+    documents = None if alone else documents
+    return Packed(tokens, documents, parents, places, targets, mask.view(height, width), index, counts)
 
 
 def positions_and_mask(

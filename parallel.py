@@ -154,7 +154,7 @@ class Scorer(nn.Module):
 
     def forward(self, packed: Packed, temperature: float):
         index = packed.index
-        hidden = self.model(packed.tokens, packed.documents, parents=packed.parents)
+        hidden = self.model(packed.tokens, packed.documents, packed.positions, parents=packed.parents)
         # A micro-batch with nothing to train on still runs the whole graph, on one position times zero: the other ranks
         # are waiting in the same collectives.
         where = index if len(index) else index.new_zeros(1)
@@ -340,11 +340,12 @@ class Checkpoints:
 
     `save` waits for the checkpoint before it and returns when everything is copied to the host's memory (for policy,
     anchor and AdamW 16 bytes per parameter, over all ranks). The copy is written under another name, flushed to the
-    disk and renamed while training goes on. Then all but the last `keep` are removed.
+    disk and renamed while training goes on. Then all but the last `keep` are removed, and but those whose step is a
+    multiple of `keep_every`, if that is not 0.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int = 2):
-        self.folder, self.world, self.keep = folder, world, keep
+    def __init__(self, folder: Path, world: World, keep: int = 2, keep_every: int = 0):
+        self.folder, self.world, self.keep, self.keep_every = folder, world, keep, keep_every
         self.thread, self.written = ThreadPoolExecutor(1), None
         for partial in folder.glob("step-*.partial") if world.main else ():
             shutil.rmtree(partial)  # a killed process left it
@@ -376,6 +377,8 @@ class Checkpoints:
             partial.rename(final)
             sync_folder(self.folder)
             for old in complete_checkpoints(self.folder)[: -self.keep]:
+                if self.keep_every and step_of(old) % self.keep_every == 0:
+                    continue
                 shutil.rmtree(old.rename(old.with_suffix(".partial")))  # a half-removed one must not look complete
 
     def finish(self) -> None:
@@ -391,7 +394,12 @@ class Checkpoints:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     found = [path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 DAMAGE = (CheckpointException, LookupError, TypeError, OSError, ValueError, RuntimeError, EOFError, pickle.PickleError)

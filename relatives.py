@@ -167,7 +167,7 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, packed: Packed) -> Tensor:
-        hidden = self.model(packed.tokens, packed.documents, parents=packed.parents)
+        hidden = self.model(packed.tokens, packed.documents, packed.positions, parents=packed.parents)
         return self.value(hidden.to(self.value.weight.dtype)).squeeze(-1).float()
 
 

@@ -1,7 +1,7 @@
 """T1 stage 1, the training: supervised fine-tuning on chains of thought that try, fail, notice and verify.
 
-    python sft.py --task countdown --chains 72000 --epochs 1 --batch-tokens 1024 --optimizer muon --lr 6e-3 \\
-        --weight-decay 0 --out runs/sft                                              # the demo's, from random weights
+    python sft.py --task countdown --chains 34000 --steps 4000 --batch-tokens 1024 --optimizer muon --lr 6e-3 \\
+        --weight-decay 0 --random-positions 0.7 --out runs/sft                       # the demo's, from random weights
     python sft.py --model Qwen2.5-0.5B --data chains.jsonl --out runs/sft            # 3 epochs at 1e-5, as the paper
     torchrun --standalone --nproc_per_node=8 sft.py --model DIR --data chains.jsonl --out runs/sft
     python sft.py ... --out runs/sft --resume                                        # goes on where it was killed
@@ -23,8 +23,11 @@ What we do differently from the paper, and why:
    sequence's loss does not depend on its neighbours.
 3. The loss is divided once, by the trained tokens of the whole step. A mean per micro-batch would make a token's weight
    depend on how the step was cut over micro-batches and GPUs.
-4. Chains may be cut off ("stop": false). If every chain ended well, a model would learn *when* chains end well sooner
-   than *why* (see cot.py).
+4. --random-positions P: a share P of the sequences stand not at the positions 0, 1, 2, ... but at a sorted random
+   choice of all positions that the model has (Ruoss et al., arXiv 2305.16843). A model trained on short chains has
+   never seen the positions beyond them, and what it writes there is garbled: no success, and so nothing for RL to
+   reinforce. With random positions order is all that counts, and it can go on beyond the longest chain. For a model
+   trained from random weights; a pretrained one knows its positions.
 5. A response that is longer than --max-length is cut, and then no stop token is trained on it: the paper is silent.
 6. `--optimizer muon` moves the blocks' matrices by Muon (muon.py). The demo wants it; the default is AdamW, T1's usual.
 """
@@ -49,7 +52,7 @@ import tasks
 from cli import UserError
 from model import Config as ModelConfig
 from model import Transformer, load_pretrained, model_folder, random_init, read_config
-from muon import Muon
+from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
@@ -97,6 +100,8 @@ class Config:
     """Tokens per forward pass of a rank (None: 8,192 on a GPU, 2,048 on a CPU): bounds memory, changes no result."""
     max_length: int | None = None
     """Longest sequence, prompt included (None: the model's context). Longer responses are cut, without a stop token."""
+    random_positions: float = 0.0
+    """Share of the sequences that stand at random positions, so that chains can outgrow the longest one shown."""
     heldout: int = 256
     """Sequences kept out of training to measure the loss on (at most a tenth of the data)."""
     eval_every: int = 50
@@ -191,9 +196,7 @@ def read_examples(config: Config, tokenizer: Tokenizer, max_length: int, world: 
     if config.data is not None:
         rows, source = cli.read_jsonl(config.data), config.data
     else:
-        rng, source = random.Random(f"chains {config.seed}"), "chain"
-        problems = itertools.islice(tasks.countdown(config.seed), config.chains)
-        rows = [cot.countdown_chain(p, rng) for p in tqdm(problems, "chains", config.chains, disable=not world.main)]
+        rows, source = list(cot.by_program(cot.Config("", seed=config.seed, count=config.chains))), "chain"
     stop = stop_token(tokenizer)
     examples = []
     for number, row in enumerate(tqdm(rows, "tokens", disable=not world.main, leave=False), start=1):
@@ -224,6 +227,14 @@ def plan(lengths: list[int], batch_tokens: int, epochs: int, steps: int | None, 
                 load = 0
             batches[-1].append(i)
             load += lengths[i]
+
+
+def at_random_positions(example: Example, context: int, share: float, rng: random.Random) -> Example:
+    """With chance `share` the example at a sorted random choice of the positions 0..context-1, else as it is."""
+    if rng.random() >= share:
+        return example
+    positions = sorted(rng.sample(range(context), len(example.tokens)))
+    return dataclasses.replace(example, positions=positions)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -269,15 +280,6 @@ def begin(config: Config) -> tuple[Transformer, Tokenizer]:
     return random_init(shape, config.seed), tokenizer
 
 
-def make_optimizers(scorer: Scorer, config: Config) -> dict[str, torch.optim.Optimizer]:
-    """By name: AdamW for all parameters, or, with --optimizer muon, for all but the blocks' matrices."""
-    matrices = [p for p in scorer.model.blocks.parameters() if p.ndim == 2] if config.optimizer == "muon" else []
-    taken = set(matrices)
-    rest = [parameter for parameter in scorer.parameters() if parameter not in taken]
-    optimizers = {"adamw": parallel.adamw(rest, config.lr, config.weight_decay)}
-    return optimizers | ({"muon": Muon(matrices, config.lr, config.weight_decay)} if matrices else {})
-
-
 def check(config: Config) -> None:
     positive = (
         "epochs",
@@ -294,6 +296,8 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if not 0 <= config.random_positions <= 1:
+        raise UserError(f"--random-positions is a share from 0 to 1, not {config.random_positions}")
 
 
 def train(config: Config, world: World) -> None:
@@ -312,7 +316,7 @@ def train(config: Config, world: World) -> None:
     out = runfolder.open_run(config.out, config, config.resume, MAY_CHANGE, world)
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if world.device.type == "cuda" else "float32"
     scorer = parallel.shard(model, world, getattr(torch, dtype), config.recompute)
-    optimizers = make_optimizers(scorer, config)
+    optimizers = make_optimizers(scorer, config.optimizer, config.lr, config.weight_decay)
     parts = {"policy": scorer} | optimizers
     guard, step = runfolder.Guard(config.max_skips), 0
     if saved := parallel.complete_checkpoints(out / "checkpoints"):
@@ -327,6 +331,9 @@ def train(config: Config, world: World) -> None:
     while step < steps:
         began = time.perf_counter()
         batch = [examples[i] for i in batches[step]]
+        if config.random_positions:  # drawn anew for every step, from its number: nothing to be saved for --resume
+            rng = random.Random(f"positions {config.seed} {step}")
+            batch = [at_random_positions(e, model.config.context, config.random_positions, rng) for e in batch]
         rate = learning_rate(step, steps, config.lr, config.warmup)
         scorer.zero_grad()
         loss, count = loss_of(scorer, batch, config.micro_tokens, world, backward=True)

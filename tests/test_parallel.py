@@ -252,6 +252,30 @@ def test_shared_prompt_by_hand():
     assert visible[0, 0, 7].tolist() == [True, True, False, False, False, False, True, True, False]
 
 
+def test_positions_of_their_own():
+    """Bug: a packed sequence's positions are its neighbour's, or are ignored; or its keys are shared with a sequence of
+    the same prompt that stands elsewhere. Against the model itself at those positions."""
+    scorer = make_scorer(ALONE)
+    batch = [
+        Example([1, 2, 3, 4, 5], [(3, 5)], [0, 4, 7, 8, 30]),
+        Example([1, 2, 3, 7], [(3, 4)]),
+        Example([1, 2, 3, 9, 9, 8], [(3, 6)], [1, 2, 5, 6, 9, 11]),
+    ]
+    units, _ = share_stems(batch, 99)
+    packed = pack(batch, row_length=16, units=units)
+    assert packed.tokens.shape[0] == 1 and packed.parents is None
+    got = packed.extract(parallel.score(scorer, packed)[0])
+    for example, logprob in zip(batch, got):
+        tokens, (start, end) = torch.tensor([example.tokens]), example.spans[0]
+        positions = torch.tensor([example.positions or list(range(len(example.tokens)))])
+        table = scorer.model.logits(scorer.model(tokens, positions=positions))[0].log_softmax(-1)
+        wanted = table[range(start - 1, end - 1), example.tokens[start:end]]
+        torch.testing.assert_close(logprob.double(), wanted, rtol=1e-6, atol=1e-6)
+    plain = pack([dataclasses.replace(example, positions=None) for example in batch], row_length=16)
+    moved = (torch.cat(got) - parallel.score(scorer, plain)[0].flatten()[plain.index]).abs()
+    assert plain.positions is None and moved[:2].min() > 1e-3 and moved[2] < 1e-6
+
+
 def test_mask_comes_from_lengths_not_from_values():
     """Bug: a mask made by comparing tokens (with padding, or with the stop token) loses the response's stop token, or
     trains on the prompt's: the prompt here holds the stop token, which is also the padding's id."""
@@ -399,6 +423,15 @@ def test_only_complete_checkpoints_count(tmp_path):
     assert [path.name for path in parallel.complete_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     save(tmp_path, 4, {"policy": scorer}, {})
     assert not (tmp_path / "step-000004" / "half").exists()
+
+
+def test_checkpoints_that_are_kept_for_good(tmp_path):
+    """Bug: the checkpoints that the curves of RL are measured on are removed with the other old ones."""
+    scorer, checkpoints = make_scorer(ALONE), parallel.Checkpoints(tmp_path, ALONE, keep=1, keep_every=2)
+    for step in range(1, 6):
+        checkpoints.save(step, {"policy": scorer}, {})
+    checkpoints.finish()
+    assert [parallel.step_of(path) for path in parallel.complete_checkpoints(tmp_path)] == [2, 4, 5]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ import sft
 import tasks
 from cli import UserError
 from model import load_pretrained
+from muon import make_optimizers
 from tokenizer import demo_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,7 @@ STEPS = 6 * KILLS
 TINY = {
     "task": "countdown", "chains": 120, "lr": 3e-3, "batch_tokens": 700, "micro_tokens": 300, "device": "cpu",
     "optimizer": "muon",  # and AdamW for the embedding and the norms: both are in every test
+    "random_positions": 0.5,  # drawn anew in every step: a resumed run, and every rank, must draw the same
 }  # fmt: skip
 
 
@@ -50,22 +52,34 @@ def trained_text(example, tokenizer) -> list[str]:
     return [tokenizer.decode(example.tokens[start:end]) for start, end in example.spans]
 
 
+def test_random_positions_are_a_sorted_choice():
+    """Bug: positions that repeat, are out of order, or lie beyond the model's context; or a share of 0 or 1 that is
+    not kept to. Short sequences must come to stand anywhere, the last position included."""
+    example, rng = sft.Example([1, 2, 3], [(1, 3)]), random.Random(0)
+    drawn = [sft.at_random_positions(example, 10, 1.0, rng).positions for _ in range(2_000)]
+    assert all(sorted(set(positions)) == positions and len(positions) == 3 for positions in drawn)
+    assert {place for positions in drawn for place in positions} == set(range(10))
+    assert sft.at_random_positions(example, 10, 0.0, rng) is example
+    moved = [sft.at_random_positions(example, 10, 0.7, rng).positions is not None for _ in range(2_000)]
+    assert sum(moved) / 2_000 == pytest.approx(0.7, abs=3 * (0.7 * 0.3 / 2_000) ** 0.5)
+
+
 # --- what is trained on -----------------------------------------------------------------------------------------------
 
 
 def test_response_and_stop_token_are_trained(tokenizer):
     """Bug: the stop token missing from the response, so that a model never learns to end; or the prompt trained too."""
-    row = {"problem": "numbers 3 5 7", "response": "3*5=15, 15+7=22 yes\n", "task": "countdown"}
+    row = {"problem": "numbers 3 5 7", "response": "3*5=15, 15+7=22 is 22\n", "task": "countdown"}
     (example,) = make(row, tokenizer)
-    assert trained_text(example, tokenizer) == ["3*5=15, 15+7=22 yes\n<|end|>"]
+    assert trained_text(example, tokenizer) == ["3*5=15, 15+7=22 is 22\n<|end|>"]
     prompt = tokenizer.chat([{"role": "user", "content": "numbers 3 5 7"}], add_generation_prompt=True)
     assert example.tokens[: len(prompt)] == prompt and example.spans[0][0] == len(prompt)
 
 
 def test_cut_off_chains_have_no_stop_token(tokenizer):
     """Bug: a chain that was cut off in the middle teaches the model to stop in the middle."""
-    row = {"problem": "numbers 3 5 7", "response": "3*5=15 no\n", "task": "countdown"}
-    assert trained_text(make(row | {"stop": False}, tokenizer)[0], tokenizer) == ["3*5=15 no\n"]
+    row = {"problem": "numbers 3 5 7", "response": "3*5=15 not 22\n", "task": "countdown"}
+    assert trained_text(make(row | {"stop": False}, tokenizer)[0], tokenizer) == ["3*5=15 not 22\n"]
     (whole,) = make(row, tokenizer)
     (cut,) = make(row, tokenizer, max_length=len(whole.tokens) - 2)  # too long: cut, and again no stop token
     assert cut.tokens == whole.tokens[:-2] and cut.spans == [(whole.spans[0][0], len(cut.tokens))]
@@ -140,7 +154,7 @@ def test_learning_rate_rises_then_falls():
 def test_loss_is_the_mean_over_trained_tokens(tokenizer):
     """Bug: padding or prompts in the denominator. One number, computed by hand, however the step is cut up."""
     model, _ = sft.begin(sft.Config(out=""))
-    rows = [cot.countdown_chain(p, random.Random(1)) for p in itertools.islice(tasks.countdown(0), 7)]
+    rows = [cot.countdown_chain(p, random.Random(1), 99) for p in itertools.islice(tasks.countdown(0), 7)]
     examples = [e for row in rows for e in make(row, tokenizer)]
     total = 0.0
     for example in examples:
@@ -301,6 +315,7 @@ def test_bad_data_is_named_and_leaves_no_folder(tmp_path, capsys, line, complain
         (["--task", "countdown", "--batch-tokens", "0"], "--batch-tokens must be positive"),
         (["--task", "countdown", "--model", "absent"], "no such folder: absent"),
         (["--task", "countdown", "--warp", "9"], "--warp"),
+        (["--task", "countdown", "--random-positions", "2"], "--random-positions is a share"),
     ],
 )
 def test_bad_flags_change_nothing(finished, tmp_path, capsys, arguments, complaint):
@@ -339,7 +354,7 @@ def test_resuming_with_other_data_is_refused(tmp_path):
 def test_every_parameter_has_one_optimizer(optimizer, names):
     """Bug: a matrix that two optimizers move, or none does."""
     scorer = parallel.Scorer(sft.begin(sft.Config(out=""))[0])
-    optimizers = sft.make_optimizers(scorer, sft.Config(out="", optimizer=optimizer))
+    optimizers = make_optimizers(scorer, optimizer, lr=1e-3)
     moved = [id(p) for part in optimizers.values() for group in part.param_groups for p in group["params"]]
     assert optimizers.keys() == names
     assert sorted(moved) == sorted(id(parameter) for parameter in scorer.parameters())
