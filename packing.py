@@ -153,9 +153,9 @@ def pack(examples: list[Example], row_length: int = 0, units: list[Unit] | None 
     targets = torch.zeros_like(tokens)
     documents = torch.zeros_like(tokens)
     own_positions = any(example.positions is not None for example in examples)
-    places = torch.zeros_like(tokens) if own_positions else None
+    positions = torch.zeros_like(tokens) if own_positions else None
     parents = torch.full_like(tokens, -1)
-    positions: list[list[int]] = [[]] * len(examples)
+    trained: list[list[int]] = [[]] * len(examples)  # flat indices of the places that predict a target
     for r, row in enumerate(rows):
         runs: list[tuple[list[int], int]] = []  # tokens, and the number of the run that they continue
         column = 0
@@ -165,29 +165,31 @@ def pack(examples: list[Example], row_length: int = 0, units: list[Unit] | None 
                 stem = examples[unit.members[0]].stem
                 parent, cut = len(runs), len(stem)
                 runs.append((list(stem), -1))
+                if own_positions:
+                    positions[r, column : column + cut] = torch.arange(cut)
                 column += cut
             for i in unit.members:
                 origin = r * width + column - cut - 1  # the position before a token is the one that predicts it
-                positions[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
+                trained[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
                 runs.append((examples[i].tokens[cut:], parent))
+                begin, column = column, column + len(examples[i].tokens) - cut
                 if own_positions:
                     own = examples[i].positions or list(range(len(examples[i].tokens)))
-                    places[r, column : column + len(own)] = torch.tensor(own)
-                column += len(examples[i].tokens) - cut
+                    positions[r, begin:column] = torch.tensor(own[cut:])
         tokens[r, :column] = torch.tensor([token for run, _ in runs for token in run])
         targets[r, :column] = torch.tensor([token for run, _ in runs for token in (*run[1:], 0)])
         documents[r] = len(runs)
         documents[r, :column] = torch.tensor([number for number, (run, _) in enumerate(runs) for _ in run])
         parents[r, :column] = torch.tensor([parent for run, parent in runs for _ in run])
-    index = torch.tensor([p for sequence in positions for p in sequence], dtype=torch.long)
+    index = torch.tensor([p for sequence in trained for p in sequence], dtype=torch.long)
     mask = torch.zeros(height * width, dtype=torch.bool)
     mask[index] = True
     # One document per row: causal attention alone keeps it from the padding, which comes after it. No mask to build.
     alone = all(len(row) == 1 for row in rows) and all(len(unit.members) == 1 for unit in units)
-    counts = [len(sequence) for sequence in positions]
+    counts = [len(sequence) for sequence in trained]
     parents = parents if (parents >= 0).any() else None
     documents = None if alone else documents
-    return Packed(tokens, documents, parents, places, targets, mask.view(height, width), index, counts)
+    return Packed(tokens, documents, parents, positions, targets, mask.view(height, width), index, counts)
 
 
 def positions_and_mask(

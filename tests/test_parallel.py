@@ -260,18 +260,21 @@ def test_positions_of_their_own():
         Example([1, 2, 3, 4, 5], [(3, 5)], [0, 4, 7, 8, 30]),
         Example([1, 2, 3, 7], [(3, 4)]),
         Example([1, 2, 3, 9, 9, 8], [(3, 6)], [1, 2, 5, 6, 9, 11]),
+        Example([1, 2, 3, 6, 4, 4], [(3, 6)]),  # shares the prompt of the second, and of no other
     ]
     units, _ = share_stems(batch, 99)
-    packed = pack(batch, row_length=16, units=units)
-    assert packed.tokens.shape[0] == 1 and packed.parents is None
-    got = packed.extract(parallel.score(scorer, packed)[0])
-    for example, logprob in zip(batch, got):
-        tokens, (start, end) = torch.tensor([example.tokens]), example.spans[0]
-        positions = torch.tensor([example.positions or list(range(len(example.tokens)))])
-        table = scorer.model.logits(scorer.model(tokens, positions=positions))[0].log_softmax(-1)
-        wanted = table[range(start - 1, end - 1), example.tokens[start:end]]
-        torch.testing.assert_close(logprob.double(), wanted, rtol=1e-6, atol=1e-6)
-    plain = pack([dataclasses.replace(example, positions=None) for example in batch], row_length=16)
+    assert sorted(len(unit.members) for unit in units) == [1, 1, 2]
+    for row_length in (5, 19):  # rows that are full to the end, and one row for all
+        packed = pack(batch, row_length, units)
+        assert packed.positions is not None and packed.parents is not None
+        got = packed.extract(parallel.score(scorer, packed)[0])
+        for example, logprob in zip(batch, got):
+            tokens, (start, end) = torch.tensor([example.tokens]), example.spans[0]
+            positions = torch.tensor([example.positions or list(range(len(example.tokens)))])
+            table = scorer.model.logits(scorer.model(tokens, positions=positions))[0].log_softmax(-1)
+            wanted = table[range(start - 1, end - 1), example.tokens[start:end]]
+            torch.testing.assert_close(logprob.double(), wanted, rtol=1e-6, atol=1e-6)
+    plain = pack([dataclasses.replace(example, positions=None) for example in batch], row_length=21)
     moved = (torch.cat(got) - parallel.score(scorer, plain)[0].flatten()[plain.index]).abs()
     assert plain.positions is None and moved[:2].min() > 1e-3 and moved[2] < 1e-6
 
