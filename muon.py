@@ -1,6 +1,6 @@
 """Muon (Keller Jordan, 2024; arXiv 2502.16982): momentum whose matrices are made orthogonal before each step.
 
-    optimizers = [Muon(matrices, lr), AdamW(everything else, lr)]
+    optimizers = make_optimizers(scorer, "muon", lr)     # Muon for the blocks' matrices, AdamW for everything else
 
 The gradient of a weight matrix is a sum of outer products, of which a few large ones (what every example wants) drown
 the many small ones (single facts). Muon keeps the singular vectors of the momentum and sets all singular values to

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from cli import UserError
-from tasks import check_operators
+from tasks import LARGEST_GIVEN, PATTERNS, check_largest, check_operators
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Recipe:
     """What an algorithm is made of. Its numbers can be overridden by the flags of the same names."""
 
     advantage: Literal["leave_one_out", "group_mean", "group_normalised", "batch_mean", "critic"]
-    reward: Literal["outcome", "patterns", "soft_overlong", "exploration"] = "outcome"  # see `rl.shape_rewards`
+    reward: Literal["outcome", "soft_overlong", "exploration"] = "outcome"  # see `rl.shape_rewards`
+    penalty: Literal["set", "advantage", "none"] = "none"  # what an unexpected pattern costs, see `rl.penalise`
     kl: Literal["reward", "loss"] = "reward"  # where the KL to the anchor enters, if kl_coef is not 0
     mean: Literal["token", "sequence", "constant"] = "token"  # see `relatives.token_weights`
     resample: bool = False  # dynamic sampling: prompts are drawn until enough groups hold right and wrong responses
@@ -37,7 +38,7 @@ class Recipe:
 
 RECIPES = {
     "t1": Recipe(
-        "leave_one_out", "patterns", lr=1.5e-6, temperature=1.2, kl_coef=2e-4, entropy_coef=1e-3, anchor_decay=0.99
+        "leave_one_out", penalty="set", lr=1.5e-6, temperature=1.2, kl_coef=2e-4, entropy_coef=1e-3, anchor_decay=0.99
     ),
     "rlsp": Recipe("critic", "exploration", lr=2e-7, kl_coef=0.05),
     "grpo": Recipe("group_normalised", kl="loss", mean="sequence", kl_coef=0.04),
@@ -74,11 +75,22 @@ class Config:
     minibatches: int = 1
     """Updates per pass."""
     lr: float | None = None
-    """Learning rate of AdamW (T1: 1.5e-6; a small model wants more)."""
+    """Learning rate (T1: 1.5e-6; a small model wants more)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What moves the blocks' matrices; muon is for small models, see muon.py."""
     temperature: float | None = None
     """Sampling temperature; it divides the logits in training too (T1: 1.2; at or below 1 training may collapse)."""
     kl_coef: float | None = None
     """Weight of the KL to the anchor (T1: 2e-4)."""
+    penalty: Literal["set", "advantage", "none"] | None = None
+    """What an unexpected pattern costs: set: reward -1 (T1). advantage: reward 0, then advantage -1, even where all K
+    show one. none: nothing."""
+    patterns: tuple[Literal["overlong", "repeated", "garbled"], ...] = PATTERNS
+    """Which patterns are unexpected; T1 ablates them."""
+    repeat_ngram: int = 20
+    """A response repeats itself if some n-gram of so many tokens ..."""
+    repeat_times: int = 4
+    """... stands in it so many times. (T1 names no numbers; short chains want smaller ones.)"""
     entropy_coef: float | None = None
     """Weight of the token-level entropy bonus: raise it if entropy collapses, lower it if responses turn garbled."""
     entropy_target: float | None = None
@@ -97,6 +109,8 @@ class Config:
     """RLSP: GAE's lambda: 0 trusts the critic one step ahead, 1 only the whole return, which is unbiased."""
     numbers: int = 3
     """Countdown: how many numbers."""
+    largest: int = LARGEST_GIVEN
+    """Countdown: the numbers are drawn from 1 to this."""
     operators: str = "+-*"
     """Countdown: which operators; / divides exactly."""
     warmup: int = 0
@@ -110,13 +124,20 @@ class Config:
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
     checkpoint_every: int = 10
-    """Steps between checkpoints."""
+    """Steps between checkpoints; the last two are kept."""
+    keep_every: int = 0
+    """Also keep, for good, the checkpoint of every so many steps (0: none): to measure how RL went, see --step."""
+    start_kl: bool = False
+    """Also log the KL to the policy that the run began with: one more copy of the weights (--plan does not count it),
+    and one more pass."""
     show_every: int = 10
     """Steps between responses shown on the terminal (0: none)."""
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
     export: str = ""
-    """Do not train: write the policy of the newest checkpoint in --out to this Hugging Face folder."""
+    """Do not train: write the policy of a checkpoint in --out to this Hugging Face folder."""
+    step: int | None = None
+    """With --export: the checkpoint of this step (none: the newest)."""
     plan: int = 0
     """Do not train: print what each of this many GPUs would have to hold."""
     gpu_gb: float = 80.0
@@ -132,8 +153,8 @@ class Config:
 
 
 MAY_CHANGE = (
-    "out", "steps", "resume", "export", "plan", "gpu_gb", "log", "show_every", "checkpoint_every", "micro_tokens",
-    "max_batch", "device", "recompute",
+    "out", "steps", "resume", "export", "step", "plan", "gpu_gb", "log", "show_every", "checkpoint_every", "keep_every",
+    "micro_tokens", "max_batch", "device", "recompute",
 )  # fmt: skip
 """Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
 
@@ -149,14 +170,14 @@ def check(config: Config, recipe: Recipe) -> None:
     """What can be known to be wrong before anything is loaded."""
     if bool(config.task) == bool(config.data):
         raise UserError("exactly one of --task and --data says where the problems come from")
-    counts = "steps prompts samples max_tokens epochs minibatches micro_tokens checkpoint_every max_batch"
+    counts = "steps prompts samples max_tokens epochs minibatches micro_tokens checkpoint_every max_batch repeat_ngram"
     for name in counts.split():
         if (value := getattr(config, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     for name in ("lr", "temperature"):
         if not 0 < getattr(recipe, name) < math.inf:
             raise UserError(f"--{name} must be above 0 in training, not {getattr(recipe, name)}")
-    for name in ("warmup", "cooldown", "show_every", "plan"):
+    for name in ("warmup", "cooldown", "show_every", "keep_every", "plan"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be below 0, but is {getattr(config, name)}")
     for name in ("kl_coef", "entropy_coef", "clip_low", "clip_high"):
@@ -165,13 +186,22 @@ def check(config: Config, recipe: Recipe) -> None:
     for name, value in (("anchor-decay", recipe.anchor_decay), ("trace", config.trace)):
         if not 0 <= value <= 1:
             raise UserError(f"--{name} must lie between 0 and 1, but is {value}")
+    if config.repeat_times < 2:
+        raise UserError(f"--repeat-times must be at least 2, not {config.repeat_times}")
     if not config.max_grad_norm > 0:
         raise UserError(f"--max-grad-norm must be above 0, not {config.max_grad_norm}")
     if recipe.reward == "soft_overlong" and config.max_tokens < 5:
         raise UserError(f"--max-tokens {config.max_tokens}: the recipe {config.recipe} lets a fifth of it be a buffer")
     if not 2 <= config.numbers <= 4:
         raise UserError(f"--numbers must be 2, 3 or 4, not {config.numbers}")
+    check_largest(config.largest)
     check_operators(config.operators)
+    if config.step is not None and not config.export:
+        raise UserError(f"--step {config.step} says which checkpoint to --export; for the length of a run, see --steps")
+    if config.keep_every % config.checkpoint_every:
+        raise UserError(f"--keep-every {config.keep_every} must be a multiple of --checkpoint-every")
+    if recipe.penalty == "advantage" and recipe.advantage == "critic":
+        raise UserError(f"--penalty advantage: the recipe {config.recipe} has an advantage per token, not per response")
     if config.samples < 2 and recipe.by_group:
         raise UserError(f"--samples 1: the recipe {config.recipe} compares each response with others of its prompt")
     if config.judge and recipe.reward != "exploration":

@@ -3,7 +3,7 @@
     python rl.py --model DIR --task countdown --steps 100 --out runs/rl
     torchrun --standalone --nproc_per_node=8 rl.py --recipe t1 --model DIR --data problems.jsonl --out runs/rl
     python rl.py ... --out runs/rl --resume                                  # goes on where it was killed, bit for bit
-    python rl.py --model DIR --out runs/rl --export DIR2                     # the newest checkpoint as a model folder
+    python rl.py --model DIR --out runs/rl --export DIR2 [--step 30]         # a checkpoint as a model folder
 
 One step: sample K responses to each prompt at a high temperature; judge them; turn outcomes into rewards (penalties, KL
 to the anchor), rewards into advantages (leave-one-out); take PPO steps on them with an entropy bonus; move the anchor.
@@ -43,6 +43,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,11 +57,12 @@ import relatives
 import runfolder
 from cli import UserError
 from model import load_pretrained, model_folder, read_config
+from muon import make_optimizers
 from packing import Example, Packed
 from parallel import Scorer, World
 from recipes import MAY_CHANGE, Config, Recipe, check, resolve
 from relatives import Critic
-from rollout import Rollouts, Stopwatch, nth_problem, read_problems, roll_out
+from rollout import Rollouts, Stopwatch, nth_problem, read_problems, roll_out, unexpected_pattern
 from sample import Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
@@ -68,10 +70,15 @@ from tokenizer import Tokenizer, load_tokenizer
 # --- T1, one idea per function ----------------------------------------------------------------------------------------
 
 
-def penalise(outcomes: Tensor, patterns: list[str | None]) -> Tensor:
-    """T1's penalty: -1 for every response that shows an unexpected pattern, whatever its answer. Both are [N]."""
-    shows = torch.tensor([pattern is not None for pattern in patterns])
-    return torch.where(shows, -1.0, outcomes)
+def penalise(values: Tensor, patterns: list[str | None], to: float = -1.0) -> Tensor:
+    """T1's penalty: -1 (or `to`) for every response that shows an unexpected pattern, whatever its answer. [N] -> [N].
+
+    By --penalty set, as T1, the values are the rewards: a group in which all K responses run away is then a group of
+    equal rewards, and is not pushed back. By --penalty advantage, as the code that T1's authors published later, the
+    rewards are set to 0, and then the *advantages* to -1: now it is.
+    """
+    unexpected = torch.tensor([pattern is not None for pattern in patterns])
+    return torch.where(unexpected, to, values)
 
 
 def centred_kl(logprob: Tensor, anchor_logprob: Tensor, mask: Tensor) -> Tensor:
@@ -142,12 +149,13 @@ class Learner:
 
     policy: Scorer
     anchor: Scorer | None  # None: the recipe has no KL
-    optimizer: torch.optim.Optimizer  # of the policy, and of the critic if there is one
+    optimizers: dict[str, torch.optim.Optimizer]  # by name; "adamw" has the critic's parameters too, if there is one
     sampler: Sampler
     tokenizer: Tokenizer
     world: World
     exact: bool  # sampler and trainer both compute in fp32 on the same weights: their log-probs agree to 1e-5
     critic: Critic | None = None
+    start: Scorer | None = None  # the policy that the run began with, if the KL to it is to be logged
     judge: tuple[Sampler, Tokenizer] | None = None
 
     def cut(self, config: Config) -> tuple[int | None, int, World]:
@@ -159,11 +167,16 @@ def collect(learner: Learner, problems: list[Problem], cursor: int, config: Conf
     """(rollouts, new cursor). Dynamic sampling draws prompts until `prompts` groups are mixed, or 3 times as many."""
     params = SamplingParams(config.max_tokens, recipe.temperature, seed=config.seed)
     rollouts = Rollouts([], [], [], [], [], [])
+    unexpected = partial(
+        unexpected_pattern, patterns=config.patterns, ngram=config.repeat_ngram, times=config.repeat_times
+    )
     for _ in range(3 if recipe.resample else 1):
         numbers = range(cursor, cursor + config.prompts)
         # Problems made by program come as they were made, so that a longer run begins as a shorter one.
         numbered = [(n, problems[n] if config.task else nth_problem(problems, n, config.seed)) for n in numbers]
-        rollouts += roll_out(learner.sampler, learner.tokenizer, numbered, config.samples, params, learner.world, watch)
+        rollouts += roll_out(
+            learner.sampler, learner.tokenizer, numbered, config.samples, params, learner.world, watch, unexpected
+        )
         cursor = numbers.stop
         if mixed_groups(rollouts.outcomes(), config.samples).sum() >= config.prompts:
             break
@@ -172,17 +185,17 @@ def collect(learner: Learner, problems: list[Problem], cursor: int, config: Conf
 
 def shape_rewards(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe) -> Tensor:
     """What each response earns before the KL, [N]."""
-    outcomes, lengths = rollouts.outcomes(), rollouts.lengths()
-    if recipe.reward == "patterns":
-        return penalise(outcomes, rollouts.patterns)
+    rewards, lengths = rollouts.outcomes(), rollouts.lengths()
     if recipe.reward == "soft_overlong":
-        return outcomes + relatives.soft_overlong(lengths, config.max_tokens, config.max_tokens // 5)
+        rewards = rewards + relatives.soft_overlong(lengths, config.max_tokens, config.max_tokens // 5)
     if recipe.reward == "exploration":
         judged = (
             relatives.judge(*learner.judge, rollouts.problems, rollouts.texts, learner.world) if learner.judge else None
         )
-        return relatives.exploration_reward(rollouts.verdicts, lengths, config.length_cost, judged)
-    return outcomes
+        rewards = relatives.exploration_reward(rollouts.verdicts, lengths, config.length_cost, judged)
+    if recipe.penalty == "none":
+        return rewards
+    return penalise(rewards, rollouts.patterns, to=-1.0 if recipe.penalty == "set" else 0.0)
 
 
 def mixed_groups(rewards: Tensor, samples: int) -> Tensor:
@@ -237,14 +250,17 @@ def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe
     """Rewards to advantages. Groups that carry no gradient are dropped first, before any forward pass."""
     rewards, outcomes = shape_rewards(learner, rollouts, config, recipe), rollouts.outcomes()
     mixed = mixed_groups(outcomes if recipe.resample else rewards, config.samples)
+    unexpected = torch.tensor([pattern is not None for pattern in rollouts.patterns])
+    if recipe.penalty == "advantage":
+        mixed = mixed | unexpected.view(-1, config.samples).any(dim=1)
     metrics = {
         "reward": rewards.mean().item(),
         "accuracy": outcomes.mean().item(),
         "pass_at_k": outcomes.view(-1, config.samples).amax(dim=1).mean().item(),
         "length": rollouts.lengths().mean().item(),
         "dropped": 1 - mixed.float().mean().item(),
-        "penalised": sum(pattern is not None for pattern in rollouts.patterns) / len(outcomes),
-        "truncated": rollouts.patterns.count("overlong") / len(outcomes),
+        "unexpected": unexpected.float().mean().item(),
+        "truncated": rollouts.unended().mean().item(),
     }
     groups = mixed.nonzero().flatten().tolist()[: config.prompts] if recipe.by_group else range(len(mixed))
     if not groups:
@@ -271,6 +287,9 @@ def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe
         anchor = logprobs(learner.anchor)
         kl = (padded(old) - padded(anchor)) * mask
         metrics["kl"] = kl.sum(dim=1).mean().item()
+    if learner.start:
+        moved = (padded(old) - padded(logprobs(learner.start))) * mask
+        metrics["kl_start"] = moved.sum(dim=1).mean().item()
 
     weights = relatives.token_weights(lengths, mask, recipe.mean, config.max_tokens)
     if not learner.exact:
@@ -286,8 +305,21 @@ def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe
     else:
         if anchor and recipe.kl == "reward":
             rewards = rewards - recipe.kl_coef * centred_kl(padded(old), padded(anchor), mask)
-        batch.advantages = ADVANTAGES[recipe.advantage](rewards.view(-1, config.samples)).flatten().tolist()
+        advantages = ADVANTAGES[recipe.advantage](rewards.view(-1, config.samples)).flatten()
+        if recipe.penalty == "advantage":
+            advantages = penalise(advantages, kept.patterns)
+        batch.advantages = advantages.tolist()
     return batch, metrics
+
+
+def parameter_groups(learner: Learner) -> list[dict]:
+    """Of all optimizers; each group has a learning rate."""
+    return [group for optimizer in learner.optimizers.values() for group in optimizer.param_groups]
+
+
+def zero_grad(learner: Learner) -> None:
+    for optimizer in learner.optimizers.values():
+        optimizer.zero_grad()
 
 
 def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step: int, guard: runfolder.Guard) -> dict:
@@ -296,7 +328,7 @@ def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step:
     losses, norms = [], []
     widest = 0.0  # largest |log pi - log pi_old| of the first update, before the policy has moved
     for number, rows in enumerate(minibatches(len(batch.examples), config, step)):
-        learner.optimizer.zero_grad()
+        zero_grad(learner)
         token_count = sum(batch.examples[i].targets for i in rows)
         total = 0.0
         for part, packed in parallel.micro_batches([batch.examples[i] for i in rows], *learner.cut(config)):
@@ -332,8 +364,9 @@ def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step:
         norms.append(parallel.clip_grad_norm(learner.policy, config.max_grad_norm))
         critic_norm = parallel.clip_grad_norm(learner.critic, config.max_grad_norm) if learner.critic else 0.0
         if guard.allows(loss=losses[-1], gradient=norms[-1], critic=critic_norm):
-            learner.optimizer.step()
-    learner.optimizer.zero_grad()  # the sampler can use the room
+            for optimizer in learner.optimizers.values():
+                optimizer.step()
+    zero_grad(learner)  # the sampler can use the room
     sums = {name: parallel.sum_over_ranks(value) for name, value in sums.items()}
     metrics = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
     metrics |= {"entropy": sums["entropy"] / sums["tokens"], "clip_fraction": sums["clipped"] / sums["tokens"]}
@@ -350,8 +383,8 @@ def train_step(
 ):
     """(metrics, rollouts) of one step of T1; `state` (the data position, the entropy coefficient) moves on."""
     recipe, watch = replace(resolve(config), entropy_coef=state["entropy_coef"]), Stopwatch()
-    for group in learner.optimizer.param_groups:
-        rise, fall = step / max(config.warmup, 1), (config.steps + 1 - step) / (config.cooldown + 1)
+    rise, fall = step / max(config.warmup, 1), (config.steps + 1 - step) / (config.cooldown + 1)
+    for group in parameter_groups(learner):
         group["lr"] = group["initial_lr"] * min(1.0, rise, fall)
     if learner.sampler.model is not learner.policy.model:
         parallel.copy_weights(learner.policy, learner.sampler.model)  # before the rollout: a resumed run has new ones
@@ -406,27 +439,36 @@ def make_learner(config: Config, recipe: Recipe, world: World) -> Learner:
     # One process in fp32 samples from the policy itself; otherwise the sampler has a copy of its own.
     alone = exact and world.size == 1
     actor = policy.model if alone else load_pretrained(config.model, dtype, world.device)
-    tokenizer, optimizer = load_tokenizer(config.model), parallel.adamw(policy.parameters(), recipe.lr)
+    tokenizer = load_tokenizer(config.model)
+    optimizers = make_optimizers(policy, config.optimizer, recipe.lr)
     sampler = Sampler(actor, tokenizer, max_batch=config.max_batch)
     anchor = trained() if recipe.kl_coef else None
-    learner = Learner(policy, anchor, optimizer, sampler, tokenizer, world, exact)
+    learner = Learner(policy, anchor, optimizers, sampler, tokenizer, world, exact)
+    if config.start_kl:
+        learner.start = anchor if anchor and recipe.anchor_decay == 1 else trained()
     if recipe.advantage == "critic":
         learner.critic = trained(Critic)
         for group in parallel.adamw(learner.critic.parameters(), 10 * recipe.lr).param_groups:
-            optimizer.add_param_group(group)
+            optimizers["adamw"].add_param_group(group)
     if config.judge:
         reader = load_tokenizer(config.judge)
         learner.judge = Sampler(load_pretrained(config.judge, dtype, world.device), reader, config.max_batch), reader
-    for group in optimizer.param_groups:
+    for group in parameter_groups(learner):
         group["initial_lr"] = group["lr"]
     return learner
 
 
 def export(config: Config, world: World) -> None:
-    """The policy of the newest checkpoint in --out, as a Hugging Face folder: for a run that is not finished."""
+    """The policy of a checkpoint in --out as a Hugging Face folder: of a run that is not finished, or of --step."""
     saved = parallel.complete_checkpoints(Path(config.out) / "checkpoints")
     if not saved:
         raise UserError(f"--export: there is no whole checkpoint in {config.out}")
+    if config.step is not None:
+        steps = [parallel.step_of(path) for path in saved]
+        if config.step not in steps:
+            held = ", ".join(map(str, steps))
+            raise UserError(f"--export --step {config.step}: {config.out} holds the steps {held} (see --keep-every)")
+        saved = [saved[steps.index(config.step)]]
     if Path(config.export).exists():
         raise UserError(f"--export: {config.export} exists already")
     cli.check_parent(config.export)
@@ -439,8 +481,8 @@ PANELS = {
     "reward": ["reward", "accuracy", "pass_at_k"],
     "length (tokens)": ["length"],
     "entropy (nats per token)": ["entropy"],
-    "KL to the anchor (nats per response)": ["kl"],
-    "share of responses": ["penalised", "truncated", "dropped"],
+    "KL to the anchor and to the start (nats per response)": ["kl", "kl_start"],
+    "share of responses": ["unexpected", "truncated", "dropped"],
     "sampler against trainer": ["mismatch", "mismatch_max"],
 }
 
@@ -454,15 +496,16 @@ def train(config: Config, world: World) -> None:
     problems = read_problems(config, recipe)
     learner = make_learner(config, recipe, world)
     out = runfolder.open_run(config.out, config, config.resume, may_change, world)
-    parts = {"policy": learner.policy, "anchor": learner.anchor, "critic": learner.critic, "adamw": learner.optimizer}
-    parts = {name: part for name, part in parts.items() if part is not None}
+    parts = {"policy": learner.policy, "anchor": learner.anchor, "critic": learner.critic}
+    parts = {name: part for name, part in parts.items() if part is not None} | learner.optimizers
     state, guard, done = {"cursor": 0, "entropy_coef": recipe.entropy_coef}, runfolder.Guard(), 0
     if saved := parallel.complete_checkpoints(out / "checkpoints"):
         found = parallel.load_checkpoint(saved[-1], parts, world, (*state, "skipped", "in_a_row"))
         done, state = found["step"], {name: found[name] for name in state}
         guard.skipped, guard.in_a_row = found["skipped"], found["in_a_row"]
     log = runfolder.MetricsLog(out, done, world, config.log)
-    history, checkpoints = runfolder.read_metrics(log.path), parallel.Checkpoints(out / "checkpoints", world)
+    history = runfolder.read_metrics(log.path)
+    checkpoints = parallel.Checkpoints(out / "checkpoints", world, keep_every=config.keep_every)
     steps = range(done + 1, config.steps + 1)
     bar = tqdm(steps, initial=done, total=config.steps, desc="rl", unit="step", disable=not world.main)
     for step in bar:

@@ -8,7 +8,7 @@ of ranks.
 import contextlib
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
@@ -53,6 +53,10 @@ class Rollouts:
         """Tokens of each response, the stop token included, [N]."""
         return torch.tensor([float(len(completion.tokens)) for completion in self.completions])
 
+    def unended(self) -> Tensor:
+        """1 for a response without a stop token, 0 for any other, [N]."""
+        return torch.tensor([float(completion.finish_reason == "length") for completion in self.completions])
+
     def show(self, number: int) -> str:
         """One response, word for word: people want to read what the policy says."""
         i = number % len(self.texts)
@@ -63,13 +67,22 @@ class Rollouts:
         return Rollouts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
-def unexpected_pattern(completion: Completion, text: str, question: str) -> str | None:
-    """T1's three unexpected patterns: "overlong" (no stop token within the budget), "repeated", "garbled", or None."""
-    if completion.finish_reason == "length":
+def unexpected_pattern(
+    completion: Completion,
+    text: str,
+    question: str,
+    patterns: tuple[str, ...] = tasks.PATTERNS,
+    ngram: int = 20,
+    times: int = 4,
+) -> str | None:
+    """The first of the `patterns` that a response shows, or None. ngram, times: see `tasks.repeats`."""
+    if "overlong" in patterns and completion.finish_reason == "length":
         return "overlong"
-    if tasks.repeats(completion.tokens):
+    if "repeated" in patterns and tasks.repeats(completion.tokens, ngram, times):
         return "repeated"
-    return "garbled" if tasks.garbled(text, question) else None
+    if "garbled" in patterns and tasks.garbled(text, question):
+        return "garbled"
+    return None
 
 
 def read_problems(config: Config, recipe: Recipe) -> list[Problem]:
@@ -78,7 +91,9 @@ def read_problems(config: Config, recipe: Recipe) -> list[Problem]:
     if config.data:
         problems = tasks.load(config.data)
     else:
-        stream = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
+        stream = tasks.countdown(
+            config.seed, numbers=config.numbers, operators=config.operators, largest=config.largest
+        )
         problems = list(islice(stream, config.steps * config.prompts * (3 if recipe.resample else 1)))
     source = config.data or config.task
     check_room((tasks.prompt_ids(problem, tokenizer) for problem in problems), config.max_tokens, context, source)
@@ -138,11 +153,13 @@ def roll_out(
     params: SamplingParams,
     world: World,
     watch: Stopwatch,
+    unexpected: Callable[[Completion, str, str], str | None] = unexpected_pattern,
 ) -> Rollouts:
     """Sample K responses to each problem and judge them. Each rank takes some of the prompts; all get everything.
 
     Where there are more ranks than prompts, several ranks share the K responses to one. The number of a problem is the
-    key of its random draws, so the tokens do not depend on which rank draws them.
+    key of its random draws, so the tokens do not depend on which rank draws them. unexpected: (completion, text,
+    question) -> the unexpected pattern that it shows, or None.
     """
     prompts = [tasks.prompt_ids(problem, tokenizer) for _, problem in numbered]
     share = share_of(len(prompts), samples, world.size)
@@ -156,8 +173,9 @@ def roll_out(
         asked = [numbered[i][1] for i, _ in mine for _ in range(share)]
         completions = [completion for group in groups for completion in group]
         texts = [tokenizer.decode(c.tokens[: -1 if c.finish_reason == "stop" else None]) for c in completions]
-        patterns = [unexpected_pattern(*row) for row in zip(completions, texts, (p.question for p in asked))]
-        judged = list(zip(asked, completions, texts, tasks.score(asked, texts), patterns))
+        rows = zip(completions, texts, asked)
+        shown = [unexpected(completion, text, problem.question) for completion, text, problem in rows]
+        judged = list(zip(asked, completions, texts, tasks.score(asked, texts), shown))
     shares = parallel.gather_objects((mine, judged))
     rows = {piece: done[j * share : (j + 1) * share] for owned, done in shares for j, piece in enumerate(owned)}
     columns = [list(column) for column in zip(*(row for piece in pieces for row in rows[piece]))]

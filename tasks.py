@@ -6,9 +6,9 @@ two judges: `math` (any problem file; `verify.py` decides whether the last \\box
 
     numbers 3 5 7, target 22      ->  \\boxed{(5*3)+7}
 
-Countdown suits RL for reasoning: it takes several tries, is easy to check exactly, rewards trying and failing, and has
-105,000 problems of three numbers and millions of four. Problems whose multiset of numbers hashes to 0 modulo 10 are
-held out, all others are for training: the two never share a set of numbers.
+Countdown suits RL for reasoning: it takes several tries, is easy to check exactly, and rewards trying and failing.
+Problems whose multiset of numbers hashes to 0 modulo 10 are held out, all others are for training: the two never share
+a set of numbers.
 
 To add a task: write a function (problem, response) -> Verdict, enter it in JUDGES, and give your problems its name.
 """
@@ -19,6 +19,7 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from tokenizer import Tokenizer
 from verify import Verdict
 
 LARGEST = 99  # every value in a synthetic countdown chain: the demo's tokenizer has one token for each number up to it
+LARGEST_GIVEN = 21  # the numbers of a problem are drawn from 1 to this: three of them make eight values on average
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,11 @@ class Walk:
 def check_operators(operators: str) -> None:
     if not operators or set(operators) - set("+-*/"):
         raise UserError(f"--operators {operators!r}: some of + - * /")
+
+
+def check_largest(largest: int) -> None:
+    if not 2 <= largest <= LARGEST:
+        raise UserError(f"--largest {largest}: from 2 to {LARGEST}")
 
 
 def combine(x: int, operator: str, y: int) -> int:
@@ -100,31 +107,49 @@ def read_countdown(answer: str) -> tuple[int, list[int], str]:
     return int(match[1]), [int(number) for number in match[2].split()], match[3]
 
 
-def countdown(seed: int, heldout: bool = False, numbers: int = 3, operators: str = "+-*") -> Iterator[Problem]:
-    """A stream of solvable, distinct problems; held-out and training problems share no set of numbers.
+def countdown(
+    seed: int,
+    heldout: bool = False,
+    numbers: int = 3,
+    operators: str = "+-*",
+    largest: int = LARGEST_GIVEN,
+) -> Iterator[Problem]:
+    """A stream of solvable problems, of `numbers` numbers from 1 to `largest`.
 
-    It goes on for as long as there are new ones: 10,000 draws in a row without any are a UserError, not a hang.
+    Held-out and training problems share no set of numbers. All problems are distinct, for as long as there are new
+    ones (100,000 draws in a row find none). Then the training problems begin again, in another order; the held-out
+    ones, which are to be counted, end in a UserError.
     """
     check_operators(operators)
     rng = random.Random(f"countdown {seed} {heldout}")
     seen = set()
     idle = 0
-    while idle < 10_000:
-        drawn = [rng.randint(1, LARGEST // 2) for _ in range(numbers)]
-        if (zlib.crc32(repr(sorted(drawn)).encode()) % 10 == 0) != heldout:
-            continue
+    while True:
+        drawn = [rng.randint(1, largest) for _ in range(numbers)]
+        if (zlib.crc32(repr(sorted(drawn)).encode()) % 10 == 0) == heldout:
+            values = reachable(tuple(sorted(drawn)), operators)
+            target = rng.choice(values) if values else None
+            key = (*sorted(drawn), target)
+            if values and key not in seen:
+                seen.add(key)
+                idle = 0
+                yield countdown_problem(drawn, target, operators)
+                continue
         idle += 1
-        values = list(ways(drawn, operators))
-        if not values:
-            continue
-        target = rng.choice(values)
-        if (key := (*sorted(drawn), target)) not in seen:
-            seen.add(key)
+        if idle == 100_000:
+            if heldout or not seen:
+                raise UserError(
+                    f"only {len(seen)} distinct problems of {numbers} numbers from 1 to {largest} "
+                    f"with the operators {operators} were found"
+                )
+            seen.clear()
             idle = 0
-            yield countdown_problem(drawn, target, operators)
-    raise UserError(
-        f"only {len(seen)} distinct problems with {numbers} numbers and the operators {operators} were found"
-    )
+
+
+@lru_cache(maxsize=100_000)
+def reachable(numbers: tuple[int, ...], operators: str) -> list[int]:
+    """The values that `ways` finds; remembered, for a stream of problems comes back to the same numbers often."""
+    return list(ways(list(numbers), operators))
 
 
 def judge_countdown(problem: Problem, response: str) -> Verdict:
@@ -227,6 +252,10 @@ def score(problems: list[Problem], responses: list[str], workers: int | None = N
     pairs = [(responses[i], problems[i].answer) for i in maths]
     from_pool = dict(zip(maths, verify.verify_many(pairs, workers=workers) if pairs else []))
     return [from_pool.get(i) or JUDGES[p.task](p, r) for i, (p, r) in enumerate(zip(problems, responses))]
+
+
+PATTERNS = ("overlong", "repeated", "garbled")
+"""T1's three unexpected patterns: no stop token within the budget; an n-gram again and again; broken characters."""
 
 
 def repeats(tokens: list[int], ngram: int = 20, times: int = 4) -> bool:

@@ -61,6 +61,7 @@ def test_penalise_overrides_the_answer():
     """Bug: a penalty added to the reward, so that a right answer at the end of garbage still pays."""
     rewards = rl.penalise(tensor(1, 0, 1, 0), [None, "repeated", "garbled", None])
     same(rewards, 1, -1, -1, 0)
+    same(rl.penalise(tensor(1, 0, 1, 0), [None, "repeated", "garbled", None], to=0.0), 1, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,20 @@ def test_penalise_overrides_the_answer():
 )
 def test_unexpected_patterns(tokens, reason, text, pattern):
     """Bug: a response that never ended looks fine; a 20-gram counted at three instead of four times."""
-    assert rollout.unexpected_pattern(Completion(tokens, [], reason), text, "what is it?") == pattern
+    completion = Completion(tokens, [], reason)
+    assert rollout.unexpected_pattern(completion, text, "what is it?") == pattern
+    others = tuple(name for name in tasks.PATTERNS if name != pattern)
+    assert rollout.unexpected_pattern(completion, text, "what is it?", others) is None
+    assert rollout.unexpected_pattern(completion, text, "what is it?", ()) is None
+
+
+def test_repetition_at_another_scale():
+    """Bug: --repeat-ngram and --repeat-times that do not reach the check, or are taken for each other."""
+    once, twice = Completion([1, 2, 3, 4, STOP], [], "stop"), Completion([1, 2, 3, 9, 1, 2, 3, STOP], [], "stop")
+    assert rollout.unexpected_pattern(once, "", "", ngram=3, times=2) is None
+    assert rollout.unexpected_pattern(twice, "", "", ngram=3, times=2) == "repeated"
+    assert rollout.unexpected_pattern(twice, "", "", ngram=3, times=3) is None
+    assert rollout.unexpected_pattern(twice, "", "", ngram=4, times=2) is None
 
 
 def test_centred_kl_by_hand():
@@ -344,7 +358,7 @@ def make_learner(dtype: torch.dtype = torch.float64, lr: float = 1.0, world: Wor
     critic = parallel.shard(random_init(SHAPE, 2, dtype), world, wrap=lambda model: relatives.Critic(model).to(dtype))
     optimizer = torch.optim.SGD([*policy.parameters(), *critic.parameters()], lr)
     sampler = sample.Sampler(policy.model, TOKENIZER)
-    return rl.Learner(policy, anchor, optimizer, sampler, TOKENIZER, world, True, critic)
+    return rl.Learner(policy, anchor, {"sgd": optimizer}, sampler, TOKENIZER, world, True, critic)
 
 
 LENGTHS = (3, 9, 1, 5, 12, 2, 7, 4, 6, 8, 3, 10)  # of 3 prompts * 4 responses
@@ -363,7 +377,8 @@ def make_rollouts(learner: rl.Learner, noise: float = 0.3) -> Rollouts:
         examples.append(Example(prompt + tokens, [(len(prompt), len(prompt) + length)]))
         logprob = token_logprobs(learner.policy.model, examples[-1], 1.2)[0].detach()
         drift = noise * torch.randn(length, generator=generator)
-        completions.append(Completion(tokens, (logprob + drift).tolist(), "stop"))
+        reason = "length" if PATTERNS[i] == "overlong" else "stop"
+        completions.append(Completion(tokens, (logprob + drift).tolist(), reason))
     problems = [Problem(str(i // 4), "") for i in range(len(LENGTHS))]
     verdicts = [Verdict("correct" if right else "no_answer" if i == 11 else "wrong") for i, right in enumerate(RIGHT)]
     return Rollouts(problems, examples, completions, [""] * len(LENGTHS), verdicts, list(PATTERNS))
@@ -632,13 +647,57 @@ def test_equal_groups_are_dropped_before_any_forward():
     assert not batch.examples and metrics["dropped"] == 1 and learner.anchor.tokens == 0
 
 
+def advantages_by(penalty: str, rows: range = range(12), **given) -> tuple[list[float], dict]:
+    learner = make_learner()
+    config, recipe = step_config(penalty=penalty, kl_coef=0.0, **given)
+    batch, metrics = rl.prepare(learner, make_rollouts(learner).select(rows), config, recipe)
+    return batch.advantages, metrics
+
+
+def test_penalties_by_hand():
+    """Bug: --penalty advantage that leaves -1 in the others' baseline, or spares a group in which all run away."""
+    first = {  # of right, repeated and wrong, wrong, right
+        "set": (1 - 0 / 3, -1 - 2 / 3, 0 - 1 / 3, 1 - 0 / 3),
+        "advantage": (1 - 1 / 3, -1, 0 - 2 / 3, 1 - 1 / 3),
+        "none": (1 - 1 / 3, 0 - 2 / 3, 0 - 2 / 3, 1 - 1 / 3),
+    }
+    for penalty, wanted in first.items():
+        same(torch.tensor(advantages_by(penalty)[0][:4]), *wanted)
+    rewards = {"set": (2 - 1 + 2 - 1 - 1) / 12, "advantage": (2 + 2) / 12, "none": 5 / 12}
+    for penalty, wanted in rewards.items():
+        metrics = advantages_by(penalty)[1]
+        assert metrics["reward"] == pytest.approx(wanted) and metrics["unexpected"] == pytest.approx(3 / 12)
+
+
+@pytest.mark.parametrize(("penalty", "wanted"), [("set", []), ("advantage", [-1.0] * 4), ("none", [])])
+def test_a_group_that_runs_away_whole(monkeypatch, penalty, wanted):
+    """Bug: all K responses never end, their rewards are equal, the group is dropped, and nothing stops them. By T1's
+    own penalty it is so; --penalty advantage pushes them back."""
+    monkeypatch.setattr(f"{__name__}.PATTERNS", ("overlong",) * 12)
+    monkeypatch.setattr(f"{__name__}.RIGHT", (0,) * 12)
+    assert advantages_by(penalty, range(4))[0] == wanted
+
+
+def test_kl_to_the_start_by_hand():
+    """Bug: the KL to the start taken of the anchor, averaged over tokens, or over the padding."""
+    learner = make_learner()
+    rollouts = make_rollouts(learner)
+    learner.start = parallel.shard(random_init(SHAPE, 5, torch.float64), ALONE)
+    config, recipe = step_config()
+    batch, metrics = rl.prepare(learner, rollouts, config, recipe)
+    moved = 0.0
+    for example, old in zip(batch.examples, batch.old):
+        moved += (old - token_logprobs(learner.start.model, example, 1.2)[0]).sum().item() / len(batch.examples)
+    assert metrics["kl_start"] == pytest.approx(moved, rel=1e-4) and metrics["kl_start"] != metrics["kl"]
+
+
 def test_metrics_by_hand():
     """Bug: a share taken of the kept responses instead of all, or accuracy after the penalties."""
     learner = make_learner()
     _, metrics, _ = train_once(learner, make_rollouts(learner), recipe="t1")
     assert metrics["accuracy"] == pytest.approx(5 / 12)
     assert metrics["pass_at_k"] == pytest.approx(2 / 3)
-    assert metrics["penalised"] == pytest.approx(3 / 12)
+    assert metrics["unexpected"] == pytest.approx(3 / 12)
     assert metrics["truncated"] == pytest.approx(1 / 12)
     assert metrics["reward"] == pytest.approx((2 - 1 + 2 - 1 - 1) / 12)
     assert metrics["length"] == pytest.approx(sum(LENGTHS) / 12)
@@ -666,7 +725,7 @@ def test_dynamic_sampling_without_a_mixed_group(tmp_path):
     )
     problems = list(itertools.islice(tasks.countdown(0), 6))
     state = {"cursor": 0, "entropy_coef": 0.0}
-    for group in learner.optimizer.param_groups:
+    for group in rl.parameter_groups(learner):
         group["initial_lr"] = 1.0
     metrics, rollouts = rl.train_step(1, learner, problems, state, config, runfolder.Guard())
     assert state["cursor"] == 6 and len(rollouts.texts) == 18
@@ -730,8 +789,13 @@ COUNTDOWN = ("--task", "countdown", "--steps", "2", "--max-tokens", "32")
         ((*COUNTDOWN, "--clip-high", "nan"), "--clip-high"),
         ((*COUNTDOWN, "--kl-coef", "-1"), "--kl-coef"),
         ((*COUNTDOWN, "--max-grad-norm", "0"), "--max-grad-norm"),
+        ((*COUNTDOWN, "--largest", "1"), "--largest"),
+        ((*COUNTDOWN, "--repeat-ngram", "0"), "--repeat-ngram"),
+        ((*COUNTDOWN, "--repeat-times", "1"), "--repeat-times"),
+        ((*COUNTDOWN, "--keep-every", "15"), "--keep-every 15"),
+        ((*COUNTDOWN, "--step", "30"), "--step 30"),
+        ((*COUNTDOWN, "--recipe", "rlsp", "--penalty", "advantage"), "--penalty advantage"),
         ((*COUNTDOWN, "--recipe", "dapo", "--max-tokens", "4"), "--max-tokens 4"),
-        ((*COUNTDOWN, "--numbers", "2", "--steps", "1000"), "distinct problems"),
         ((*COUNTDOWN, "--device", "foo"), "--device foo"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--task", "countdown", "--max-tokens", "120"), "context of 128"),

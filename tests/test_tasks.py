@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from itertools import islice, permutations
+from itertools import combinations_with_replacement, islice, permutations
 
 import pytest
 from hypothesis import given, settings
@@ -79,9 +79,9 @@ def test_every_problem_has_a_solution(numbers, operators):
 
 def test_training_and_heldout_problems_share_no_numbers():
     """Guards against leakage, also of a problem with its numbers in another order; for any two seeds."""
-    heldout = list(islice(tasks.countdown(0, heldout=True), 1_500))
+    heldout = list(islice(tasks.countdown(0, heldout=True), 1_100))
     training = list(islice(tasks.countdown(7), 5_000))
-    assert len({problem.question for problem in heldout}) == 1_500 >= 1_024
+    assert len({problem.question for problem in heldout}) == 1_100 >= 1_024
 
     def sets(problems):
         return {tuple(sorted(tasks.read_countdown(problem.answer)[1])) for problem in problems}
@@ -99,12 +99,36 @@ def test_problems_are_reproducible_and_distinct():
     assert stream(3) == stream(3) and len(set(stream(3))) == 3_000 and stream(3)[:50] != stream(4)[:50]
 
 
-@pytest.mark.parametrize("numbers, operators, count", [(3, "*", 232), (2, "+", 1105), (2, "/", 177)])
-def test_a_stream_that_runs_dry_says_so(numbers, operators, count):
-    """Guards against a hang: numbers that no way combines (9*9*9 > 99), and more problems asked for than there are."""
-    stream = tasks.countdown(0, numbers=numbers, operators=operators)
-    with pytest.raises(UserError, match=f"only {count} distinct problems with {numbers} numbers"):
-        assert len(list(islice(stream, count + 1))) <= count
+@pytest.mark.parametrize("numbers, operators, largest", [(3, "*", 20), (2, "+", 49), (2, "/", 20)])
+def test_a_heldout_stream_that_runs_dry_says_so(numbers, operators, largest):
+    """Guards against a hang: numbers that no way combines (9*9*9 > 99), and more problems asked for than there are; and
+    against held-out problems that are counted twice."""
+    held = [
+        list(drawn)
+        for drawn in combinations_with_replacement(range(1, largest + 1), numbers)
+        if zlib.crc32(repr(list(drawn)).encode()) % 10 == 0
+    ]
+    count = sum(len(tasks.ways(drawn, operators)) for drawn in held)
+    stream = tasks.countdown(0, heldout=True, numbers=numbers, operators=operators, largest=largest)
+    assert len({problem.question for problem in islice(stream, count)}) == count > 0
+    with pytest.raises(UserError, match=f"only {count} distinct problems of {numbers} numbers from 1 to {largest}"):
+        next(stream)
+
+
+def test_training_problems_begin_again_when_all_have_come():
+    """Guards against a long run that dies when its problems are used up, one that sees some of them more often than
+    others, and a stream without any problem that never ends."""
+    stream = tasks.countdown(0, numbers=2, operators="+", largest=9)
+    pairs = [(a, b) for a in range(1, 10) for b in range(a, 10)]
+    trained = [pair for pair in pairs if zlib.crc32(repr(list(pair)).encode()) % 10 != 0]
+
+    def epoch():
+        return [tuple(sorted(tasks.read_countdown(problem.answer)[1])) for problem in islice(stream, len(trained))]
+
+    first, second = epoch(), epoch()
+    assert sorted(first) == sorted(second) == trained and first != second
+    with pytest.raises(UserError, match="only 0 distinct"):
+        next(tasks.countdown(0, numbers=2, operators="/", largest=1, heldout=True))
 
 
 @settings(max_examples=50, deadline=None)
