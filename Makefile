@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 # Files that keep to 100 columns already; pyproject.toml has the 120 of the others.
-NARROW := verify.py judges.py equality.py values.py maths.py latex.py units.py algebra.py
+NARROW := demo.py verify.py judges.py equality.py values.py maths.py latex.py units.py algebra.py
 READY := $(if $(findstring $(VENV)/,$(PYTHON)),$(VENV)/ready)
 
 .PHONY: demo test lint bench gpu help

@@ -3,24 +3,22 @@
     python cot.py --out chains.jsonl --count 20000                                    # countdown, by program
     python cot.py --out chains.jsonl --data gsm8k.jsonl --model DIR [DIR2 ...] --n 4   # from models' own attempts
 
-Both write JSONL that `sft.py --data` reads: `problem`, `answer`, `response`, and `stop` (false where the chain is cut
-off before its end, so that no stop token is trained on it).
+Both write JSONL that `sft.py --data` reads: `problem`, `answer`, `task` and `response`.
 
-**By program** (countdown). A chain is a list of attempts with their arithmetic spelled out, each followed by " no" or
-" yes"; then a check that evaluates the whole expression again; then the box:
+**By program** (countdown), the paper's way in miniature. Several attempts at a problem are drawn, each at another
+value that the numbers can make; they are merged up to the first that is right; a problem without a right one is
+dropped. Every attempt spells its arithmetic out and compares what it came to with the target; then a check evaluates
+the whole expression again; then the box:
 
-    25-7=18, 18+3=21 no
-    7*3=21, 25-21=4 yes
+    25-7=18, 18+3=21 not 4
+    7*3=21, 25-21=4 is 4
     check 25-(7*3)=25-21=4 ok
     \\boxed{25-(7*3)}
 
-Each attempt tries another value that the numbers can make, in random order. The trap here is a shortcut. If every
-chain held at most six attempts and ended well, then "the sixth attempt succeeds" would be a law of the data, and a
-model learns it sooner than arithmetic: it would claim success at the sixth attempt whatever came out. In random order
-an attempt succeeds one time in five at first and, as values are ruled out, one time in two at best; a chain that has
-not succeeded after `most` attempts is simply cut off; and after any failure a chain may honestly give up (`give_up`),
-as a model's own chains do. Imitation copies that too; that it pays to think on is left for RL to find. (Three numbers
-make five values on average. Four make fifteen, and want a larger --most and a smaller --give-up.)
+Such chains hold a shortcut, and it is not planted: it follows from ending every chain in success, as T1's are. Where
+three attempts were drawn, the third that is shown always succeeds, so a model learns to *claim* success at the third
+attempt sooner than it learns to look whether the value is the target; and it never sees what comes after a third
+failure. Imitation cannot mend that. Reinforcement learning can: it pays to look, and to think on.
 
 **From models' own attempts** (any problem file), T1's four steps: `sample_attempts` from one or several checkpoints
 and verify them; `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic, or with a
@@ -29,7 +27,7 @@ tries again, verifies and ends in the box; with `--rewrite DIR`, let a model rew
 only where its answer is still right. A problem without a right attempt is dropped: there is nothing to end its chain.
 
 Where this differs from the paper: T1 merges and rewrites with strong models, here the merging is by program; and how
-many failures a chain shows is drawn at random, for the same reason as above.
+many failures a chain shows is drawn at random, so that fewer chains end at the same place.
 """
 
 import json
@@ -67,36 +65,36 @@ def check(expression: str) -> str:
     return "=".join(forms)
 
 
-def countdown_chain(problem: Problem, rng: random.Random, most: int = 8, give_up: float = 0.2) -> dict:
-    """One chain for a countdown problem: values that the numbers can make are tried in random order until one is the
-    target; every failure ends the chain with chance `give_up`, and after `most` failures it is cut off."""
+def countdown_chain(problem: Problem, rng: random.Random, attempts: int) -> dict | None:
+    """One chain for a countdown problem: of `attempts` values that the numbers can make, drawn in random order, those
+    up to the first that is the target. None where none of them is."""
     target, numbers, operators = tasks.read_countdown(problem.answer)
-    row = {"problem": problem.question, "answer": problem.answer, "task": "countdown"}
     walks = tasks.ways(numbers, operators)
     if target not in walks:
         raise UserError(f"there is no way from {numbers} to {target} with {operators}")
     text = ""
-    for walk in rng.sample(list(walks.values()), min(most, len(walks))):
+    for walk in rng.sample(list(walks.values()), min(attempts, len(walks))):
+        steps = ", ".join(walk.steps)
         if walk.value == target:
-            text += f"{', '.join(walk.steps)} yes\ncheck {check(walk.expression)} ok\n\\boxed{{{walk.expression}}}"
-            return row | {"response": text, "stop": True}
-        text += f"{', '.join(walk.steps)} no\n"
-        if rng.random() < give_up:
-            return row | {"response": text + GIVE_UP, "stop": True}
-    return row | {"response": text, "stop": False}
+            text += f"{steps}{tasks.CLAIM}{target}\n"
+            text += f"check {check(walk.expression)} ok\n\\boxed{{{walk.expression}}}"
+            return {"problem": problem.question, "answer": problem.answer, "task": "countdown", "response": text}
+        text += f"{steps}{tasks.FAILURE}{target}\n"
+    return None
 
 
-GIVE_UP = "give up"
-WORDS = [" no\n", " yes\n", ", ", "check ", " ok\n", "\\boxed{", "numbers ", "target ", "operators ", GIVE_UP]
+WORDS = [tasks.FAILURE, tasks.CLAIM, ", ", "check ", " ok\n", "\\boxed{", "numbers ", "target ", "operators "]
 """What the demo's tokenizer holds as one token each, besides the numbers up to 99."""
 
 
-def by_program(config: "Config") -> Iterator[dict]:
-    """Chains for `count` countdown training problems; the held-out ones are never used."""
-    problems = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators)
+def by_program(config: "Config", show: bool = True) -> Iterator[dict]:
+    """`count` chains for countdown training problems, several for each where there are fewer problems than chains. The
+    held-out problems are never used. show: a progress bar."""
+    problems = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators, largest=config.largest)
     rng = random.Random(f"chains {config.seed}")
-    for problem in tqdm(islice(problems, config.count), total=config.count, desc="chains"):
-        yield countdown_chain(problem, rng, config.most, config.give_up)
+    chains = (countdown_chain(problem, rng, config.attempts) for problem in problems)
+    found = islice((chain for chain in chains if chain is not None), config.count)
+    yield from tqdm(found, "chains", config.count, disable=not show)
 
 
 # ---------------------------------------------------------------------------------------------------- by attempts
@@ -238,7 +236,7 @@ def by_attempts(config: "Config") -> list[dict]:
     for problem, failures, right in chosen:
         response = merge([(attempt, next(critiques)) for attempt in failures], right, next(critiques))
         row = {"problem": problem.question, "answer": problem.answer, "task": problem.task, "response": response}
-        rows.append(row | {"stop": True, "failures": len(failures)})
+        rows.append(row | {"failures": len(failures)})
     if config.rewrite:
         rewrite(config.rewrite, rows, replace(params, max_tokens=config.rewrite_tokens))
     return rows
@@ -254,15 +252,15 @@ class Config:
     seed: int = 0
     """The same seed gives the same chains."""
     count: int = 20_000
-    """By program: number of chains, one problem each."""
+    """By program: number of chains."""
     numbers: Literal[3, 4] = 3
     """By program: how many numbers a countdown has."""
+    largest: int = tasks.LARGEST_GIVEN
+    """By program: the numbers are drawn from 1 to this (99 at most)."""
     operators: str = "+-*"
     """By program: the operators allowed; add / for exact division."""
-    most: int = 8
-    """By program: a chain is cut off after so many failed attempts."""
-    give_up: float = 0.2
-    """By program: the chance that a chain gives up after a failed attempt."""
+    attempts: int = 3
+    """By program: attempts drawn at a problem, the most that a chain can show. 99: all there are."""
     data: str | None = None
     """From attempts: the problem file, JSONL with `problem` (or `question`) and `answer`."""
     model: tuple[str, ...] = ()
@@ -293,10 +291,9 @@ def main(config: Config) -> None:
         raise UserError("--data and --model belong together: a problem file, and checkpoints that attempt it")
     if min(config.max_tokens, config.rewrite_tokens) < 1:
         raise UserError("--max-tokens and --rewrite-tokens must be at least 1")
-    if min(config.count, config.n, config.most, config.limit or 1) < 1 or config.failures < 0:
-        raise UserError("--count, --n, --most and --limit must be at least 1, --failures at least 0")
-    if not 0 <= config.give_up < 1:
-        raise UserError(f"--give-up {config.give_up}: a chance from 0 up to 1")
+    if min(config.count, config.n, config.attempts, config.limit or 1) < 1 or config.failures < 0:
+        raise UserError("--count, --n, --attempts and --limit must be at least 1, --failures at least 0")
+    tasks.check_largest(config.largest)
     tasks.check_operators(config.operators)
     rows = by_attempts(config) if config.data else list(by_program(config))
     cli.write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

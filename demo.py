@@ -1,16 +1,24 @@
-"""T1 in miniature, from nothing to a policy that thinks longer and answers better, on a laptop CPU.
+"""T1 in miniature: RL teaches a policy to think further than it was ever shown, on a laptop CPU.
 
-    python demo.py                      # `make demo`: about ten minutes on 2 cores
+    python demo.py                 # `make demo`: about sixteen minutes on 2 slow cores
     python demo.py --seed 1 --out runs/demo-1
+    python demo.py --baselines     # afterwards: what more SFT, and better data, would have given
 
-Five stages, each the very command that a large run would use; a stage that is done is not repeated, so an interrupted
-demo goes on where it was stopped:
+Each stage is the very command that a large run would use; a stage that is done is not repeated, so
+an interrupted demo goes on where it was stopped:
 
-1. cot.py       synthesise chains of thought that try, fail, notice and verify
+1. cot.py       synthesise chains of thought: a few attempts, merged up to the first that is right
 2. sft.py       teach them to a small transformer with random weights
-3. rl.py        T1's reinforcement learning; no set of numbers that is held out comes up in 2 or 3
-4. evaluate.py  the held-out problems: pass@1, pass@16, accuracy against thinking budget, what the failures are made of
-5. the figure, the closing table, and summary.json
+3. rl.py        T1's reinforcement learning; no held-out set of numbers comes up in 2 or 3
+4. evaluate.py  the held-out problems: pass@1, pass@16, accuracy against thinking budget, and what
+                the failures are made of
+5. evaluate.py  the same curve for checkpoints on the way, after 30 and 60 % of RL
+6. the figure, the closing table, and summary.json
+
+The claim is that RL, and not the data, teaches what the policy can do in the end. Two baselines
+test it. *More SFT*: SFT goes on from its model for the minutes that RL took, on the same data, with
+a warm-up and a decay of its own. *The oracle's SFT*: in one go, for the minutes of SFT and RL
+together, on chains as long as the task ever needs, which the policy never saw.
 """
 
 import dataclasses
@@ -18,7 +26,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -28,13 +36,19 @@ import cot
 import evaluate
 import rl
 import sft
+import tasks
 from cli import UserError
 from evaluate import Result
 from runfolder import read_metrics
+from tokenizer import load_tokenizer
 
-MOST = 8  # attempts in the longest chain the model is ever shown: 120 tokens
-BUDGET = 224  # tokens a response may take in RL and in evaluation: nearly twice that
-BUDGETS = "28,42,56,84,112,168,224"
+ATTEMPTS = 3  # in the longest chain that the model is ever shown: two fail, and one is right
+ALL_ATTEMPTS = 99  # the oracle's: more than there are values to try
+BUDGET = 336  # tokens a response may take in RL and in evaluation: room for some twenty attempts
+BUDGETS = "42,56,84,112,168,224,336"
+CURVE_SAMPLES = 2  # of each problem, for the curve: every cut chain costs a forced answer
+SHARES = (0.3, 0.6)  # of RL's steps, after which the curve is measured, too
+PROBE = tasks.countdown_problem([3, 5, 7], 22)  # sixteen values to try; 64 responses are counted
 
 
 @dataclass
@@ -43,73 +57,103 @@ class Config:
     """Run folder; a demo that was interrupted goes on in it."""
     seed: int = 0
     """Decides the problems, the weights at the start, and every sampled token."""
-    chains: int = 72_000
+    chains: int = 34_000
     """Chains of thought to train on."""
-    steps: int = 56
+    sft_steps: int = 3400
+    """Steps of SFT."""
+    steps: int = 90
     """Steps of RL."""
     heldout: int = 1024
     """Held-out problems; no set of numbers among them is ever trained on."""
     samples: int = 16
     """Responses to each held-out problem."""
+    baselines: bool = False
+    """Also train and measure the two baselines: about as long again."""
 
 
-def chain_flags(config: Config, out: Path) -> cot.Config:
-    file = str(out / "chains.jsonl")
-    return cot.Config(file, seed=config.seed, count=config.chains, most=MOST, give_up=0.2)
+# --- the stages, as flags of the commands ---------------------------------------------------------
 
 
-def sft_flags(config: Config, out: Path) -> sft.Config:
-    """Small steps and many of them: 1,024 tokens each. With four times as many a step it learned far less a minute."""
+def chain_flags(config: Config, file: Path, attempts: int = ATTEMPTS) -> cot.Config:
+    return cot.Config(str(file), seed=config.seed, count=config.chains, attempts=attempts)
+
+
+def sft_flags(config: Config, out: Path, chains: Path, steps: int) -> sft.Config:
+    """Small steps and many: 1,024 tokens. With four times as many it learned far less a minute."""
     return sft.Config(
-        out=str(out / "sft"),
-        data=str(out / "chains.jsonl"),
+        out=str(out),
+        data=str(chains),
         seed=config.seed,
-        epochs=1,
+        steps=steps,
         lr=6e-3,
         optimizer="muon",
         weight_decay=0.0,
         batch_tokens=1024,
+        random_positions=0.7,
         eval_every=500,
         checkpoint_every=500,
-        resume=(out / "sft").exists(),
+        resume=out.exists(),
     )
 
 
 def rl_flags(config: Config, out: Path) -> rl.Config:
+    every = max(1, config.steps // 10)
     return rl.Config(
         model=str(out / "sft"),
         out=str(out / "rl"),
         task="countdown",
-        seed=config.seed + 1000,  # another stream of problems; most are among the chains', none are held out
+        seed=config.seed + 1000,  # another order of the same problems; none of them is held out
         steps=config.steps,
-        prompts=96,
+        prompts=64,
         samples=16,
         max_tokens=BUDGET,
         minibatches=2,
         micro_tokens=4096,
-        lr=6e-4,
+        lr=5e-4,
         warmup=4,
-        cooldown=16,
-        temperature=1.0,
+        checkpoint_every=every,
+        keep_every=every,
         resume=(out / "rl").exists(),
     )
 
 
-def evaluate_flags(config: Config, out: Path) -> evaluate.Config:
+def evaluate_flags(config: Config, models: list[Path], out: Path) -> evaluate.Config:
     return evaluate.Config(
-        model=[str(out / "sft"), str(out / "rl")],
+        model=[str(model) for model in models],
         task="countdown",
         limit=config.heldout,
         n=config.samples,
         k=",".join(str(k) for k in (1, 4, 16) if k <= config.samples),
         budgets=BUDGETS,
-        curve_samples=4,
+        curve_samples=CURVE_SAMPLES,
         max_tokens=BUDGET,
         seed=config.seed,
         max_batch=2048,
-        out=str(out / "evaluation"),
-        resume=(out / "evaluation").exists(),
+        out=str(out),
+        resume=out.exists(),
     )
+
+
+def curve_flags(config: Config, models: list[Path], out: Path) -> evaluate.Config:
+    """The curve alone, of as many samples as the others have in theirs."""
+    samples = min(CURVE_SAMPLES, config.samples)
+    return replace(evaluate_flags(config, models, out), n=samples, k="1", curve_samples=None)
+
+
+def probe_flags(config: Config, models: list[Path], out: Path) -> evaluate.Config:
+    return evaluate.Config(
+        model=[str(model) for model in models],
+        data=str(out / "probe.jsonl"),
+        n=64,
+        budgets=str(BUDGET),  # the curve's figure is written last: then all is measured
+        max_tokens=BUDGET,
+        seed=config.seed,
+        out=str(out / "probe"),
+        resume=(out / "probe").exists(),
+    )
+
+
+# --- running them ---------------------------------------------------------------------------------
 
 
 def command(script: str, flags: object) -> str:
@@ -124,47 +168,33 @@ def command(script: str, flags: object) -> str:
     return " ".join(words)
 
 
-def stage(name: str, out: Path, done: Path, flags: object, run: Callable, seconds: dict[str, float]) -> None:
-    """Run one stage unless what it makes is there; `seconds` adds up what it took, over interruptions too."""
-    print(f"\n$ {command(name + '.py', flags)}", flush=True)
-    if done.exists():
-        print(f"  {done} is there already")
-        return
-    began = time.perf_counter()
-    try:
-        run(flags)
-    finally:
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
-        cli.write_text(out / "seconds.json", json.dumps(seconds))
+class Stages:
+    """Runs each stage unless what it makes is there; `seconds` adds up what each took, over
+    interruptions too."""
 
+    def __init__(self, out: Path, seconds: dict[str, float]):
+        self.out, self.seconds = out, seconds
 
-def draw(results: dict[str, Result], metrics: list[dict], path: Path) -> None:
-    """What to look at: accuracy against thinking budget, RL's course, and what the failures are made of."""
-    figure = Figure(figsize=(14, 4), layout="constrained")
-    budgets, course, failures = figure.subplots(1, 3)
-    evaluate.draw_budgets(budgets, results)
-    steps = [row["step"] for row in metrics]
-    course.plot(steps, [row["accuracy"] for row in metrics], color="C1", label="accuracy of the samples")
-    course.set(xlabel="step of RL", ylabel="accuracy", title="RL: more right, and longer")
-    length = course.twinx()
-    length.plot(steps, [row["length"] for row in metrics], color="C2", label="mean length")
-    length.set_ylabel("tokens")
-    course.legend(handles=[*course.lines, *length.lines], loc="lower right")
-    kinds = sorted({kind for result in results.values() for kind in result.failures})
-    for i, (name, result) in enumerate(results.items()):
-        places = [place + 0.4 * i for place in range(len(kinds))]
-        failures.barh(places, [100 * result.failures.get(kind, 0) for kind in kinds], height=0.4, label=name)
-    failures.set_yticks([place + 0.2 for place in range(len(kinds))], kinds)
-    failures.set(xlabel="% of all responses", title="What the failures are made of")
-    failures.legend()
-    figure.savefig(path, dpi=130)
+    def run(self, name: str, script: str, done: Path, flags: object, main: Callable) -> None:
+        print(f"\n$ {command(script, flags)}", flush=True)
+        if done.exists():
+            print(f"  {done} is there already")
+            return
+        began = time.perf_counter()
+        try:
+            main(flags)
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            cli.write_text(self.out / "seconds.json", json.dumps(self.seconds))
 
 
 def open_folder(config: Config, out: Path) -> dict[str, float]:
-    """The seconds spent so far. A folder made with other flags, or by something else, is left as it is."""
-    if config.chains < 100 or min(config.steps, config.heldout, config.samples) < 1:
-        raise UserError("--chains must be at least 100; --steps, --heldout and --samples at least 1")
-    flags = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
+    """The seconds spent so far. A folder of other flags, or of something else, is left as it is."""
+    counts = (config.sft_steps, config.steps, config.heldout, config.samples)
+    if config.chains < 100 or min(counts) < 1:
+        raise UserError("--chains must be at least 100, and all other counts at least 1")
+    flags = dataclasses.asdict(config)
+    del flags["out"], flags["baselines"]
     file, seconds = out / "demo.json", out / "seconds.json"
     if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds no demo: choose another --out")
@@ -179,31 +209,160 @@ def open_folder(config: Config, out: Path) -> dict[str, float]:
     return spent
 
 
+def checkpoints(config: Config, out: Path) -> dict[float, Path]:
+    """{share of RL's steps: the policy after it, as a model folder}, for those of SHARES."""
+    every = rl_flags(config, out).keep_every
+    folders = {}
+    for share in SHARES:
+        step = max(1, round(share * config.steps / every)) * every
+        folders[share] = out / f"rl-step-{step}"
+        if not folders[share].exists():
+            flags = rl.Config(model=str(out / "sft"), out=str(out / "rl"))
+            rl.main(replace(flags, export=str(folders[share]), step=step))
+    return folders
+
+
+def baselines(config: Config, out: Path, stages: Stages) -> dict[str, Result]:
+    """{"more_sft", "best_sft": measured}. Their steps follow from the seconds of SFT and RL."""
+    longer = stages.seconds.get("rl", 0.0) / max(stages.seconds.get("sft", 0.0), 1e-9)
+    file = out / "steps_more.json"
+    if not file.exists():  # an interrupted baseline goes on with the steps that it began with
+        cli.write_text(file, json.dumps(max(1, round(longer * config.sft_steps))))
+    steps_more = json.loads(file.read_text())
+
+    chains, oracle = out / "chains.jsonl", out / "oracle.jsonl"
+    flags = chain_flags(config, oracle, ALL_ATTEMPTS)
+    stages.run("oracle chains", "cot.py", oracle, flags, cot.main)
+    more = replace(sft_flags(config, out / "more_sft", chains, steps_more), model=str(out / "sft"))
+    stages.run("more_sft", "sft.py", out / "more_sft" / "model", more, sft.main)
+    best = sft_flags(config, out / "best_sft", oracle, config.sft_steps + steps_more)
+    stages.run("best_sft", "sft.py", out / "best_sft" / "model", best, sft.main)
+
+    folders, evaluation = [out / "more_sft", out / "best_sft"], out / "evaluation-baselines"
+    flags = evaluate_flags(config, folders, evaluation)
+    done = evaluation / "budgets.png"
+    stages.run("evaluate baselines", "evaluate.py", done, flags, evaluate.main)
+    measured = evaluate.load_results(evaluation / "results.json")
+    return {folder.name: measured[str(folder)] for folder in folders}
+
+
+# --- what came of it ------------------------------------------------------------------------------
+
+
+def longest_shown(chains: Path, model: Path) -> dict[str, int]:
+    """The most attempts, and the most tokens (with the stop token), of any chain in the data."""
+    tokenizer = load_tokenizer(str(model))
+    responses = [row["response"] for row in cli.read_jsonl(chains)]
+    return {
+        "attempts": max(len(tasks.attempts(response)) for response in responses),
+        "tokens": max(len(tokenizer.encode(response)) + 1 for response in responses),
+    }
+
+
+def draw(
+    results: dict[str, Result], shown: dict[str, int], metrics: list[dict], path: Path
+) -> None:
+    """What to look at: accuracy against thinking budget, RL's course, what the failures are."""
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    budgets, course, failures = figure.subplots(1, 3)
+    evaluate.draw_budgets(budgets, results)
+    budgets.axvline(shown["tokens"], color="gray", linestyle="--", label="longest chain shown")
+    budgets.legend(loc="upper left", fontsize=8)  # where no curve runs
+
+    steps = [row["step"] for row in metrics]
+    accuracy = [row["accuracy"] for row in metrics]
+    course.plot(steps, accuracy, color="C1", label="accuracy of the samples")
+    course.set(xlabel="step of RL", ylabel="accuracy", title="The course of RL")
+    length = course.twinx()
+    length.plot(steps, [row["length"] for row in metrics], color="C2", label="mean length")
+    length.set_ylabel("tokens")
+    course.legend(handles=[*course.lines, *length.lines], loc="lower right")
+
+    ends = {name: results[name] for name in ("SFT", "RL")}
+    kinds = sorted({kind for result in ends.values() for kind in result.failures})
+    for i, (name, result) in enumerate(ends.items()):
+        places = [place + 0.4 * i for place in range(len(kinds))]
+        shares = [100 * result.failures.get(kind, 0) for kind in kinds]
+        failures.barh(places, shares, height=0.4, label=name)
+    failures.set_yticks([place + 0.2 for place in range(len(kinds))], kinds)
+    failures.set(xlabel="% of all responses", title="What the failures are made of")
+    failures.legend()
+    figure.savefig(path, dpi=130)
+
+
 def main(config: Config) -> None:
     out = Path(config.out)
     seconds = open_folder(config, out)
-    stage("cot", out, out / "chains.jsonl", chain_flags(config, out), cot.main, seconds)
-    stage("sft", out, out / "sft" / "model", sft_flags(config, out), sft.main, seconds)
-    stage("rl", out, out / "rl" / "model", rl_flags(config, out), rl.main, seconds)
-    stage("evaluate", out, out / "summary.json", evaluate_flags(config, out), evaluate.main, seconds)
+    stages = Stages(out, seconds)
+    chains, trained = out / "chains.jsonl", [out / "sft", out / "rl"]
+    stages.run("cot", "cot.py", chains, chain_flags(config, chains), cot.main)
+    flags = sft_flags(config, out / "sft", chains, config.sft_steps)
+    stages.run("sft", "sft.py", out / "sft" / "model", flags, sft.main)
+    stages.run("rl", "rl.py", out / "rl" / "model", rl_flags(config, out), rl.main)
+
+    flags = evaluate_flags(config, trained, out / "evaluation")
+    stages.run("evaluate", "evaluate.py", out / "evaluation" / "budgets.png", flags, evaluate.main)
+    on_the_way = checkpoints(config, out)
+    flags = curve_flags(config, list(on_the_way.values()), out / "curves")
+    stages.run("curves", "evaluate.py", out / "curves" / "budgets.png", flags, evaluate.main)
+    probe = {"problem": PROBE.question, "answer": PROBE.answer, "task": PROBE.task}
+    cli.write_text(out / "probe.jsonl", json.dumps(probe) + "\n")
+    flags = probe_flags(config, trained, out)
+    stages.run("probe", "evaluate.py", out / "probe" / "budgets.png", flags, evaluate.main)
     if not (out / "model").exists():  # so that runs/demo is itself a --model
         shutil.copytree(out / "rl" / "model", out / "model.partial", dirs_exist_ok=True)
         (out / "model.partial").rename(out / "model")
 
     measured = evaluate.load_results(out / "evaluation" / "results.json")
-    results = {"SFT": measured[str(out / "sft")], "RL": measured[str(out / "rl")]}
-    draw(results, read_metrics(out / "rl" / "metrics.jsonl"), out / "demo.png")
+    curves = evaluate.load_results(out / "curves" / "results.json")
+    probed = evaluate.load_results(out / "probe" / "results.json")
+    results = {"SFT": measured[str(out / "sft")]}
+    for share, folder in on_the_way.items():
+        results[f"{share:.0%} of RL"] = curves[str(folder)]
+    results["RL"] = measured[str(out / "rl")]
+    shown = longest_shown(chains, out / "sft")
+    draw(results, shown, read_metrics(out / "rl" / "metrics.jsonl"), out / "demo.png")
+
+    ends = {"SFT": results["SFT"], "RL": results["RL"]}
+    budget_curves = {name: result.summary()["budget_curve"] for name, result in results.items()}
+    main_stages = ("cot", "sft", "rl", "evaluate", "curves", "probe")
     summary = {
-        "seconds": round(sum(seconds.values()), 1),
-        "seconds_by_stage": {name: round(value, 1) for name, value in seconds.items()},
-        "sft": results["SFT"].summary(),
-        "rl": results["RL"].summary(),
         "seed": config.seed,
         "problems_heldout": config.heldout,
+        "sft": ends["SFT"].summary(),
+        "rl": ends["RL"].summary(),
+        "longest_shown": shown,
+        "beyond_shown": {name.lower(): ends[name].right_beyond(shown["attempts"]) for name in ends},
+        "rl_curves": {},
+        "probe": {"problem": PROBE.question},
     }
+    for folder in trained:
+        summary["probe"][folder.name] = sum(probed[str(folder)].correct[0])
+    for share in SHARES:
+        summary["rl_curves"][str(share)] = budget_curves[f"{share:.0%} of RL"]
+    summary["rl_curves"]["1.0"] = budget_curves["RL"]
+    if config.baselines or (out / "evaluation-baselines" / "budgets.png").exists():
+        found = baselines(config, out, stages)
+        summary["baselines"] = {name: result.summary() for name, result in found.items()}
+        for name, result in found.items():
+            summary["beyond_shown"][name] = result.right_beyond(shown["attempts"])
+        ends |= {"more SFT": found["more_sft"], "oracle's SFT": found["best_sft"]}
+    summary["seconds"] = round(sum(seconds.get(name, 0.0) for name in main_stages), 1)
+    summary["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
     cli.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"\n{evaluate.table(results)}\n\nin {summary['seconds']:.0f} s; the figure is {out / 'demo.png'}")
-    print(f'Watch it think:  python sample.py --model {out} "numbers 19 17 43, target 41"')
+
+    print(f"\n{evaluate.table(ends)}\n")
+    print(f"the chains shown had up to {shown['attempts']} attempts and {shown['tokens']} tokens")
+    for name in ("SFT", "RL"):
+        share = ends[name].right_beyond(shown["attempts"])
+        print(f"{name}: right at a later attempt than that: {100 * share:.1f} % of all responses")
+    probe = summary["probe"]
+    print(f"{probe['problem']}: {probe['sft']} of 64 right after SFT, {probe['rl']} after RL")
+    print(f"\nin {summary['seconds']:.0f} s; the figure is {out / 'demo.png'}")
+    if not config.baselines:
+        again = f"python demo.py --seed {config.seed} --out {out} --baselines"
+        print(f"Was it the data? Ask the baselines:  {again}")
+    print(f'Watch it think:  python sample.py --model {out} "numbers 3 5 7, target 22"')
 
 
 if __name__ == "__main__":

@@ -178,10 +178,17 @@ class Result:
     curve: dict[int, list[float]]  # thinking budget -> accuracy per problem
     failures: dict[str, float]  # kind -> share of all samples
     ks: list[int]
+    attempts: list[list[int]]  # countdown: how many attempts a sample made (0 elsewhere)
+    repeats: float  # countdown: share of the attempts that came to what an earlier one of the sample had come to
+    lost: float  # countdown: share of all samples that failed after such a repeat
 
     def rates(self) -> list[float]:
         """The pass rate of each problem."""
         return [sum(row) / len(row) for row in self.correct]
+
+    def right_beyond(self, attempts: int) -> float:
+        """The share of all samples that are right, at an attempt beyond so many."""
+        return float(np.mean(np.array(self.correct) & (np.array(self.attempts) > attempts)))
 
     def per_problem(self) -> dict[str, list[float]]:
         """Every score whose mean over the problems is reported, by name."""
@@ -190,6 +197,7 @@ class Result:
 
     def summary(self) -> dict:
         scores = {}
+        attempts = float(np.mean(self.attempts))
         for name, values in self.per_problem().items():
             scores[name], scores[f"{name}_ci"] = float(np.mean(values)), interval(values)
         return scores | {
@@ -197,6 +205,9 @@ class Result:
             "truncated": self.truncated,
             "budget_curve": {budget: float(np.mean(values)) for budget, values in self.curve.items()},
             "failures": self.failures,
+            "attempts": attempts,
+            "repeats": self.repeats,
+            "lost": self.lost,
             "problems": len(self.correct),
             "samples": len(self.correct[0]),
         }
@@ -243,6 +254,13 @@ def evaluate(
         for (problem, text), verdict in zip(flat, verdicts)
     )
     correct = [[v.correct for v in verdicts[i : i + samples]] for i in range(0, len(flat), samples)]
+    tried = [tasks.attempts(text) for _, text in flat]
+    total = again = lost = 0
+    for values, verdict in zip(tried, verdicts):
+        repeated = len(values) - len(set(values))
+        total += len(values)
+        again += repeated
+        lost += repeated > 0 and not verdict.correct
     classes = [answer_classes(*row) for row in zip(problems, texts, correct)] if max(ks) > 2 else []
     return Result(
         correct=correct,
@@ -252,6 +270,9 @@ def evaluate(
         curve=budget_curve(answer_sampler or sampler, tokenizer, problems, cuttable, list(budgets), progress),
         failures={kind: count / len(flat) for kind, count in kinds.most_common() if kind != "correct"},
         ks=list(ks),
+        attempts=[[len(values) for values in tried[i : i + samples]] for i in range(0, len(flat), samples)],
+        repeats=again / max(1, total),
+        lost=lost / len(flat),
     )
 
 
@@ -292,6 +313,10 @@ def table(results: dict[str, Result]) -> str:
         rows.append((name, cells))
     rows.append(("mean tokens", [f"{s['mean_tokens']:.1f}" for s in summaries.values()]))
     rows.append(("without an end", [f"{100 * s['truncated']:.1f} %" for s in summaries.values()]))
+    if first["attempts"]:
+        rows.append(("attempts", [f"{s['attempts']:.2f}" for s in summaries.values()]))
+        rows.append(("... that repeat a value", [f"{100 * s['repeats']:.1f} %" for s in summaries.values()]))
+        rows.append(("repeats, and fails", [f"{100 * s['lost']:.1f} %" for s in summaries.values()]))
     for budget in first["budget_curve"]:
         rows.append((f"at {budget} tokens", [f"{100 * s['budget_curve'][budget]:.1f} %" for s in summaries.values()]))
     for kind in dict.fromkeys(kind for summary in summaries.values() for kind in summary["failures"]):
@@ -300,17 +325,24 @@ def table(results: dict[str, Result]) -> str:
     return "\n".join(f"{label:<26}" + "".join(f"{cell:>{width}}" for cell in cells) for label, cells in rows)
 
 
-def curate(rows: list[dict], result: Result, path: str | Path) -> None:
-    """T1's choice of problems: keep those neither always nor never solved, with their `difficulty` (1 - pass rate)."""
+def curate(rows: list[dict], result: Result, path: str | Path, above: float = 0.0, upto: float = 1.0) -> None:
+    """T1's choice of problems: keep those neither always nor never solved, with their `difficulty` (1 - pass rate).
+
+    Of those, the ones whose pass rate is greater than `above`, and at most `upto` (T1: about 0.3).
+    """
     rates = result.rates()
-    kept = [row | {"difficulty": round(1 - rate, 4)} for row, rate in zip(rows, rates) if 0 < rate < 1]
+    chosen = [max(0, above) < rate <= upto and rate < 1 for rate in rates]
+    kept = [row | {"difficulty": round(1 - rate, 4)} for row, rate, keep in zip(rows, rates, chosen) if keep]
     print("pass rate    problems")
     labels = ["0", *(f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)), "1"]
     counts = Counter(0 if rate == 0 else 11 if rate == 1 else 1 + int(10 * rate) for rate in rates)
     for i, label in enumerate(labels):
         print(f"{label:<12} {counts[i]:>6}  {'#' * round(50 * counts[i] / len(rates))}")
     if not kept:
-        raise UserError(f"each of the {len(rows)} problems is always or never solved: nothing to write to {path}")
+        raise UserError(
+            f"each of the {len(rows)} problems is always or never solved, or outside of the bounds: "
+            f"nothing to write to {path}"
+        )
     cli.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     print(f"kept {len(kept)} of {len(rows)} problems in {path}")
 
@@ -352,6 +384,16 @@ class Config:
     """Accept an answer outside a box ("the answer is 7", the last number), for models not taught to box it."""
     curate: str | None = None
     """Write the problems that the (one) model neither always nor never solves to this JSONL, with their difficulty."""
+    curate_above: float = 0.0
+    """With --curate: only problems with a pass rate above this."""
+    curate_upto: float = 1.0
+    """With --curate: only problems with a pass rate of at most this (T1 keeps hard ones: about 0.3)."""
+    numbers: int = 3
+    """Countdown: how many numbers."""
+    largest: int = tasks.LARGEST_GIVEN
+    """Countdown: the numbers are drawn from 1 to this."""
+    operators: str = "+-*"
+    """Countdown: which operators; / divides exactly."""
     out: str | None = None
     """Folder for results.json and budgets.png."""
     resume: bool = False
@@ -379,7 +421,11 @@ def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
         raise UserError(f"--limit {config.limit}: at least one problem")
     if config.data:
         return tasks.load(config.data)[: config.limit], cli.read_jsonl(config.data)[: config.limit]
-    problems = list(islice(tasks.countdown(config.seed, heldout=True), config.limit or 1024))
+    if not 2 <= config.numbers <= 4:
+        raise UserError(f"--numbers must be 2, 3 or 4, not {config.numbers}")
+    tasks.check_largest(config.largest)
+    stream = tasks.countdown(config.seed, True, config.numbers, config.operators, config.largest)
+    problems = list(islice(stream, config.limit or 1024))
     return problems, [{"problem": p.question, "answer": p.answer, "task": p.task} for p in problems]
 
 
@@ -388,13 +434,18 @@ def main(config: Config) -> None:
     problems, rows = read_problems(config)
     if config.n < max(ks):
         raise UserError(f"--n {config.n} samples cannot give pass@{max(ks)}: raise --n")
+    if not config.curate and (config.curate_above, config.curate_upto) != (0, 1):
+        raise UserError("--curate-above and --curate-upto say what --curate FILE keeps: give that, too")
+    if not 0 <= config.curate_above < config.curate_upto <= 1:
+        raise UserError("--curate-above and --curate-upto are pass rates from 0 to 1, the first below the second")
     if config.curate and (len(config.model) > 1 or config.n < 2 or Path(config.curate).exists()):
         raise UserError("--curate needs one --model, --n of at least 2, and a file that does not exist yet")
     if config.curate:
         cli.check_parent(config.curate)
     results: dict[str, Result] = {}
     saved = Path(config.out) / "results.json" if config.out else None
-    flags = {k: v for k, v in asdict(config).items() if k not in ("model", "out", "resume", "curate", "max_batch")}
+    unmeasured = ("model", "out", "resume", "curate", "curate_above", "curate_upto", "max_batch")
+    flags = {k: v for k, v in asdict(config).items() if k not in unmeasured}
     if saved:
         cli.check_parent(saved)
     if saved and saved.exists():
@@ -440,7 +491,7 @@ def main(config: Config) -> None:
     if saved and budgets:
         plot_budgets(results, saved.with_name("budgets.png"))
     if config.curate:
-        curate(rows, results[config.model[0]], config.curate)
+        curate(rows, results[config.model[0]], config.curate, config.curate_above, config.curate_upto)
 
 
 def write_results(path: Path, flags: dict, results: dict[str, Result]) -> None:

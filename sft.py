@@ -1,6 +1,6 @@
 """T1 stage 1, the training: supervised fine-tuning on chains of thought that try, fail, notice and verify.
 
-    python sft.py --task countdown --chains 34000 --steps 4000 --batch-tokens 1024 --optimizer muon --lr 6e-3 \\
+    python sft.py --task countdown --chains 34000 --steps 3400 --batch-tokens 1024 --optimizer muon --lr 6e-3 \\
         --weight-decay 0 --random-positions 0.7 --out runs/sft                       # the demo's, from random weights
     python sft.py --model Qwen2.5-0.5B --data chains.jsonl --out runs/sft            # 3 epochs at 1e-5, as the paper
     torchrun --standalone --nproc_per_node=8 sft.py --model DIR --data chains.jsonl --out runs/sft
@@ -196,7 +196,8 @@ def read_examples(config: Config, tokenizer: Tokenizer, max_length: int, world: 
     if config.data is not None:
         rows, source = cli.read_jsonl(config.data), config.data
     else:
-        rows, source = list(cot.by_program(cot.Config("", seed=config.seed, count=config.chains))), "chain"
+        flags = cot.Config(out="", seed=config.seed, count=config.chains)
+        rows, source = list(cot.by_program(flags, show=world.main)), "chain"
     stop = stop_token(tokenizer)
     examples = []
     for number, row in enumerate(tqdm(rows, "tokens", disable=not world.main, leave=False), start=1):
@@ -305,6 +306,10 @@ def train(config: Config, world: World) -> None:
     runfolder.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
     max_length = config.max_length or model.config.context
+    if config.random_positions and max_length > model.config.context:
+        raise UserError(
+            f"--random-positions: --max-length {max_length} is beyond the context of {model.config.context}"
+        )
     examples = read_examples(config, tokenizer, max_length, world)
     heldout_count = min(config.heldout, len(examples) // 10)
     random.Random(f"held out of seed {config.seed}").shuffle(examples)

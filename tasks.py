@@ -165,16 +165,27 @@ def judge_countdown(problem: Problem, response: str) -> Verdict:
     return Verdict("correct" if value == target and sorted(used) == sorted(numbers) else "wrong")
 
 
-def diagnose_countdown(problem: Problem, response: str) -> str:
-    """What a countdown response is or fails by; the kinds are those of evaluate.py's table.
+CLAIM, FAILURE = " is ", " not "
+"""What stands between an attempt's value and the target it is compared with: "62-17=45 not 41", "24+17=41 is 41"."""
 
-    `false claim`: every step of the boxed attempt is right, but its value is not the target (or the box holds another
-    expression than the attempt). `wrong arithmetic`: a step of the attempt that was claimed is false.
+
+def attempts(response: str) -> list[str]:
+    """What each attempt of a countdown response came to, as it is written: the number before " not " or " is "."""
+    return re.findall(rf"=(\d+)(?:{FAILURE}|{CLAIM})\d+$", response, re.MULTILINE)
+
+
+def diagnose_countdown(problem: Problem, response: str) -> str:
+    """What a countdown response is, or fails by; the kinds are those of evaluate.py's table.
+
+    `no answer`: no box. `malformed`: the box holds no arithmetic. `wrong numbers`: not each of the given numbers once.
+    Otherwise the value is not the target, and the last attempt that was claimed to be says why: `wrong arithmetic`: one
+    of its steps is false. `false claim`: all of them are right (or nothing was claimed, or the box holds another
+    expression than the attempt).
     """
     target, numbers, operators = read_countdown(problem.answer)
     boxed = verify.last_boxed(response)
     if boxed is None:
-        return "gave up" if response.endswith("give up") else "out of budget"
+        return "no answer"
     try:
         value, used = verify.exact_arithmetic(boxed, operators)
     except verify.ParseError:
@@ -183,10 +194,19 @@ def diagnose_countdown(problem: Problem, response: str) -> str:
         return "wrong numbers"
     if value == target:
         return "correct"
-    claimed = [line for line in response.split("\n") if line.endswith(" yes")]
+    claimed = [line for line in response.split("\n") if CLAIM in line]
     steps = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", claimed[-1]) if claimed else []
-    exact = [verify.exact_arithmetic(f"{x}{operator}{y}", "+-*/")[0] == int(z) for x, operator, y, z in steps]
-    return "false claim" if all(exact) else "wrong arithmetic"
+    return "false claim" if all(holds(*step) for step in steps) else "wrong arithmetic"
+
+
+def holds(x: str, operator: str, y: str, result: str) -> bool:
+    """Is x operator y the result? Never raises: a garbled response may hold 7/0, or a number of a thousand digits."""
+    try:
+        value, _ = verify.exact_arithmetic(f"{x}{operator}{y}", "+-*/")
+        wanted, _ = verify.exact_arithmetic(result, "")
+    except verify.ParseError:
+        return False
+    return value == wanted
 
 
 # ---------------------------------------------------------------------------------------------------- problem files

@@ -31,10 +31,13 @@ RIGHT = Attempt("He buys 6. 3 + 6 = 9, so \\boxed{9}", "9", True)
 AGAIN = Attempt("3 * (1 + 2) = \\boxed{9}", "9", True)
 
 
-def chains(count, **options):
+def chains(count, attempts=3, operators="+-*"):
+    """(problem, its chain) for the problems that get one."""
     rng = random.Random(5)
-    for problem in islice(tasks.countdown(5, operators=options.pop("operators", "+-*")), count):
-        yield problem, cot.countdown_chain(problem, rng, **options)
+    for problem in islice(tasks.countdown(5, operators=operators), count):
+        row = cot.countdown_chain(problem, rng, attempts)
+        if row is not None:
+            yield problem, row
 
 
 # ------------------------------------------------------------------------------------------------- by program
@@ -45,57 +48,45 @@ def test_every_chain_is_right(operators):
     """Guards against chains that teach false arithmetic, a wrong verdict on an attempt, or a wrong box."""
     for problem, row in chains(300, operators=operators):
         target, numbers, _ = tasks.read_countdown(problem.answer)
-        for x, operator, y, z in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", row["response"].split("check")[0]):
-            assert verify.exact_arithmetic(f"{x}{operator}{y}", operators)[0] == int(z) <= tasks.LARGEST
-        for line in row["response"].split("\n"):
-            if line.endswith((" no", " yes")):
-                steps = re.findall(r"(\d+)[-+*/](\d+)=(\d+)", line)
-                assert len(steps) == len(numbers) - 1
-                assert (int(steps[-1][-1]) == target) == line.endswith(" yes")
-                made, used = Counter(), Counter()
-                for x, y, z in steps:
-                    used.update((int(x), int(y)))
-                    made[int(z)] += 1
-                made[int(steps[-1][-1])] -= 1  # the last value is what the attempt comes to
-                assert used == Counter(numbers) + made
-        ending = "correct" if "boxed" in row["response"] else "gave up" if row["stop"] else "out of budget"
-        assert tasks.diagnose_countdown(problem, row["response"]) == ending
-        assert tasks.judge_countdown(problem, row["response"]).correct == (ending == "correct")
+        *tried, check, _ = row["response"].split("\n")
+        assert check.startswith("check ")
+        for number, line in enumerate(tried, start=1):
+            steps = re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", line)
+            assert len(steps) == len(numbers) - 1
+            used, made = Counter(numbers), Counter()
+            for x, operator, y, z in steps:
+                assert verify.exact_arithmetic(f"{x}{operator}{y}", operators)[0] == int(z) <= tasks.LARGEST
+                used.subtract((int(x), int(y)))
+                used[int(z)] += 1
+            made[int(steps[-1][3])] = 1
+            assert +used == made, "every number is used once, and what is left is what the attempt comes to"
+            word = "is" if number == len(tried) else "not"
+            assert line.endswith(f"={steps[-1][3]} {word} {target}")
+            assert (int(steps[-1][3]) == target) == (word == "is")
+        assert tasks.diagnose_countdown(problem, row["response"]) == "correct"
+        assert tasks.judge_countdown(problem, row["response"]).correct
+        assert tasks.attempts(row["response"])[-1] == str(target) and len(tried) <= 3
 
 
-def test_no_position_implies_success():
-    """Guards against the shortcut "the sixth attempt succeeds": at no position may success be likely enough to be
-    claimed unseen. It rises from 1 in 5 to about 1 in 2 at the fifth attempt, as values are ruled out, and then falls:
-    many attempts are left only where there are many values. Giving up is as likely after every failure. (The tolerance
-    is three standard deviations, at most 0.5 / sqrt(n) each, and 0.02 for the expectation's own.)
-    """
-    reached, solved, given_up = Counter(), Counter(), Counter()
-    for _, row in chains(8_000, most=8, give_up=0.05):
-        attempts = re.findall(r" (no|yes)\n", row["response"])
-        reached.update(range(len(attempts)))
-        solved[len(attempts) - 1] += "boxed" in row["response"]
-        given_up[len(attempts) - 1] += row["response"].endswith(cot.GIVE_UP)
-    assert max(reached) == 7
-    for place, expected in enumerate([0.21, 0.28, 0.37, 0.48, 0.52, 0.44, 0.39, 0.39]):
-        assert solved[place] / reached[place] == pytest.approx(expected, abs=0.02 + 1.5 / reached[place] ** 0.5), place
-        assert given_up[place] / (reached[place] - solved[place]) == pytest.approx(0.05, abs=0.06), place
-
-
-def test_a_chain_that_is_cut_off_trains_no_stop():
-    """Guards against a stop token behind `most` failures: it would teach that thinking ends there."""
-    rows = [row for _, row in chains(400, most=2) if "boxed" not in row["response"]]
-    assert {row["stop"] for row in rows} == {True, False}
-    for row in rows:
-        assert row["response"].endswith(cot.GIVE_UP if row["stop"] else " no\n")
-        assert row["stop"] or row["response"].count(" no\n") == 2
+def test_a_chain_ends_in_its_first_success():
+    """Guards against data that is spoilt: chains that are cut off, give up, or go on after the success; and against a
+    choice of attempts that favours some. Of n values, drawn in random order, the target is the k-th with chance 1/n
+    for every k; a problem without it among the first 3 is dropped. (Three standard deviations.)"""
+    problem = tasks.countdown_problem([3, 5, 7], 22)
+    values, rng, tries = len(tasks.ways([3, 5, 7], "+-*")), random.Random(0), 20_000
+    rows = [cot.countdown_chain(problem, rng, 3) for _ in range(tries)]
+    lengths = Counter(len(tasks.attempts(row["response"])) for row in rows if row is not None)
+    assert lengths.keys() == {1, 2, 3}
+    for count in lengths.values():
+        assert count / tries == pytest.approx(1 / values, abs=1.5 / tries**0.5)
+    assert all(row is not None for row in (cot.countdown_chain(problem, rng, 99) for _ in range(50)))
 
 
 def test_no_value_is_tried_twice():
     """Guards against chains that repeat a failure, or try the same sum in another order: there is nothing to learn
     from either, and RL's penalty for repetition would punish what SFT taught."""
-    for _, row in chains(300, give_up=0.0):
-        values = [line.split("=")[-1] for line in row["response"].split("\n") if line.endswith((" no", " yes"))]
-        values = [value.split()[0] for value in values]
+    for _, row in chains(300, attempts=99):
+        values = tasks.attempts(row["response"])
         assert len(set(values)) == len(values)
 
 
@@ -122,7 +113,7 @@ def test_the_vocabulary_covers_the_chains():
 def test_unsolvable_problems_are_named():
     """Guards against a chain of failures for a problem that has no solution."""
     with pytest.raises(UserError, match="no way from"):
-        cot.countdown_chain(tasks.countdown_problem([1, 1, 1], 50), random.Random(0))
+        cot.countdown_chain(tasks.countdown_problem([1, 1, 1], 50), random.Random(0), 3)
 
 
 # ------------------------------------------------------------------------------------------------- by attempts
@@ -232,7 +223,7 @@ def test_attempts_become_training_data(tmp_path, monkeypatch, capsys):
     cot.main(cot.Config(str(out), data=write_problems(tmp_path), model=("one", "two"), n=2))
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["response"].endswith("So the answer is \\boxed{9}")  # and not {9.}, as the sentence ends
-    assert row["problem"] == PROBLEM.question and row["answer"] == "9" and row["stop"] is True
+    assert row["problem"] == PROBLEM.question and row["answer"] == "9"
     assert tasks.score(tasks.load(out), [row["response"]])[0].correct
     assert "1 of 2 problems" in capsys.readouterr().out
 
@@ -242,7 +233,7 @@ def test_program_chains_as_a_file(tmp_path):
     for name in ("a", "b"):
         cot.main(cot.Config(str(tmp_path / name), count=200))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    held = {p.question for p in islice(tasks.countdown(0, heldout=True), 2_000)}
+    held = {p.question for p in islice(tasks.countdown(0, heldout=True), 1_000)}
     assert len(tasks.load(tmp_path / "a")) == 200 and not held & {p.question for p in tasks.load(tmp_path / "a")}
 
 
@@ -252,7 +243,8 @@ def test_program_chains_as_a_file(tmp_path):
         ({"model": ("m",)}, "belong together"),
         ({"data": "problems.jsonl"}, "belong together"),
         ({"data": "absent.jsonl", "model": ("m",)}, "absent.jsonl"),
-        ({"give_up": 1.0}, "--give-up"),
+        ({"attempts": 0}, "--attempts"),
+        ({"largest": 100}, "--largest"),
         ({"count": 0}, "--count"),
         ({"operators": "+^"}, "--operators"),
         ({"operators": ""}, "--operators"),

@@ -58,8 +58,8 @@ def completion(text, max_tokens=10_000):
 
 
 COUNTDOWN = countdown_problem([3, 5, 7], 22)
-SOLVED = "3*5=15, 15+7=22 yes\ncheck 3*5+7=22 ok\n\\boxed{(3*5)+7}"
-FALSE_CLAIM = "3+5=8, 8+7=15 yes\ncheck 3+5+7=15 ok\n\\boxed{(3+5)+7}"
+SOLVED = "3*5=15, 15+7=22 is 22\ncheck 3*5+7=22 ok\n\\boxed{(3*5)+7}"
+FALSE_CLAIM = "3+5=8, 8+7=15 is 22\ncheck 3+5+7=15 ok\n\\boxed{(3+5)+7}"
 
 
 # ------------------------------------------------------------------------------------------------- pass@k
@@ -133,14 +133,14 @@ def test_equal_answers_vote_together():
 def test_budget_curve_cuts_forces_and_scores():
     """Guards against a chain judged beyond its budget, and against answers generated for chains that had ended.
 
-    The chain solves the problem in its 55 characters and the stop token: at 20 the answer must be forced.
+    The chain solves the problem in its 55 characters and the stop token: at 22 the answer must be forced.
     """
     sampler = Script([], answer="(3*5)+7} and \\boxed{9} besides")
     problems, chains = [COUNTDOWN], [[completion(SOLVED), completion(FALSE_CLAIM)]]
-    curve = evaluate.budget_curve(sampler, Letters(), problems, chains, [20, 1000])
-    assert curve == {20: [1.0], 1000: [0.5]}  # what stands behind the closed box is no answer
+    curve = evaluate.budget_curve(sampler, Letters(), problems, chains, [22, 1000])
+    assert curve == {22: [1.0], 1000: [0.5]}  # what stands behind the closed box is no answer
     prompt = f"{COUNTDOWN.question}\n"
-    assert sampler.forced == [prompt + SOLVED[:20] + "\\boxed{", prompt + FALSE_CLAIM[:20] + "\n\\boxed{"]
+    assert sampler.forced == [prompt + SOLVED[:22] + "\\boxed{", prompt + FALSE_CLAIM[:22] + "\n\\boxed{"]
 
 
 def test_budget_curve_generates_nothing_for_answers_that_stand():
@@ -176,15 +176,17 @@ def test_evaluate_counts_by_hand():
 
     Problem 1: solved, false claim, never ends. Problem 2: three times solved. max_tokens cuts the third chain only.
     """
-    chains = [[SOLVED, FALSE_CLAIM, "3+5=8, 8+7=15 no\n" * 40], [SOLVED] * 3]
+    chains = [[SOLVED, FALSE_CLAIM, "3+5=8, 8+7=15 not 22\n" * 40], [SOLVED] * 3]
     params = SamplingParams(max_tokens=100, temperature=1.0)
     result = evaluate.evaluate(Script(chains), Letters(), [COUNTDOWN] * 2, 3, params, budgets=[10, 200], ks=[1, 3])
     summary = result.summary()
     assert result.rates() == [pytest.approx(1 / 3), 1.0]
     assert summary["pass@1"] == pytest.approx(2 / 3) and summary["pass@3"] == 1.0
     assert summary["maj@3"] == pytest.approx((0.5 + 1) / 2)
-    assert summary["failures"] == {"false claim": pytest.approx(1 / 6), "out of budget": pytest.approx(1 / 6)}
+    assert summary["failures"] == {"false claim": pytest.approx(1 / 6), "no answer": pytest.approx(1 / 6)}
     assert summary["truncated"] == pytest.approx(1 / 6)
+    assert result.attempts == [[1, 1, 4], [1, 1, 1]] and summary["attempts"] == pytest.approx(1.5)
+    assert summary["repeats"] == pytest.approx(3 / 9) and summary["lost"] == pytest.approx(1 / 6)
     assert result.lengths == [[len(SOLVED) + 1, len(FALSE_CLAIM) + 1, 100], [len(SOLVED) + 1] * 3]
     assert summary["budget_curve"] == {10: 0.0, 200: pytest.approx(2 / 3)}
     low, high = summary["pass@1_ci"]
@@ -212,9 +214,9 @@ def test_evaluate_refuses_bad_requests(change):
 
 def result_of(rates, n=4):
     correct = [[i < rate * n for i in range(n)] for rate in rates]
-    return Result(
-        correct, [[5] * n for _ in rates], 0.0, {}, {8: [0.0] * len(rates), 16: list(rates)}, {"wrong": 0.5}, [1]
-    )
+    numbers = [[5] * n for _ in rates]
+    curve = {8: [0.0] * len(rates), 16: list(rates)}
+    return Result(correct, numbers, 0.0, {}, curve, {"wrong": 0.5}, [1], attempts=numbers, repeats=0.1, lost=0.05)
 
 
 def test_curation_keeps_what_is_neither_always_nor_never_solved(tmp_path, capsys):
@@ -225,6 +227,23 @@ def test_curation_keeps_what_is_neither_always_nor_never_solved(tmp_path, capsys
     assert kept == [rows[1] | {"difficulty": 0.75}, rows[2] | {"difficulty": 0.25}]
     histogram = capsys.readouterr().out
     assert histogram.count("#" * 12 + "\n") == 4 and "kept 2 of 4" in histogram
+
+
+def test_curation_by_pass_rate(tmp_path):
+    """Guards against bounds that are off by one problem: above the lower one, at most the upper one; T1 keeps at most
+    0.3. And against an upper bound of 1 that keeps what is always solved."""
+    rows = [{"problem": f"p{i}"} for i in range(5)]
+    for number, (above, upto, wanted) in enumerate([(0.0, 0.5, [1, 2]), (0.25, 0.75, [2, 3]), (0.0, 1.0, [1, 2, 3])]):
+        out = tmp_path / f"{number}.jsonl"
+        evaluate.curate(rows, result_of([0, 0.25, 0.5, 0.75, 1]), out, above, upto)
+        assert [json.loads(line)["problem"] for line in out.read_text().splitlines()] == [f"p{i}" for i in wanted]
+
+
+def test_right_beyond_by_hand():
+    """Guards against wrong responses, or those at the bound itself, counted as right beyond the longest chain shown."""
+    result = result_of([0.5, 0.5], n=2)  # the first sample of each problem is right
+    result.attempts = [[4, 9], [3, 9]]
+    assert result.right_beyond(3) == 0.25 and result.right_beyond(2) == 0.5 and result.right_beyond(4) == 0
 
 
 def test_curation_of_nothing_writes_nothing(tmp_path):
@@ -275,6 +294,11 @@ def test_pass_at_1_is_the_mean_rate(counts):
         ({"task": "countdown", "k": "0"}, "--k"),
         ({"task": "countdown", "k": "32", "n": 16}, "--n 16"),
         ({"task": "countdown", "limit": 0}, "--limit"),
+        ({"task": "countdown", "limit": 2_000}, "distinct problems of 3 numbers from 1 to 21"),
+        ({"task": "countdown", "numbers": 5}, "--numbers"),
+        ({"task": "countdown", "curate_upto": 0.3}, "--curate FILE"),
+        ({"task": "countdown", "largest": 100}, "--largest"),
+        ({"task": "countdown", "curate": "kept.jsonl", "curate_above": 0.5, "curate_upto": 0.3}, "--curate-above"),
         ({"task": "countdown", "curate": "kept.jsonl", "model": ["a", "b"]}, "--curate"),
         ({"task": "countdown", "limit": 2}, "absent"),
         ({"task": "countdown", "out": "."}, "exists"),

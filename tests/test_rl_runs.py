@@ -59,7 +59,7 @@ def save_babbler(folder: Path) -> None:
         for problem, _ in zip(tasks.countdown(rng.randrange(10**6)), range(16)):
             x, y = rng.randrange(40), rng.randrange(40)
             prompt = tasks.prompt_ids(problem, hand.TOKENIZER)
-            tokens = prompt + hand.TOKENIZER.encode(f"{x}+{y}={x + y} no\n" * rng.randrange(3)) + [hand.STOP]
+            tokens = prompt + hand.TOKENIZER.encode(f"{x}+{y}={x + y} not 7\n" * rng.randrange(3)) + [hand.STOP]
             batch.append(Example(tokens, [(len(prompt), len(tokens))]))
         optimizer.zero_grad()
         logprob, _ = parallel.score(scorer, pack(batch))

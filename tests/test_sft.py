@@ -316,6 +316,7 @@ def test_bad_data_is_named_and_leaves_no_folder(tmp_path, capsys, line, complain
         (["--task", "countdown", "--model", "absent"], "no such folder: absent"),
         (["--task", "countdown", "--warp", "9"], "--warp"),
         (["--task", "countdown", "--random-positions", "2"], "--random-positions is a share"),
+        (["--task", "countdown", "--random-positions", "1", "--max-length", "999"], "--max-length 999 is beyond"),
     ],
 )
 def test_bad_flags_change_nothing(finished, tmp_path, capsys, arguments, complaint):

@@ -170,21 +170,31 @@ def test_countdown_answers_are_checked(answer):
 @pytest.mark.parametrize(
     "response, kind",
     [
-        ("7+3=10, 10-2=8 yes\ncheck ok\n\\boxed{(7+3)-2}", "correct"),
-        ("7+3=10, 10+2=12 yes\ncheck ok\n\\boxed{(7+3)+2}", "false claim"),
-        ("7+3=10, 10-2=8 no\n7+3=10, 10+2=8 yes\n\\boxed{(7+3)+2}", "wrong arithmetic"),
-        ("7+3=11, 11-2=9 no\n7+3=10, 10+2=12 yes\n\\boxed{(7+3)+2}", "false claim"),  # only the claimed attempt counts
-        ("7+3=10, 10+3=13 yes\n\\boxed{(7+3)+3}", "wrong numbers"),
+        ("7+3=10, 10-2=8 is 8\ncheck ok\n\\boxed{(7+3)-2}", "correct"),
+        ("7+3=10, 10+2=12 is 8\ncheck ok\n\\boxed{(7+3)+2}", "false claim"),
+        ("7+3=10, 10-2=8 not 8\n7+3=10, 10+2=8 is 8\n\\boxed{(7+3)+2}", "wrong arithmetic"),
+        ("7+3=11, 11-2=9 not 8\n7+3=10, 10+2=12 is 8\n\\boxed{(7+3)+2}", "false claim"),  # the claimed attempt counts
+        ("7+3=10, 10+3=13 is 8\n\\boxed{(7+3)+3}", "wrong numbers"),
+        ("7/0=3, 3+5=8 is 8\n\\boxed{(7+3)+2}", "wrong arithmetic"),
+        (f"7+3=10, {'1' * 5000}+5=8 is 8\n\\boxed{{(7+3)+2}}", "wrong arithmetic"),
+        (f"7+3=10, 5+5={'1' * 5000} is 8\n\\boxed{{(7+3)+2}}", "wrong arithmetic"),
         ("\\boxed{7+3-}", "malformed"),
         ("\\boxed{7+3**2}", "malformed"),
-        ("7+3=10, 10+2=12 no\n", "out of budget"),
-        ("7+3=10, 10+2=12 no\ngive up", "gave up"),
+        ("7+3=10, 10+2=12 not 8\n", "no answer"),
     ],
 )
 def test_failures_are_told_apart(response, kind):
     """Guards against a table of failures that says another reason than the true one."""
     assert tasks.diagnose_countdown(PROBLEM, response) == kind
     assert (kind == "correct") == tasks.judge_countdown(PROBLEM, response).correct
+
+
+def test_attempts_are_counted_by_what_they_came_to():
+    """Guards against a check, a box, or half an attempt counted as an attempt: `beyond_shown` rests on the count."""
+    response = "7+3=10, 10+2=12 not 8\n7*2=14, 14-3=11 not 8\n7+3=10, 10-2=8 is 8\ncheck (7+3)-2=10-2=8 ok\n"
+    assert tasks.attempts(response + "\\boxed{(7+3)-2}") == ["12", "11", "8"]
+    assert tasks.attempts("7+3=10, 10+2=12 not 8\n7+3=10, 10-") == ["12"]
+    assert tasks.attempts("so x = 3 is 8 less than 11") == []
 
 
 @settings(deadline=None)
