@@ -18,7 +18,7 @@ the whole expression again; then the box:
 Such chains hold a shortcut, and it is not planted: it follows from ending every chain in success, as T1's are. Where
 three attempts were drawn, the third that is shown always succeeds, so a model learns to *claim* success at the third
 attempt sooner than it learns to look whether the value is the target; and it never sees what comes after a third
-failure. Imitation cannot mend that. Reinforcement learning can: it pays to look, and to think on.
+failure. More imitation makes better guesses of it; that it pays to look, and to think on, is left for RL to find.
 
 **From models' own attempts** (any problem file), T1's four steps: `sample_attempts` from one or several checkpoints
 and verify them; `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic, or with a

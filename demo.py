@@ -15,10 +15,10 @@ an interrupted demo goes on where it was stopped:
 5. evaluate.py  the same curve for checkpoints on the way, after 30 and 60 % of RL
 6. the figure, the closing table, and summary.json
 
-The claim is that RL, and not the data, teaches what the policy can do in the end. Two baselines
-test it. *More SFT*: SFT goes on from its model for the minutes that RL took, on the same data, with
-a warm-up and a decay of its own. *The oracle's SFT*: in one go, for the minutes of SFT and RL
-together, on chains as long as the task ever needs, which the policy never saw.
+Was it RL, or would more SFT, or better data, have given as much? Two baselines ask. *More SFT*: SFT
+goes on from its model for the minutes that RL took, on the same data, with a warm-up and a decay of
+its own. *The oracle's SFT*: in one go, for the minutes of SFT and RL together, on chains as long as
+the task ever needs, which the policy never saw.
 """
 
 import dataclasses

@@ -421,8 +421,7 @@ def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
         raise UserError(f"--limit {config.limit}: at least one problem")
     if config.data:
         return tasks.load(config.data)[: config.limit], cli.read_jsonl(config.data)[: config.limit]
-    if not 2 <= config.numbers <= 4:
-        raise UserError(f"--numbers must be 2, 3 or 4, not {config.numbers}")
+    tasks.check_numbers(config.numbers)
     tasks.check_largest(config.largest)
     stream = tasks.countdown(config.seed, True, config.numbers, config.operators, config.largest)
     problems = list(islice(stream, config.limit or 1024))

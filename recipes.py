@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from cli import UserError
-from tasks import LARGEST_GIVEN, PATTERNS, check_largest, check_operators
+from tasks import LARGEST_GIVEN, PATTERNS, check_largest, check_numbers, check_operators
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,7 @@ def check(config: Config, recipe: Recipe) -> None:
         raise UserError(f"--max-grad-norm must be above 0, not {config.max_grad_norm}")
     if recipe.reward == "soft_overlong" and config.max_tokens < 5:
         raise UserError(f"--max-tokens {config.max_tokens}: the recipe {config.recipe} lets a fifth of it be a buffer")
-    if not 2 <= config.numbers <= 4:
-        raise UserError(f"--numbers must be 2, 3 or 4, not {config.numbers}")
+    check_numbers(config.numbers)
     check_largest(config.largest)
     check_operators(config.operators)
     if config.step is not None and not config.export:

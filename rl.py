@@ -77,8 +77,12 @@ def penalise(values: Tensor, patterns: list[str | None], to: float = -1.0) -> Te
     equal rewards, and is not pushed back. By --penalty advantage, as the code that T1's authors published later, the
     rewards are set to 0, and then the *advantages* to -1: now it is.
     """
-    unexpected = torch.tensor([pattern is not None for pattern in patterns])
-    return torch.where(unexpected, to, values)
+    return torch.where(unexpected(patterns), to, values)
+
+
+def unexpected(patterns: list[str | None]) -> Tensor:
+    """Which responses show an unexpected pattern, bool [N]."""
+    return torch.tensor([pattern is not None for pattern in patterns])
 
 
 def centred_kl(logprob: Tensor, anchor_logprob: Tensor, mask: Tensor) -> Tensor:
@@ -167,7 +171,7 @@ def collect(learner: Learner, problems: list[Problem], cursor: int, config: Conf
     """(rollouts, new cursor). Dynamic sampling draws prompts until `prompts` groups are mixed, or 3 times as many."""
     params = SamplingParams(config.max_tokens, recipe.temperature, seed=config.seed)
     rollouts = Rollouts([], [], [], [], [], [])
-    unexpected = partial(
+    find_pattern = partial(
         unexpected_pattern, patterns=config.patterns, ngram=config.repeat_ngram, times=config.repeat_times
     )
     for _ in range(3 if recipe.resample else 1):
@@ -175,7 +179,7 @@ def collect(learner: Learner, problems: list[Problem], cursor: int, config: Conf
         # Problems made by program come as they were made, so that a longer run begins as a shorter one.
         numbered = [(n, problems[n] if config.task else nth_problem(problems, n, config.seed)) for n in numbers]
         rollouts += roll_out(
-            learner.sampler, learner.tokenizer, numbered, config.samples, params, learner.world, watch, unexpected
+            learner.sampler, learner.tokenizer, numbered, config.samples, params, learner.world, watch, find_pattern
         )
         cursor = numbers.stop
         if mixed_groups(rollouts.outcomes(), config.samples).sum() >= config.prompts:
@@ -250,16 +254,16 @@ def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe
     """Rewards to advantages. Groups that carry no gradient are dropped first, before any forward pass."""
     rewards, outcomes = shape_rewards(learner, rollouts, config, recipe), rollouts.outcomes()
     mixed = mixed_groups(outcomes if recipe.resample else rewards, config.samples)
-    unexpected = torch.tensor([pattern is not None for pattern in rollouts.patterns])
+    shown = unexpected(rollouts.patterns)
     if recipe.penalty == "advantage":
-        mixed = mixed | unexpected.view(-1, config.samples).any(dim=1)
+        mixed = mixed | shown.view(-1, config.samples).any(dim=1)
     metrics = {
         "reward": rewards.mean().item(),
         "accuracy": outcomes.mean().item(),
         "pass_at_k": outcomes.view(-1, config.samples).amax(dim=1).mean().item(),
         "length": rollouts.lengths().mean().item(),
         "dropped": 1 - mixed.float().mean().item(),
-        "unexpected": unexpected.float().mean().item(),
+        "unexpected": shown.float().mean().item(),
         "truncated": rollouts.unended().mean().item(),
     }
     groups = mixed.nonzero().flatten().tolist()[: config.prompts] if recipe.by_group else range(len(mixed))

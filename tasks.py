@@ -56,6 +56,11 @@ def check_operators(operators: str) -> None:
         raise UserError(f"--operators {operators!r}: some of + - * /")
 
 
+def check_numbers(numbers: int) -> None:
+    if not 2 <= numbers <= 4:
+        raise UserError(f"--numbers must be 2, 3 or 4, not {numbers}")
+
+
 def check_largest(largest: int) -> None:
     if not 2 <= largest <= LARGEST:
         raise UserError(f"--largest {largest}: from 2 to {LARGEST}")
