@@ -1,7 +1,10 @@
-"""The folder that `sft.py` and `rl.py` write their run into: config.json, metrics.jsonl, a figure; and the guard.
+"""The folder that `sft.py` and `rl.py` write a run into, and what they do alike around their steps.
 
-Read in this order: opening a folder, or refusing to (nothing is ever overwritten); its metrics; their figure; what lets
-a step pass. The checkpoints in it are `parallel.Checkpoints`'.
+It holds config.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/.
+
+Read in this order: opening a folder, or refusing to (nothing is ever overwritten); its metrics;
+their figure; the guard that lets a step pass; and `Run`, which holds them together around the steps
+of a training loop. How a checkpoint is written is in parallel.py.
 """
 
 import contextlib
@@ -9,63 +12,104 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cli import UserError, check_parent, write_text
-from parallel import World, barrier, same_on_all_ranks
+from tqdm import tqdm
+
+from cli import UserError, check_parent, read_json, write_text
+from parallel import (
+    Checkpoints,
+    Scorer,
+    World,
+    barrier,
+    complete_checkpoints,
+    load_checkpoint,
+    same_on_all_ranks,
+    save_model,
+)
+from tokenizer import Tokenizer
+
+# --- the folder -----------------------------------------------------------------------------------
 
 
-def check_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...]) -> dict[str, Any]:
-    """UserError if this run cannot be started in, or resumed from, the folder `out`. Writes nothing: for the first
-    second of a command. Arguments as for `open_run`; returns the flags as JSON holds them."""
+def check_run(
+    out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...]
+) -> dict[str, Any]:
+    """UserError if this run cannot be started in, or resumed from, the folder `out`.
+
+    Writes nothing: it is meant for the first second of a command. Arguments as for `open_run`.
+    Returns the flags as JSON holds them.
+    """
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     same_on_all_ranks(flags)
     out = Path(out)
-    if not resume:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists already: --resume to continue the run in it, or choose another --out")
-        check_parent(out)
+    if resume:
+        check_same_run(out, flags, may_change)
         return flags
-    if not out.is_dir():
-        raise UserError(f"--resume: there is no run in {out}")
-    try:
-        first = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"--resume: {out} is no run, or only half of one: no readable config.json in it") from None
-    names = [name for name in flags if name not in may_change and flags[name] != first.get(name)]
-    if names:
-        changes = (f"--{name.replace('_', '-')} {first.get(name)} (now {flags[name]})" for name in names)
-        raise UserError(f"--resume: {out} was started with other flags: {', '.join(changes)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"{out} exists already: --resume to continue the run in it, or choose another --out"
+        )
+    check_parent(out)
     return flags
 
 
-def open_run(out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...], world: World) -> Path:
-    """`check_run`, then create the folder with its config.json (unless resumed). Nothing is ever overwritten.
+def check_same_run(out: Path, flags: dict[str, Any], may_change: tuple[str, ...]) -> None:
+    """UserError if `out` holds no run, or one that was started with other flags."""
+    if not out.is_dir():
+        raise UserError(f"--resume: there is no run in {out}")
+    try:
+        first = read_json(out / "config.json")
+    except UserError:
+        raise UserError(
+            f"--resume: {out} is no run, or only half of one: no readable config.json in it"
+        ) from None
+    changes = []
+    for name, value in flags.items():
+        if name not in may_change and value != first.get(name):
+            changes.append(f"--{name.replace('_', '-')} {first.get(name)} (now {value})")
+    if changes:
+        raise UserError(f"--resume: {out} was started with other flags: {', '.join(changes)}")
 
-    config: the command's dataclass. may_change: its fields that may differ from the first start (`steps`, `resume`).
-    Call it when all inputs have been read: a run whose data does not exist should leave no folder behind.
+
+def open_run(
+    out: str | Path, config: Any, resume: bool, may_change: tuple[str, ...], world: World
+) -> Path:
+    """`check_run`, then create the folder with its config.json, unless the run is resumed.
+
+    config: the command's dataclass. may_change: its fields that may differ from the first start
+    (`steps`, `resume`). Call it when all inputs have been read: a run whose data does not exist
+    should leave no folder behind.
     """
-    out, flags = Path(out), check_run(out, config, resume, may_change)
-    barrier()  # all have looked before anything is there
+    out = Path(out)
+    flags = check_run(out, config, resume, may_change)
+    barrier()  # no rank creates anything before all of them have looked
     if world.main and not resume:
-        staging = out.with_name(out.name + ".partial")  # so that no kill leaves a folder without its config.json
+        # Under another name first, so that no kill leaves a folder without its config.json.
+        staging = out.with_name(out.name + ".partial")
         (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
         staging.rename(out)
     return out
 
 
-class MetricsLog:
-    """metrics.jsonl: one line per step, flushed; on other ranks than 0 it swallows everything.
+# --- metrics --------------------------------------------------------------------------------------
 
-    A resumed run goes on from its checkpoint's `step`: lines after that are cut off, as they will be written again, so
-    the file ends up as that of a run never interrupted.
+
+class MetricsLog:
+    """metrics.jsonl: one line per step, flushed. On ranks other than 0 it swallows everything.
+
+    A resumed run goes on after its checkpoint's `step`. The lines after that are cut off, for these
+    steps are done again; so the file ends up as that of a run which was never interrupted.
     """
 
     def __init__(self, out: Path, step: int, world: World, backend: str = "none"):
         self.path = out / "metrics.jsonl"
-        self.file = self.tensorboard = self.wandb = None
+        self.file = None
+        self.tensorboard = None
+        self.wandb = None
         if not world.main:
             return
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
@@ -105,44 +149,151 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) -> None:
-    """Draw a metrics.jsonl: one panel per title, with a line for each of its metrics over the steps."""
-    from matplotlib.figure import Figure  # here, not above: a second of importing that the other ranks need not pay
+    """Draw a metrics.jsonl: one panel per title, with a line over the steps for each metric."""
+    # Not at the top: importing it takes a second, which the other ranks need not pay.
+    from matplotlib.figure import Figure
 
     rows = read_metrics(metrics)
     columns = min(3, len(panels))
     height = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout="constrained")
-    axes = figure.subplots(height, columns, squeeze=False)
-    for axis, (title, names) in zip(axes.flat, panels.items()):
+    axes = figure.subplots(height, columns, squeeze=False).flatten()
+    for axis, (title, names) in zip(axes, panels.items()):
         for name in names:
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axis.plot([x for x, _ in points], [y for _, y in points], label=name, linewidth=1.2)
+            measured = [row for row in rows if row.get(name) is not None]
+            steps = [row["step"] for row in measured]
+            axis.plot(steps, [row[name] for row in measured], label=name, linewidth=1.2)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
         if len(names) > 1:
             axis.legend(fontsize=7)
-    for axis in list(axes.flat)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.set_visible(False)
     partial = Path(path).with_suffix(".partial")
     figure.savefig(partial, format="png", dpi=120)
     os.replace(partial, path)
 
 
+# --- the guard ------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass
 class Guard:
-    """Lets a step pass if its numbers are finite; skips and counts it if not; UserError after `limit` in a row."""
+    """Lets a step pass if its numbers are finite. If not, the step is skipped and counted.
+
+    UserError after `limit` such steps in a row.
+    """
 
     limit: int = 5
     skipped: int = 0
     in_a_row: int = 0
 
     def allows(self, **values: float) -> bool:
-        """values: the step's loss and gradient norm, the same on every rank (so that all skip, or none)."""
+        """values: the step's loss and gradient norm, the same on every rank: all skip, or none."""
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if not bad:
             self.in_a_row = 0
             return True
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.skipped += 1
+        self.in_a_row += 1
         if self.in_a_row >= self.limit:
-            raise UserError(f"stopped: {' and '.join(bad)} not finite for {self.limit} steps in a row")
+            raise UserError(
+                f"stopped: {' and '.join(bad)} not finite for {self.limit} steps in a row"
+            )
         return False
+
+
+# --- around the steps -----------------------------------------------------------------------------
+
+
+class Run:
+    """What `sft.py` and `rl.py` do alike around their steps.
+
+        run = Run(config, MAY_CHANGE, world)          # opens the folder: all inputs are read by now
+        state = run.restore(parts, {"cursor": 0})     # as the last checkpoint has it, if any
+        for step in run.steps(100, "rl"):             # 1 to 100, or on from where it was killed
+            ...
+            run.record(step, metrics, shown={"loss": ...})
+            if run.is_due(step, config.checkpoint_every):
+                run.save(step, state)
+        run.finish(scorer, tokenizer)                 # OUT/model
+
+    config: the command's dataclass, with `out`, `resume` and `log`. may_change: see `open_run`.
+    keep, keep_every: see `parallel.Checkpoints`. max_skips: the guard's limit.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        may_change: tuple[str, ...],
+        world: World,
+        keep: int = 2,
+        keep_every: int = 0,
+        max_skips: int = 5,
+    ):
+        self.config = config
+        self.world = world
+        self.out = open_run(config.out, config, config.resume, may_change, world)
+        self.checkpoints = Checkpoints(self.out / "checkpoints", world, keep, keep_every)
+        self.guard = Guard(max_skips)
+
+    def restore(self, parts: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+        """Fill `parts` in place from the last checkpoint; returns `state` as it was then.
+
+        parts: modules, optimizers and tensors, see `parallel.named_tensors`. state: the caller's
+        own counters, whatever JSON can hold. Without a checkpoint both are as they were given.
+        """
+        self.parts = parts
+        self.done = 0
+        saved = complete_checkpoints(self.out / "checkpoints")
+        if saved:
+            needed = (*state, "skipped", "in_a_row")
+            found = load_checkpoint(saved[-1], parts, self.world, needed)
+            self.done = found["step"]
+            self.guard.skipped = found["skipped"]
+            self.guard.in_a_row = found["in_a_row"]
+            state = {name: found[name] for name in state}
+        self.log = MetricsLog(self.out, self.done, self.world, self.config.log)
+        return state
+
+    def steps(self, total: int, name: str) -> Iterator[int]:
+        """The numbers of the steps that are left, up to `total`, under a progress bar."""
+        self.total = total
+        self.bar = tqdm(
+            range(self.done + 1, total + 1),
+            initial=self.done,
+            total=total,
+            desc=name,
+            unit="step",
+            disable=not self.world.main,
+        )
+        yield from self.bar
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Is it time for what is done at every so many steps, and after the last one?"""
+        return step % every == 0 or step == self.total
+
+    def record(self, step: int, metrics: dict[str, Any], shown: dict[str, str]) -> None:
+        """A line of metrics.jsonl; `shown` goes behind the progress bar."""
+        self.log.write(step, metrics)
+        self.bar.set_postfix(shown)
+
+    def say(self, text: str) -> None:
+        """Print above the progress bar, on rank 0."""
+        if self.world.main:
+            self.bar.write(text)
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint of `parts` and `state`. Every rank calls it."""
+        counters = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
+        self.checkpoints.save(step, self.parts, state | counters)
+
+    def plot(self, panels: dict[str, list[str]]) -> None:
+        """metrics.png: see the function `plot`."""
+        if self.world.main:
+            plot(self.log.path, self.out / "metrics.png", panels)
+
+    def finish(self, scorer: Scorer, tokenizer: Tokenizer) -> None:
+        """Wait for the last checkpoint, and write the policy to OUT/model. Every rank calls it."""
+        self.checkpoints.finish()
+        save_model(scorer, self.out / "model", tokenizer, self.world)
