@@ -1,35 +1,40 @@
-"""T1 stage 1, the training: supervised fine-tuning on chains of thought that try, fail, notice and verify.
+"""T1 stage 1, the training: supervised fine-tuning on chains that try, fail, notice and verify.
 
-    python sft.py --task countdown --chains 34000 --steps 3400 --batch-tokens 1024 --optimizer muon --lr 6e-3 \\
-        --weight-decay 0 --random-positions 0.7 --out runs/sft                       # the demo's, from random weights
-    python sft.py --model Qwen2.5-0.5B --data chains.jsonl --out runs/sft            # 3 epochs at 1e-5, as the paper
+    python sft.py --task countdown --out runs/sft                # a small model from random weights
+    python sft.py --model Qwen2.5-0.5B --data chains.jsonl --out runs/sft     # as the paper: 1e-5
     torchrun --standalone --nproc_per_node=8 sft.py --model DIR --data chains.jsonl --out runs/sft
-    python sft.py ... --out runs/sft --resume                                        # goes on where it was killed
+    python sft.py ... --out runs/sft --resume                    # goes on where it was killed
 
-The loss is the mean negative log-likelihood of the step's response tokens, the stop token included. Training data is
-JSONL; each line holds one of
+The loss is the mean negative log-likelihood of the response tokens of a step, the stop token
+included. Training data is JSONL; each line holds one of
 
-    {"problem": "...", "response": "..."}               `question` is read too; `task` decides how it is prompted
+    {"problem": "...", "response": "..."}               or `question`; `task` says how it is asked
     {"messages": [{"role": ..., "content": ...}, ...]}  a chat; every assistant turn is trained on
-    {..., "stop": false}                                the (last) response is cut off: no stop token is trained on it
+    {..., "stop": false}                                the (last) response was cut off: it is
+                                                        trained on without a stop token
 
-OUT holds config.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/ (a Hugging Face folder).
+OUT holds config.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/ (a Hugging
+Face folder).
 
 What we do differently from the paper, and why:
 
-1. T1 gives 3 epochs and a learning rate of 1e-5, and no more: those are the defaults. Warm-up, cosine decay to a tenth,
-   AdamW's betas, weight decay and clipping are the field's usual values.
-2. Sequences are packed into rows, and attention stays within a sequence. Only speed changes: a test shows that a
-   sequence's loss does not depend on its neighbours.
-3. The loss is divided once, by the trained tokens of the whole step. A mean per micro-batch would make a token's weight
-   depend on how the step was cut over micro-batches and GPUs.
-4. --random-positions P: a share P of the sequences stand not at the positions 0, 1, 2, ... but at a sorted random
-   choice of all positions that the model has (Ruoss et al., arXiv 2305.16843). A model trained on short chains has
-   never seen the positions beyond them, and what it writes there is garbled: no success, and so nothing for RL to
-   reinforce. With random positions order is all that counts, and it can go on beyond the longest chain. For a model
-   trained from random weights; a pretrained one knows its positions.
-5. A response that is longer than --max-length is cut, and then no stop token is trained on it: the paper is silent.
-6. `--optimizer muon` moves the blocks' matrices by Muon (muon.py). The demo wants it; the default is AdamW, T1's usual.
+1. T1 names 3 epochs and a learning rate of 1e-5, and no more: they are the defaults with --model.
+   Warm-up, cosine decay to a tenth, AdamW's betas, weight decay and clipping are the field's usual
+   values. Random weights learn nothing at 1e-5: without --model the defaults are the demo's.
+2. Sequences are packed into rows, and attention stays within a sequence. Only speed changes: a test
+   shows that the loss of a sequence does not depend on its neighbours.
+3. The loss is divided once, by the trained tokens of the whole step. A mean per micro-batch would
+   make the weight of a token depend on how the step was cut over micro-batches and GPUs.
+4. --random-positions P: a share P of the sequences stands not at the positions 0, 1, 2, ... but at
+   a sorted random choice of all positions that the model has (Ruoss et al., arXiv 2305.16843). A
+   model that was trained on short chains has never seen the positions beyond them. What it writes
+   there is garbled, so RL finds no success there to reinforce. With random positions only the order
+   counts, and the model can go on beyond the longest chain. For random weights; a pretrained model
+   knows its positions.
+5. A response that is longer than --max-length is cut, and no stop token is trained on it: the paper
+   is silent.
+6. `--optimizer muon` moves the matrices of the blocks by Muon (muon.py). Small models from random
+   weights want it; T1 uses AdamW.
 """
 
 import dataclasses
@@ -45,23 +50,41 @@ from tqdm import tqdm
 
 import cli
 import cot
-import memory
 import parallel
 import runfolder
 import tasks
 from cli import UserError
 from model import Config as ModelConfig
-from model import Transformer, load_pretrained, model_folder, random_init, read_config
+from model import Transformer, load_pretrained, random_init
 from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World
+from runfolder import Run
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
 MAY_CHANGE = (
-    "out", "plan", "gpu_gb", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every",
+    "out", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every",
     "keep", "log", "recompute",
 )  # fmt: skip
-"""Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
+"""Flags that --resume accepts with another value (a folder may have moved). All others would make
+it another run."""
+
+PRETRAINED = {
+    "lr": 1e-5,
+    "optimizer": "adamw",
+    "weight_decay": 0.1,
+    "batch_tokens": 32_768,
+    "random_positions": 0.0,
+}
+"""Defaults of the flags that suit a pretrained model (--model) ..."""
+RANDOM_WEIGHTS = {
+    "lr": 6e-3,
+    "optimizer": "muon",
+    "weight_decay": 0.0,
+    "batch_tokens": 1024,
+    "random_positions": 0.7,
+}
+"""... and a start from random weights (no --model): the demo's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,37 +94,44 @@ class Config:
     data: str | None = None
     """Training data, JSONL (see above). Either this or --task."""
     task: Literal["countdown"] | None = None
-    """Train on chains of thought synthesised for this task instead."""
+    """Train on chains of thought that are made by program for this task instead."""
     chains: int = 20_000
-    """With --task: how many chains to synthesise."""
+    """With --task: how many chains to make."""
     model: str | None = None
-    """Checkpoint to start from: a Hugging Face folder or a run. None: the demo's small model with random weights."""
+    """Checkpoint to start from: a Hugging Face folder or a run. None: the demo's small model, with
+    random weights."""
     resume: bool = False
-    """Continue the run in --out from its last checkpoint; on a CPU, bitwise as if it had never been stopped."""
+    """Go on from the last checkpoint in --out; on a CPU bitwise as if it had never been stopped."""
     seed: int = 0
-    """Decides the initial weights, the synthesised chains, the held-out part and the order of the data."""
+    """Decides the initial weights, the chains, the held-out part and the order of the data."""
     epochs: int = 3
     """Passes over the data (the paper: 3)."""
     steps: int | None = None
     """Number of updates, instead of --epochs."""
-    lr: float = 1e-5
-    """Peak learning rate (the paper: 1e-5 for 9B to 32B; a random start wants 1e-3 or more)."""
+    lr: float | None = None
+    """Peak learning rate. None: 1e-5 with --model (the paper's, for 9B to 32B), 6e-3 without."""
     warmup: float = 0.05
-    """Share of the steps over which the rate rises linearly: Adam's first steps have no variance estimate to trust."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """What moves the blocks' matrices. muon learns single facts, such as sums, in fewer steps: see muon.py."""
-    weight_decay: float = 0.1
-    """On matrices only; decay on norms' gains would rescale layers."""
+    """Share of the steps over which the rate rises linearly: Adam's first steps have no variance
+    estimate to trust."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """What moves the blocks' matrices. None: adamw with --model, muon without; muon learns single
+    facts, such as sums, in fewer steps (see muon.py)."""
+    weight_decay: float | None = None
+    """On matrices only; on norms it would rescale layers. None: 0.1 with --model, 0 without."""
     clip: float = 1.0
     """Largest global gradient norm, so that one odd batch cannot throw the weights."""
-    batch_tokens: int = 32_768
-    """Tokens per update, over all ranks: sequences vary in length, the size of an update should not."""
+    batch_tokens: int | None = None
+    """Tokens per update, over all ranks: sequences vary in length, an update's size should not.
+    None: 32,768 with --model, 1,024 without (small models want many small steps)."""
     micro_tokens: int | None = None
-    """Tokens per forward pass of a rank (None: 8,192 on a GPU, 2,048 on a CPU): bounds memory, changes no result."""
+    """Tokens per forward pass of a rank: bounds memory, changes no result. None: 8,192 on a GPU,
+    2,048 on a CPU."""
     max_length: int | None = None
-    """Longest sequence, prompt included (None: the model's context). Longer responses are cut, without a stop token."""
-    random_positions: float = 0.0
-    """Share of the sequences that stand at random positions, so that chains can outgrow the longest one shown."""
+    """Longest sequence, prompt included; longer responses are cut, without a stop token. None: the
+    model's context."""
+    random_positions: float | None = None
+    """Share of the sequences that stand at random positions, so that chains can outgrow the longest
+    one shown. None: 0 with --model, 0.7 without."""
     heldout: int = 256
     """Sequences kept out of training to measure the loss on (at most a tenth of the data)."""
     eval_every: int = 50
@@ -111,29 +141,53 @@ class Config:
     keep: int = 2
     """Checkpoints to keep; older ones are removed."""
     max_skips: int = 5
-    """Stop after this many steps in a row whose loss or gradient is not finite; each one is skipped and counted."""
+    """Stop after so many steps in a row whose loss or gradient is not finite; each is skipped."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the matrix products run in; master weights are fp32 always. auto: bfloat16 on cuda, float32 on cpu."""
+    """What the matrix products run in. auto: bfloat16 on cuda, float32 on cpu. Master weights are
+    fp32 always."""
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
-    plan: int = 0
-    """Print what each of so many GPUs would hold for --model, and whether it fits, and stop. Reads no weights."""
-    gpu_gb: float = 80.0
-    """With --plan: the memory of one GPU, in GB (A100 and H100: 80, H200: 141)."""
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
+def with_defaults(config: Config) -> Config:
+    """The flags that were left out, filled in by what the run starts from."""
+    defaults = RANDOM_WEIGHTS if config.model is None else PRETRAINED
+    left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **left_out)
+
+
+POSITIVE = (
+    "chains", "epochs", "steps", "lr", "clip", "batch_tokens", "micro_tokens", "max_length",
+    "eval_every", "checkpoint_every", "keep", "max_skips",
+)  # fmt: skip
+
+
+def check_flags(config: Config) -> None:
+    """UserError for what can be known to be wrong before anything is loaded."""
+    if (config.data is None) == (config.task is None):
+        raise UserError("give either --data FILE or --task countdown")
+    for name in POSITIVE:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if not 0 <= config.random_positions <= 1:
+        raise UserError(f"--random-positions is a share from 0 to 1, not {config.random_positions}")
+
+
+# --- data -----------------------------------------------------------------------------------------
 
 
 def stop_token(tokenizer: Tokenizer) -> int:
-    """The token that ends an assistant's turn in the chat template (a model may know several that end *something*)."""
-    rendered = tokenizer.chat(
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], add_generation_prompt=False
-    )
+    """The token that ends an assistant's turn in the chat template.
+
+    A model may know several tokens that end *something*. UserError if it knows none.
+    """
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rendered = tokenizer.chat(turns, add_generation_prompt=False)
     ends = [token for token in rendered if token in tokenizer.eos_ids] or list(tokenizer.eos_ids)
     if not ends:
         raise UserError("the model's tokenizer names no stop token (eos_token)")
@@ -141,66 +195,80 @@ def stop_token(tokenizer: Tokenizer) -> int:
 
 
 def conversation(row: dict, where: str) -> list[dict]:
-    """The messages of a line of training data; UserError says `where` if it holds none, or no answer in them."""
-    messages = row.get("messages")
-    if messages is None:
-        question, response = row.get("problem", row.get("question")), row.get("response")
+    """The messages of a line of training data; UserError says `where` if it holds no answer."""
+    if row.get("messages") is None:
+        question = row.get("problem", row.get("question"))
+        response = row.get("response")
         if not isinstance(question, str) or not isinstance(response, str):
-            raise UserError(f"{where}: expected `messages`, or `problem` (or `question`) and `response`")
+            raise UserError(
+                f"{where}: expected `messages`, or `problem` (or `question`) and `response`"
+            )
         task = tasks.known_task(row, where)
         prompt = tasks.messages(tasks.Problem(question, str(row.get("answer", "")), task))
         return prompt + [{"role": "assistant", "content": response}]
-    valid = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    )
-    if not valid:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(map(is_message, messages)):
         raise UserError(f"{where}: `messages` must be a list of objects with `role` and `content`")
-    if not any(m["role"] == "assistant" for m in messages[1:]):
+    if not any(message["role"] == "assistant" for message in messages[1:]):
         raise UserError(f"{where}: no assistant turn to train on")
     return messages
 
 
-def examples_of(row: dict, tokenizer: Tokenizer, stop: int, max_length: int, where: str) -> list[Example]:
-    """Token sequences whose trained spans are the assistant's turns, each with the stop token that ends it.
+def is_message(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
-    Turn by turn the prompt is rendered exactly as the sampler will see it. As long as the next prompt begins with what
-    we have, one sequence carries all turns; where a template rewrites the past (Qwen3 drops old thoughts), a new one
-    begins.
+
+def examples_of(
+    row: dict, tokenizer: Tokenizer, stop: int, max_length: int, where: str
+) -> list[Example]:
+    """Token sequences whose trained spans are the assistant's turns, each with its stop token.
+
+    Turn by turn the prompt is rendered exactly as the sampler will see it. As long as the next
+    prompt begins with the tokens so far, one sequence carries all turns. Where a template rewrites
+    the past (Qwen3 drops old thoughts), a new one begins.
     """
     messages = conversation(row, where)
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
     sequences: list[Example] = []
     tokens: list[int] = []
     spans: list[tuple[int, int]] = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i == 0:
-            continue
+    for i in turns:
         prompt = tokenizer.chat(messages[:i], add_generation_prompt=True)
         if len(prompt) >= max_length:
-            raise UserError(f"{where}: the prompt has {len(prompt)} tokens, the longest sequence {max_length}")
+            raise UserError(
+                f"{where}: the prompt has {len(prompt)} tokens, the longest sequence {max_length}"
+            )
         if spans and prompt[: len(tokens)] != tokens:
             sequences.append(Example(tokens, spans))
             spans = []
-        ends = row.get("stop", True) or i != last
-        tokens = prompt + tokenizer.encode(message["content"]) + ([stop] if ends else [])
+        tokens = prompt + tokenizer.encode(messages[i]["content"])
+        if row.get("stop", True) or i != turns[-1]:
+            tokens = tokens + [stop]
         tokens = tokens[:max_length]
         if len(tokens) > len(prompt):
             spans = spans + [(len(prompt), len(tokens))]
-    return sequences + ([Example(tokens, spans)] if spans else [])
+    if spans:
+        sequences.append(Example(tokens, spans))
+    return sequences
 
 
-def read_examples(config: Config, tokenizer: Tokenizer, max_length: int, world: World) -> list[Example]:
+def read_examples(
+    config: Config, tokenizer: Tokenizer, max_length: int, world: World
+) -> list[Example]:
     """All training sequences, in the order of the data."""
-    if (config.data is None) == (config.task is None):
-        raise UserError("give either --data FILE or --task countdown")
     if config.data is not None:
-        rows, source = cli.read_jsonl(config.data), config.data
+        source = config.data
+        rows = cli.read_jsonl(config.data)
     else:
-        flags = cot.Config(out="", seed=config.seed, count=config.chains)
-        rows, source = list(cot.by_program(flags, show=world.main)), "chain"
+        source = "chain"
+        chains = cot.Config(out="", seed=config.seed, count=config.chains)
+        rows = list(cot.by_program(chains, show=world.main))
     stop = stop_token(tokenizer)
     examples = []
-    for number, row in enumerate(tqdm(rows, "tokens", disable=not world.main, leave=False), start=1):
+    bar = tqdm(rows, "tokens", disable=not world.main, leave=False)
+    for number, row in enumerate(bar, start=1):
         examples += examples_of(row, tokenizer, stop, max_length, f"{source}, example {number}")
     examples = [example for example in examples if example.targets]
     if not examples:
@@ -208,10 +276,37 @@ def read_examples(config: Config, tokenizer: Tokenizer, max_length: int, world: 
     return examples
 
 
-def plan(lengths: list[int], batch_tokens: int, epochs: int, steps: int | None, seed: int) -> list[list[int]]:
-    """The sequences of every step: each epoch shuffled anew, cut wherever the next would exceed `batch_tokens`.
+@dataclasses.dataclass
+class Data:
+    """What a run trains on and is measured on; the same on every rank."""
 
-    All of it follows from the arguments, so that a run's data position is its step number, and nothing to be saved.
+    examples: list[Example]
+    heldout: list[Example]
+    batches: list[list[int]]  # the numbers of the examples of each step
+    fingerprint: str  # of all sequences, so that --resume can tell that the data is the same
+
+
+def read_data(config: Config, tokenizer: Tokenizer, max_length: int, world: World) -> Data:
+    """Read the sequences, keep some out, and lay out the steps."""
+    examples = read_examples(config, tokenizer, max_length, world)
+    random.Random(f"held out of seed {config.seed}").shuffle(examples)
+    count = min(config.heldout, len(examples) // 10)
+    heldout = examples[:count]
+    examples = examples[count:]
+    lengths = [len(example.tokens) for example in examples]
+    batches = schedule(lengths, config.batch_tokens, config.epochs, config.steps, config.seed)
+    fingerprint = hashlib.sha256(repr((examples, heldout)).encode()).hexdigest()
+    return Data(examples, heldout, batches, fingerprint)
+
+
+def schedule(
+    lengths: list[int], batch_tokens: int, epochs: int, steps: int | None, seed: int
+) -> list[list[int]]:
+    """The sequences of every step, by number. lengths: in tokens, of all sequences.
+
+    Each epoch is shuffled anew, and a step ends where the next sequence would exceed
+    `batch_tokens`. All of it follows from the arguments: a run's place in the data is its step
+    number, and nothing else has to be saved.
     """
     batches: list[list[int]] = [[]]
     load = 0
@@ -230,19 +325,62 @@ def plan(lengths: list[int], batch_tokens: int, epochs: int, steps: int | None, 
             load += lengths[i]
 
 
-def at_random_positions(example: Example, context: int, share: float, rng: random.Random) -> Example:
-    """With chance `share` the example at a sorted random choice of the positions 0..context-1, else as it is."""
+def batch_of(step: int, data: Data, config: Config, context: int) -> list[Example]:
+    """The sequences of a step (from 1), some of them at random positions below `context`.
+
+    They are drawn anew for every step, from its number: --resume needs nothing saved.
+    """
+    batch = [data.examples[i] for i in data.batches[step - 1]]
+    share = config.random_positions
+    if share == 0:
+        return batch
+    rng = random.Random(f"positions {config.seed} {step - 1}")
+    return [at_random_positions(example, context, share, rng) for example in batch]
+
+
+def at_random_positions(
+    example: Example, context: int, share: float, rng: random.Random
+) -> Example:
+    """With chance `share` the example at a sorted random choice of the positions 0..context-1."""
     if rng.random() >= share:
         return example
     positions = sorted(rng.sample(range(context), len(example.tokens)))
     return dataclasses.replace(example, positions=positions)
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
+
+
+def begin(config: Config) -> tuple[Transformer, Tokenizer]:
+    """The model to start from and its tokenizer."""
+    if config.model is not None:
+        return load_pretrained(config.model), load_tokenizer(config.model)
+    tokenizer = demo_tokenizer(cot.WORDS)
+    return random_init(small_shape(tokenizer), config.seed), tokenizer
+
+
+def small_shape(tokenizer: Tokenizer) -> ModelConfig:
+    """The demo's transformer, in the style of Qwen3 and small enough for a laptop."""
+    return ModelConfig(
+        tokenizer.vocab_size,
+        dim=96,
+        layers=4,
+        heads=3,
+        kv_heads=1,
+        head_dim=32,
+        mlp_dim=288,
+        family="qwen3",
+        qk_norm=True,
+        rope_theta=1e6,
+        context=512,
+        tied=True,
+        eos_ids=tuple(tokenizer.eos_ids),
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear from 0 over the first share `warmup` of the steps, then a cosine down to a tenth of the peak."""
+    """The rate of a step (from 0): it rises from 0 over the first share `warmup` of the steps, then
+    falls by a cosine to a tenth of the peak."""
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -251,12 +389,17 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def loss_of(
-    scorer: Scorer, examples: list[Example], micro_tokens: int | None, world: World, backward: bool = False
+    scorer: Scorer,
+    examples: list[Example],
+    micro_tokens: int | None,
+    world: World,
+    backward: bool = False,
 ) -> tuple[float, int]:
-    """(mean negative log-likelihood, trained tokens) over all ranks; with `backward`, its gradient in every `.grad`.
+    """(mean negative log-likelihood, trained tokens) over all ranks; with `backward`, its gradient
+    in every `.grad`.
 
-    Every micro-batch's sum is divided by the token count of the whole step, so that adding them up, over micro-batches
-    here and over ranks in FSDP, is the mean.
+    Every micro-batch's sum is divided by the token count of the whole step, so that adding them up,
+    over micro-batches here and over ranks in FSDP, is the mean.
     """
     count = sum(example.targets for example in examples)
     total = torch.zeros((), device=world.device)
@@ -269,120 +412,98 @@ def loss_of(
     return parallel.sum_over_ranks(total).item(), count
 
 
-def begin(config: Config) -> tuple[Transformer, Tokenizer]:
-    """The model to start from and its tokenizer; without --model, the demo's, small enough for a laptop."""
-    if config.model is not None:
-        return load_pretrained(config.model), load_tokenizer(config.model)
-    tokenizer = demo_tokenizer(cot.WORDS)
-    shape = ModelConfig(
-        tokenizer.vocab_size, dim=96, layers=4, heads=3, kv_heads=1, head_dim=32, mlp_dim=288, family="qwen3",
-        qk_norm=True, rope_theta=1e6, context=512, tied=True, eos_ids=tuple(tokenizer.eos_ids),
-    )  # fmt: skip
-    return random_init(shape, config.seed), tokenizer
+def update(
+    scorer: Scorer,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batch: list[Example],
+    rate: float,
+    run: Run,
+    config: Config,
+) -> dict[str, float]:
+    """One step: the gradient of the loss, clipped, moves the weights if it is finite.
+
+    Returns the metrics of the step.
+    """
+    began = time.perf_counter()
+    scorer.zero_grad()
+    loss, count = loss_of(scorer, batch, config.micro_tokens, run.world, backward=True)
+    norm = parallel.clip_grad_norm(scorer, config.clip)
+    if run.guard.allows(loss=loss, gradient=norm):
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+    seconds = time.perf_counter() - began
+    return {
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": norm,
+        "trained_tokens": count,
+        "skipped": run.guard.skipped,
+        "seconds": seconds,
+        "tokens_per_second": sum(len(example.tokens) for example in batch) / seconds,
+    }
 
 
-def check(config: Config) -> None:
-    positive = (
-        "epochs",
-        "lr",
-        "clip",
-        "batch_tokens",
-        "micro_tokens",
-        "eval_every",
-        "checkpoint_every",
-        "keep",
-        "chains",
-    )
-    for name in (*positive, "steps", "max_length", "max_skips"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise UserError(f"--{name.replace('_', '-')} must be positive, not {value}")
-    if not 0 <= config.random_positions <= 1:
-        raise UserError(f"--random-positions is a share from 0 to 1, not {config.random_positions}")
+PANELS = {
+    "loss": ["loss", "heldout_loss"],
+    "gradient norm": ["grad_norm"],
+    "learning rate": ["lr"],
+}
 
 
 def train(config: Config, world: World) -> None:
-    check(config)
+    """A run, from its flags to OUT/model."""
+    check_flags(config)
     runfolder.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
-    max_length = config.max_length or model.config.context
-    if config.random_positions and max_length > model.config.context:
+    context = model.config.context
+    max_length = config.max_length or context
+    if config.random_positions and max_length > context:
         raise UserError(
-            f"--random-positions: --max-length {max_length} is beyond the context of {model.config.context}"
+            f"--random-positions: --max-length {max_length} is beyond the context of {context}"
         )
-    examples = read_examples(config, tokenizer, max_length, world)
-    heldout_count = min(config.heldout, len(examples) // 10)
-    random.Random(f"held out of seed {config.seed}").shuffle(examples)
-    heldout, examples = examples[:heldout_count], examples[heldout_count:]
-    batches = plan([len(e.tokens) for e in examples], config.batch_tokens, config.epochs, config.steps, config.seed)
-    steps = len(batches)
-    fingerprint = hashlib.sha256(repr((examples, heldout)).encode()).hexdigest()
-
-    out = runfolder.open_run(config.out, config, config.resume, MAY_CHANGE, world)
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if world.device.type == "cuda" else "float32"
-    scorer = parallel.shard(model, world, getattr(torch, dtype), config.recompute)
+    data = read_data(config, tokenizer, max_length, world)
+    scorer = parallel.shard(model, world, product_dtype(config, world), config.recompute)
     optimizers = make_optimizers(scorer, config.optimizer, config.lr, config.weight_decay)
-    parts = {"policy": scorer} | optimizers
-    guard, step = runfolder.Guard(config.max_skips), 0
-    if saved := parallel.complete_checkpoints(out / "checkpoints"):
-        state = parallel.load_checkpoint(saved[-1], parts, world, ("data", "skipped", "in_a_row"))
-        if state["data"] != fingerprint:
-            raise UserError(f"--resume: the training data is not what {out} was started with")
-        step, guard.skipped, guard.in_a_row = state["step"], state["skipped"], state["in_a_row"]
 
-    log = runfolder.MetricsLog(out, step, world, config.log)
-    checkpoints = parallel.Checkpoints(out / "checkpoints", world, config.keep)
-    bar = tqdm(total=steps, initial=step, desc="sft", unit="step", disable=not world.main)
-    while step < steps:
-        began = time.perf_counter()
-        batch = [examples[i] for i in batches[step]]
-        if config.random_positions:  # drawn anew for every step, from its number: nothing to be saved for --resume
-            rng = random.Random(f"positions {config.seed} {step}")
-            batch = [at_random_positions(e, model.config.context, config.random_positions, rng) for e in batch]
-        rate = learning_rate(step, steps, config.lr, config.warmup)
-        scorer.zero_grad()
-        loss, count = loss_of(scorer, batch, config.micro_tokens, world, backward=True)
-        norm = parallel.clip_grad_norm(scorer, config.clip)
-        if guard.allows(loss=loss, gradient=norm):
-            for optimizer in optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                optimizer.step()
-        step += 1
-        seconds = time.perf_counter() - began
-        speed = sum(len(example.tokens) for example in batch) / seconds
-        metrics = {"loss": loss, "lr": rate, "grad_norm": norm, "trained_tokens": count, "skipped": guard.skipped}
-        metrics |= {"seconds": seconds, "tokens_per_second": speed}
-        measured = bool(heldout) and (step % config.eval_every == 0 or step == steps)
+    run = Run(config, MAY_CHANGE, world, keep=config.keep, max_skips=config.max_skips)
+    state = run.restore({"policy": scorer} | optimizers, {"data": data.fingerprint})
+    if state["data"] != data.fingerprint:
+        raise UserError(f"--resume: the training data is not what {run.out} was started with")
+
+    total = len(data.batches)
+    for step in run.steps(total, "sft"):
+        batch = batch_of(step, data, config, context)
+        rate = learning_rate(step - 1, total, config.lr, config.warmup)
+        metrics = update(scorer, optimizers, batch, rate, run, config)
+        loss = f"{metrics['loss']:.4f}"
+        measured = data.heldout and run.is_due(step, config.eval_every)
         if measured:
             with torch.no_grad():
-                metrics["heldout_loss"], _ = loss_of(scorer, heldout, config.micro_tokens, world)
-            if world.main:
-                bar.write(f"step {step}: loss {loss:.4f}, held-out {metrics['heldout_loss']:.4f}")
-        log.write(step, metrics)
-        bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s")
-        bar.update()
-        if step % config.checkpoint_every == 0 or step == steps:
-            state = {"data": fingerprint, "skipped": guard.skipped, "in_a_row": guard.in_a_row}
-            checkpoints.save(step, parts, state)
-        if measured and world.main:
-            panels = {"loss": ["loss", "heldout_loss"], "gradient norm": ["grad_norm"], "learning rate": ["lr"]}
-            runfolder.plot(out / "metrics.jsonl", out / "metrics.png", panels)
-    bar.close()
-    checkpoints.finish()
-    parallel.save_model(scorer, out / "model", tokenizer, world)
+                heldout_loss, _ = loss_of(scorer, data.heldout, config.micro_tokens, world)
+            metrics["heldout_loss"] = heldout_loss
+            run.say(f"step {step}: loss {loss}, held-out {heldout_loss:.4f}")
+        speed = f"{metrics['tokens_per_second']:,.0f}"
+        run.record(step, metrics, shown={"loss": loss, "tokens/s": speed})
+        if run.is_due(step, config.checkpoint_every):
+            run.save(step, state)
+        if measured:
+            run.plot(PANELS)
+    run.finish(scorer, tokenizer)
+
+
+def product_dtype(config: Config, world: World) -> torch.dtype:
+    """What the matrix products run in."""
+    name = config.dtype
+    if name == "auto":
+        name = "bfloat16" if world.device.type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
 def main(config: Config) -> None:
-    if config.plan:
-        if config.model is None:
-            raise UserError("--plan needs --model: the demo's model fits anywhere")
-        shape = read_config(model_folder(config.model))
-        length = config.max_length or shape.context
-        print(memory.table(shape, config.plan, length, 0, 0, config.gpu_gb, config.micro_tokens, config.recompute))
-        return
     with parallel.session(config.device) as world:
-        train(config, world)
+        train(with_defaults(config), world)
 
 
 if __name__ == "__main__":
