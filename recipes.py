@@ -128,7 +128,7 @@ class Config:
     keep_every: int = 0
     """Also keep, for good, the checkpoint of every so many steps (0: none): to measure how RL went, see --step."""
     start_kl: bool = False
-    """Also log the KL to the policy that the run began with: one more copy of the weights (--plan does not count it),
+    """Also log the KL to the policy that the run began with: one more copy of the weights,
     and one more pass."""
     show_every: int = 10
     """Steps between responses shown on the terminal (0: none)."""
@@ -138,10 +138,6 @@ class Config:
     """Do not train: write the policy of a checkpoint in --out to this Hugging Face folder."""
     step: int | None = None
     """With --export: the checkpoint of this step (none: the newest)."""
-    plan: int = 0
-    """Do not train: print what each of this many GPUs would have to hold."""
-    gpu_gb: float = 80.0
-    """With --plan: the memory of one GPU, in GB (A100 and H100: 80, H200: 141)."""
     max_batch: int = 1024
     """Sequences decoded at once, at most."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
@@ -153,7 +149,7 @@ class Config:
 
 
 MAY_CHANGE = (
-    "out", "steps", "resume", "export", "step", "plan", "gpu_gb", "log", "show_every", "checkpoint_every", "keep_every",
+    "out", "steps", "resume", "export", "step", "log", "show_every", "checkpoint_every", "keep_every",
     "micro_tokens", "max_batch", "device", "recompute",
 )  # fmt: skip
 """Flags that --resume accepts with another value (a folder may have moved). All others would make it another run."""
@@ -177,7 +173,7 @@ def check(config: Config, recipe: Recipe) -> None:
     for name in ("lr", "temperature"):
         if not 0 < getattr(recipe, name) < math.inf:
             raise UserError(f"--{name} must be above 0 in training, not {getattr(recipe, name)}")
-    for name in ("warmup", "cooldown", "show_every", "keep_every", "plan"):
+    for name in ("warmup", "cooldown", "show_every", "keep_every"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} must not be below 0, but is {getattr(config, name)}")
     for name in ("kl_coef", "entropy_coef", "clip_low", "clip_high"):

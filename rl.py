@@ -51,12 +51,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import cli
-import memory
 import parallel
 import relatives
 import runfolder
 from cli import UserError
-from model import load_pretrained, model_folder, read_config
+from model import load_pretrained
 from muon import make_optimizers
 from packing import Example, Packed
 from parallel import Scorer, World
@@ -535,10 +534,6 @@ def train(config: Config, world: World) -> None:
 
 
 def main(config: Config) -> None:
-    if config.plan:
-        run = (read_config(model_folder(config.model)), config.plan, config.max_tokens, config.prompts, config.samples)
-        print(memory.table(*run, config.gpu_gb, config.micro_tokens, config.recompute))
-        return
     with parallel.session(config.device) as world:
         (export if config.export else train)(config, world)
 
