@@ -1,28 +1,35 @@
-"""How good is a policy, and does thinking longer make it better: pass@k, maj@k, accuracy against thinking budget.
+"""How good is a policy, and does thinking longer make it better?
 
-    python evaluate.py --model runs/sft runs/rl --task countdown --n 16 --k 1,16 --budgets 24,48,96,192 --out runs/eval
-    python evaluate.py --model DIR --data math500.jsonl --n 32 --budgets 256,512,1024 --out runs/math500
-    python evaluate.py --model DIR --data train.jsonl --n 16 --curate kept.jsonl          # T1's choice of problems
+    python evaluate.py --model runs/sft runs/rl --task countdown --k 1,16 --budgets 24,48,96,192
+    python evaluate.py --model DIR --data math500.jsonl --n 32 --budgets 256,512,1024 --out OUT
+    python evaluate.py --model DIR --data train.jsonl --n 16 --curate kept.jsonl  # as T1 chooses
 
 What is measured, for n samples of each problem:
 
-- **pass@k**, unbiased (Chen et al. 2021): of c correct among n samples, 1 - C(n-c, k) / C(n, k), averaged over the
-  problems. pass@1 is the plain mean; AIME's "mean of 32 samples" is pass@1 with `--n 32`. The 95 % interval is a
-  bootstrap over problems: their difficulty varies far more than the samples of one problem do.
+- **pass@k**, unbiased (Chen et al. 2021): of c correct among n samples, 1 - C(n-c, k) / C(n, k),
+  averaged over the problems. pass@1 is the plain mean; AIME's "mean of 32 samples" is pass@1 with
+  `--n 32`. The 95 % interval is a bootstrap over problems: their difficulty varies far more than
+  the samples of one problem do.
 - **maj@k**: the answer most frequent among k samples; the n samples give n // k votes.
-- **accuracy against budget**, T1's inference scaling: a chain that is not finished after B tokens is cut there, a box
-  is opened behind it, and the model under test (or `--answer-model`, T1's SFT model) completes the answer greedily.
-  Chains are sampled once, at the largest budget. The answer's own few tokens are not counted.
-- **failures**: the share of all samples that failed by each kind (countdown: see `tasks.diagnose_countdown`).
+- **accuracy against budget**, T1's inference scaling: a chain that is not finished after B tokens
+  is cut there, a box is opened behind it, and the model under test (or `--answer-model`, T1's SFT
+  model) completes the answer greedily. Chains are sampled once, at the largest budget. The few
+  tokens of the answer itself are not counted.
+- **failures**: the share of all samples that failed by each kind (countdown: see
+  `tasks.diagnose_countdown`).
+
+Read in this order: the estimators; answers, and which are equal; the curve; one model's result
+(`evaluate`); tables and figures; the command.
 """
 
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -36,94 +43,145 @@ from cot import load_sampler
 from sample import Completion, Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer
+from verify import Verdict
 
-# ---------------------------------------------------------------------------------------------------- estimators
+# --- estimators -----------------------------------------------------------------------------------
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """The chance that k of n samples, c of them correct, hold a correct one. A product: C(n, k) would overflow."""
+    """The chance that k of n samples, c of them correct, hold a correct one.
+
+    A product, because C(n, k) would overflow. Where n - c < k, one of its factors is 0.
+    """
     if not (0 <= c <= n and 1 <= k <= n):
         raise ValueError(f"pass@k needs 0 <= c <= n and 1 <= k <= n, not n={n}, c={c}, k={k}")
-    return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))  # holds a factor 0 where n - c < k
+    return 1.0 - float(np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
 def maj_at_k(answers: list[str | None], correct: list[bool], k: int) -> float:
-    """Share of the n // k groups of k samples whose most frequent answer is correct; a tie is shared evenly.
+    """Share of the n // k groups of k samples whose most frequent answer is correct.
 
-    `answers`: one name per class of equal answers (see `answer_classes`); None, no answer, has no vote.
+    answers: one name per class of equal answers (see `answer_classes`); None, no answer, has no
+    vote. A tie is shared evenly.
     """
     right = dict(zip(answers, correct))
     wins = []
     for start in range(0, len(answers) - k + 1, k):
-        votes = Counter(answer for answer in answers[start : start + k] if answer is not None)
-        first = [answer for answer, count in votes.items() if count == max(votes.values())]
-        wins.append(sum(right[answer] for answer in first) / len(first) if first else 0.0)
+        votes = Counter(name for name in answers[start : start + k] if name is not None)
+        most = max(votes.values(), default=0)
+        winners = [name for name, count in votes.items() if count == most]
+        wins.append(sum(right[name] for name in winners) / max(1, len(winners)))
     return sum(wins) / len(wins)
 
 
 def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of per-problem values. Its own fixed seed: same values, same interval."""
-    values, rng = np.asarray(values), np.random.default_rng(0)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
+    """95 % bootstrap interval of the mean of per-problem values.
+
+    It has a fixed seed of its own: the same values give the same interval.
+    """
+    values = np.asarray(values)
+    rng = np.random.default_rng(0)
+    count = len(values)
+    means = [values[rng.integers(0, count, count)].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
 
-# ---------------------------------------------------------------------------------------------------- answers
+# --- answers --------------------------------------------------------------------------------------
 
 
 def answer_classes(problem: Problem, responses: list[str], correct: list[bool]) -> list[str | None]:
-    """The boxed answers of one problem's responses, equal ones under one name, for the majority vote.
+    """The boxed answers of one problem's responses, for the vote: equal ones have one name.
 
-    Correct answers equal the reference, so they are one class; wrong ones are compared pair by pair with `verify`
-    (1/2 and 0.5 vote together). Countdown expressions are compared as text: equal values are not equal answers there.
+    Correct answers equal the reference, so they are one class; wrong ones are compared with each
+    other by `verify` (1/2 and 0.5 vote together). Countdown expressions are compared as text: equal
+    values are not equal answers there. None: no box.
     """
     boxes = [verify.last_boxed(response) for response in responses]
     names = [None if box is None else "".join(box.split()) for box in boxes]
-    if problem.task != "countdown":
-        wrong = list(dict.fromkeys(name for name, right in zip(names, correct) if name is not None and not right))
-        pairs = list(combinations(wrong, 2))
-        equal = verify.verify_many([(f"\\boxed{{{b}}}", a) for a, b in pairs]) if pairs else []
-        first = {name: name for name in wrong}
-        for (a, b), verdict in zip(pairs, equal):
-            if verdict.correct and first[b] == b:
-                first[b] = first[a]
-        names = [first.get(name, name) for name in names]
-        names = ["correct" if right else name for name, right in zip(names, correct)]
-    return names
+    if problem.task == "countdown":
+        return names
+    wrong = [name for name, right in zip(names, correct) if name is not None and not right]
+    first = first_equal(list(dict.fromkeys(wrong)))
+    return ["correct" if right else first.get(name) for name, right in zip(names, correct)]
+
+
+def first_equal(answers: list[str]) -> dict[str, str]:
+    """{answer: the first of the answers that equals it}; answers: all different as text."""
+    first = {answer: answer for answer in answers}
+    pairs = list(combinations(answers, 2))
+    if not pairs:
+        return first
+    verdicts = verify.verify_many([(f"\\boxed{{{b}}}", a) for a, b in pairs])
+    for (a, b), verdict in zip(pairs, verdicts):
+        if verdict.correct and first[b] == b:
+            first[b] = first[a]
+    return first
 
 
 def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
     """What the model said, without the stop token and other special tokens."""
-    stopped = completion.finish_reason == "stop"
-    return tokenizer.decode(completion.tokens[:-1] if stopped else completion.tokens, skip_special=True)
+    tokens = completion.tokens
+    if completion.finish_reason == "stop":
+        tokens = tokens[:-1]
+    return tokenizer.decode(tokens, skip_special=True)
 
 
-def cut(completion: Completion, budget: int) -> Completion:
-    """What the same sampling gives under a smaller budget: completions are prefixes of one another."""
+# --- the curve ------------------------------------------------------------------------------------
+
+ANSWER_TOKENS = 48  # a forced answer's most tokens
+
+
+def shorten(completion: Completion, budget: int) -> Completion:
+    """What the same sampling gives under a smaller budget: a prefix of the completion."""
     if len(completion.tokens) <= budget:
         return completion
     return Completion(completion.tokens[:budget], completion.logprobs[:budget], "length")
 
 
-def close_box(text: str, answer: str) -> str:
-    """`text` ends in an opened box: the text with `answer` up to the brace that closes it, or all of it."""
-    ends = (i + 1 for i, c in enumerate(answer) if c == "}" and verify.last_boxed(text + answer[: i + 1]) is not None)
-    return text + answer[: next(ends, None)]
-
-
-# ---------------------------------------------------------------------------------------------------- the curve
-
-ANSWER_TOKENS = 48  # a forced answer's most tokens
-
-
 def forced_prefix(problem: Problem, text: str) -> str:
-    """What is written behind a cut chain so that a model ends it: the thought is closed, the box is opened."""
+    """What is written behind a cut chain: it closes the thought and opens a box."""
     if "\\boxed{" in text:  # the cut fell inside the box
         return ""
-    closing = "\n</think>" if "<think>" in text and "</think>" not in text else ""
-    newline = "" if text.endswith("\n") and not closing else "\n"
-    return closing + newline + ("\\boxed{" if problem.task == "countdown" else "\nThe final answer is \\boxed{")
+    box = "\\boxed{" if problem.task == "countdown" else "\nThe final answer is \\boxed{"
+    if "<think>" in text and "</think>" not in text:
+        return "\n</think>\n" + box
+    if text.endswith("\n"):
+        return box
+    return "\n" + box
+
+
+def close_box(text: str, answer: str) -> str:
+    """`text` ends in an opened box: the text with `answer` up to the brace that closes the box.
+
+    All of the answer, if it closes none.
+    """
+    for end, character in enumerate(answer, start=1):
+        if character == "}" and verify.last_boxed(text + answer[:end]) is not None:
+            return text + answer[:end]
+    return text + answer
+
+
+@dataclass
+class CutChain:
+    """A chain cut at a budget: the response that is judged in its place."""
+
+    budget: int
+    problem: int  # its number
+    text: str
+    written: list[int] | None  # what the forced answer continues; None: the chain has its answer
+
+
+def cut_chain(
+    chain: Completion, budget: int, number: int, problem: Problem, tokenizer: Tokenizer
+) -> CutChain:
+    """A chain that did not end within the budget, nor boxed an answer, is to be completed."""
+    short = shorten(chain, budget)
+    text = completion_text(tokenizer, short)
+    if short.finish_reason == "stop" or verify.last_boxed(text) is not None:
+        return CutChain(budget, number, text, None)
+    prefix = forced_prefix(problem, text)
+    return CutChain(budget, number, text + prefix, short.tokens + tokenizer.encode(prefix))
 
 
 def budget_curve(
@@ -132,44 +190,79 @@ def budget_curve(
     problems: list[Problem],
     completions: list[list[Completion]],
     budgets: list[int],
-    progress: bool = False,
 ) -> dict[int, list[float]]:
-    """T1's inference scaling: {budget: accuracy per problem} of chains cut at each budget, the answer then forced.
+    """T1's inference scaling: {budget: accuracy per problem} of chains cut at each budget.
 
-    `sampler` writes the forced answers, greedily, from its own model. Nothing is generated for a chain that stopped
-    within the budget or whose answer already stands in its box.
+    `sampler` writes the forced answers, greedily, from its own model. Nothing is generated for a
+    chain that stopped within the budget or whose answer already stands in its box.
     """
     budgets = sorted(set(budgets))
-    texts: dict[tuple[int, int, int], str] = {}  # (budget, problem, sample) -> the response to judge
-    forced, prompts = [], []
-    for i, (problem, chains) in enumerate(zip(problems, completions)):
-        prompt = tasks.prompt_ids(problem, tokenizer)
-        for j, chain in enumerate(chains):
-            for budget in budgets:
-                short = cut(chain, budget)
-                texts[budget, i, j] = text = completion_text(tokenizer, short)
-                if short.finish_reason == "length" and verify.last_boxed(text) is None:
-                    prefix = forced_prefix(problem, text)
-                    texts[budget, i, j] += prefix
-                    forced.append((budget, i, j))
-                    prompts.append(prompt + short.tokens + tokenizer.encode(prefix))
-    if prompts:
+    cuts: list[CutChain] = []
+    for number, (problem, chains) in enumerate(zip(problems, completions)):
+        for chain in chains:
+            cuts += [cut_chain(chain, budget, number, problem, tokenizer) for budget in budgets]
+
+    open_ended = [cut for cut in cuts if cut.written is not None]
+    if open_ended:
         greedy = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
-        for key, [answer] in zip(forced, sampler.generate(prompts, 1, greedy, progress=progress)):
-            texts[key] = close_box(texts[key], completion_text(tokenizer, answer))
-    verdicts = tasks.score([problems[i] for _, i, _ in texts], list(texts.values()))
+        prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
+        begun = [prompts[cut.problem] + cut.written for cut in open_ended]
+        answers = sampler.generate(begun, 1, greedy, progress=True)
+        for cut, [answer] in zip(open_ended, answers):
+            cut.text = close_box(cut.text, completion_text(tokenizer, answer))
+
+    verdicts = tasks.score([problems[cut.problem] for cut in cuts], [cut.text for cut in cuts])
     curve = {budget: [0.0] * len(problems) for budget in budgets}
-    for (budget, i, _), verdict in zip(texts, verdicts):
-        curve[budget][i] += verdict.correct / len(completions[i])
+    for cut, verdict in zip(cuts, verdicts):
+        curve[cut.budget][cut.problem] += verdict.correct / len(completions[cut.problem])
     return curve
 
 
-# ---------------------------------------------------------------------------------------------------- one model
+# --- one model ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, of every model alike."""
+
+    samples: int  # of each problem
+    ks: tuple[int, ...] = (1,)  # of pass@k and maj@k
+    budgets: tuple[int, ...] = ()  # of the curve
+    curve_samples: int | None = None  # chains of each problem for the curve; None: all
+    lenient: bool = False  # also find the answers of models that do not box them
+
+    def __post_init__(self) -> None:
+        if min((*self.ks, *self.budgets)) < 1:
+            raise UserError("--k and --budgets are whole numbers above 0")
+        if self.samples < max(self.ks):
+            raise UserError(
+                f"--n {self.samples} samples cannot give pass@{max(self.ks)}: raise --n"
+            )
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sample, judged."""
+
+    text: str
+    length: int  # tokens, the stop token included
+    ended: bool  # by a stop token
+    correct: bool
+    kind: str  # "correct", or by what it fails
+    tried: list[str]  # countdown: what each attempt came to
+
+    @property
+    def repeats(self) -> int:
+        """How many attempts came to what an earlier one had come to."""
+        return len(self.tried) - len(set(self.tried))
 
 
 @dataclass
 class Result:
-    """One model's samples, judged: [P][n] where P problems have n samples each. Plain lists, so that JSON holds it."""
+    """One model's samples, judged: [P][n] where P problems have n samples each.
+
+    Plain lists, so that JSON holds it.
+    """
 
     correct: list[list[bool]]
     lengths: list[list[int]]  # tokens, the stop token included
@@ -179,8 +272,8 @@ class Result:
     failures: dict[str, float]  # kind -> share of all samples
     ks: list[int]
     attempts: list[list[int]]  # countdown: how many attempts a sample made (0 elsewhere)
-    repeats: float  # countdown: share of the attempts that came to what an earlier one of the sample had come to
-    lost: float  # countdown: share of all samples that failed after such a repeat
+    repeats: float  # countdown: share of the attempts that are repeats, see `Response.repeats`
+    lost: float  # countdown: share of all samples that failed after a repeat
 
     def rates(self) -> list[float]:
         """The pass rate of each problem."""
@@ -192,20 +285,23 @@ class Result:
 
     def per_problem(self) -> dict[str, list[float]]:
         """Every score whose mean over the problems is reported, by name."""
-        passes = {f"pass@{k}": [pass_at_k(len(row), sum(row), k) for row in self.correct] for k in self.ks}
-        return passes | self.majority
+        scores = {}
+        for k in self.ks:
+            scores[f"pass@{k}"] = [pass_at_k(len(row), sum(row), k) for row in self.correct]
+        return scores | self.majority
 
     def summary(self) -> dict:
         scores = {}
-        attempts = float(np.mean(self.attempts))
         for name, values in self.per_problem().items():
-            scores[name], scores[f"{name}_ci"] = float(np.mean(values)), interval(values)
+            scores[name] = float(np.mean(values))
+            scores[f"{name}_ci"] = interval(values)
+        curve = {budget: float(np.mean(values)) for budget, values in self.curve.items()}
         return scores | {
             "mean_tokens": float(np.mean(self.lengths)),
             "truncated": self.truncated,
-            "budget_curve": {budget: float(np.mean(values)) for budget, values in self.curve.items()},
+            "budget_curve": curve,
             "failures": self.failures,
-            "attempts": attempts,
+            "attempts": float(np.mean(self.attempts)),
             "repeats": self.repeats,
             "lost": self.lost,
             "problems": len(self.correct),
@@ -217,137 +313,225 @@ def evaluate(
     sampler: Sampler,
     tokenizer: Tokenizer,
     problems: list[Problem],
-    samples: int,
     params: SamplingParams,
-    budgets: list[int] = (),
-    ks: list[int] = (1,),
+    settings: Settings,
     answer_sampler: Sampler | None = None,
-    lenient: bool = False,
-    progress: bool = False,
-    curve_samples: int | None = None,
 ) -> Result:
-    """Sample every problem `samples` times and measure all of the above.
+    """Sample every problem `settings.samples` times and measure all of the above.
 
-    pass@k and the rest judge chains of at most `params.max_tokens`; budgets may be larger, chains are then sampled
-    once at the largest and cut. `answer_sampler` forces the curve's answers instead of the model under test (it must
-    share its tokenizer). `lenient` also finds the answers of models that do not box them.
+    pass@k and the rest judge chains of at most `params.max_tokens`. Budgets may be larger: chains
+    are sampled once, at the largest, and cut. `answer_sampler` forces the curve's answers instead
+    of the model under test (it must share its tokenizer).
     """
     if not problems:
         raise UserError("no problems to evaluate")
-    if samples < max(ks) or min(ks) < 1 or min(budgets, default=1) < 1:
-        raise UserError(f"needs samples >= k >= 1 and budgets >= 1, not {samples} samples, k {ks}, budgets {budgets}")
     prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
-    context, needed = sampler.model.config.context, max(map(len, prompts)) + max(budgets, default=0) + 2 * ANSWER_TOKENS
-    if budgets and needed > context:
-        raise UserError(f"a budget of {max(budgets)} needs a context of {needed} tokens, the model's is {context}")
-    longest = replace(params, max_tokens=max(params.max_tokens, *budgets, 1))
-    sampled = sampler.generate(prompts, samples, longest, progress=progress)
-    cuttable = [row[:curve_samples] for row in sampled]  # each budget costs a forced answer per unfinished chain
-    chains = [[cut(chain, params.max_tokens) for chain in row] for row in sampled]
-    texts = [[completion_text(tokenizer, chain) for chain in row] for row in chains]
+    context = sampler.model.config.context
+    needed = max(map(len, prompts)) + max(settings.budgets, default=0) + 2 * ANSWER_TOKENS
+    if settings.budgets and needed > context:
+        raise UserError(
+            f"a budget of {max(settings.budgets)} needs a context of {needed} tokens, "
+            f"the model's is {context}"
+        )
+    longest = replace(params, max_tokens=max(params.max_tokens, *settings.budgets, 1))
+    sampled = sampler.generate(prompts, settings.samples, longest, progress=True)
+
+    asked = [problem for problem in problems for _ in range(settings.samples)]
+    chains = [shorten(chain, params.max_tokens) for row in sampled for chain in row]
+    responses = judge_chains(asked, chains, tokenizer, settings.lenient)
+    # Each budget costs a forced answer for every chain that is not finished: hence `curve_samples`.
+    cuttable = [row[: settings.curve_samples] for row in sampled]
+    answerer = answer_sampler or sampler
+    curve = budget_curve(answerer, tokenizer, problems, cuttable, list(settings.budgets))
+    return result_of(problems, responses, settings, curve)
+
+
+def judge_chains(
+    problems: list[Problem], chains: list[Completion], tokenizer: Tokenizer, lenient: bool
+) -> list[Response]:
+    """The chains as judged responses; `problems` names the problem of each chain."""
+    texts = [completion_text(tokenizer, chain) for chain in chains]
     if lenient:
-        texts = [[tasks.boxed(text) for text in row] for row in texts]
-    flat = [(problem, text) for problem, row in zip(problems, texts) for text in row]
-    verdicts = tasks.score([problem for problem, _ in flat], [text for _, text in flat])
-    kinds = Counter(
-        tasks.diagnose_countdown(problem, text) if problem.task == "countdown" else verdict.outcome.replace("_", " ")
-        for (problem, text), verdict in zip(flat, verdicts)
-    )
-    correct = [[v.correct for v in verdicts[i : i + samples]] for i in range(0, len(flat), samples)]
-    tried = [tasks.attempts(text) for _, text in flat]
-    total = again = lost = 0
-    for values, verdict in zip(tried, verdicts):
-        repeated = len(values) - len(set(values))
-        total += len(values)
-        again += repeated
-        lost += repeated > 0 and not verdict.correct
-    classes = [answer_classes(*row) for row in zip(problems, texts, correct)] if max(ks) > 2 else []
+        texts = [tasks.boxed(text) for text in texts]
+    responses = []
+    verdicts = tasks.score(problems, texts)
+    for problem, chain, text, verdict in zip(problems, chains, texts, verdicts):
+        response = Response(
+            text=text,
+            length=len(chain.tokens),
+            ended=chain.finish_reason == "stop",
+            correct=verdict.correct,
+            kind=kind_of(problem, text, verdict),
+            tried=tasks.attempts(text),
+        )
+        responses.append(response)
+    return responses
+
+
+def kind_of(problem: Problem, text: str, verdict: Verdict) -> str:
+    """ "correct", or by what a response fails."""
+    if problem.task == "countdown":
+        return tasks.diagnose_countdown(problem, text)
+    return verdict.outcome.replace("_", " ")
+
+
+def result_of(
+    problems: list[Problem],
+    responses: list[Response],
+    settings: Settings,
+    curve: dict[int, list[float]],
+) -> Result:
+    """The numbers of all responses, problem by problem."""
+
+    def by_problem(read: Callable[[Response], Any]) -> list[list[Any]]:
+        values = [read(response) for response in responses]
+        n = settings.samples
+        return [values[start : start + n] for start in range(0, len(values), n)]
+
+    count = len(responses)
+    kinds = Counter(response.kind for response in responses)
+    failures = {kind: times / count for kind, times in kinds.most_common() if kind != "correct"}
+    attempts = sum(len(response.tried) for response in responses)
+    repeated = sum(response.repeats for response in responses)
+    lost = sum(response.repeats > 0 and not response.correct for response in responses)
+    correct = by_problem(lambda response: response.correct)
+    texts = by_problem(lambda response: response.text)
     return Result(
         correct=correct,
-        lengths=[[len(chain.tokens) for chain in row] for row in chains],
-        truncated=sum(chain.finish_reason == "length" for row in chains for chain in row) / len(flat),
-        majority={f"maj@{k}": [maj_at_k(a, c, k) for a, c in zip(classes, correct)] for k in ks if k > 2},
-        curve=budget_curve(answer_sampler or sampler, tokenizer, problems, cuttable, list(budgets), progress),
-        failures={kind: count / len(flat) for kind, count in kinds.most_common() if kind != "correct"},
-        ks=list(ks),
-        attempts=[[len(values) for values in tried[i : i + samples]] for i in range(0, len(flat), samples)],
-        repeats=again / max(1, total),
-        lost=lost / len(flat),
+        lengths=by_problem(lambda response: response.length),
+        truncated=sum(not response.ended for response in responses) / count,
+        majority=majority(problems, texts, correct, settings.ks),
+        curve=curve,
+        failures=failures,
+        ks=list(settings.ks),
+        attempts=by_problem(lambda response: len(response.tried)),
+        repeats=repeated / max(1, attempts),
+        lost=lost / count,
     )
 
 
-# ---------------------------------------------------------------------------------------------------- output
+def majority(
+    problems: list[Problem], texts: list[list[str]], correct: list[list[bool]], ks: tuple[int, ...]
+) -> dict[str, list[float]]:
+    """{"maj@k": per problem}, for every k above 2: two samples have no majority."""
+    ks = [k for k in ks if k > 2]
+    if not ks:
+        return {}
+    classes = [answer_classes(*row) for row in zip(problems, texts, correct)]
+    found = {}
+    for k in ks:
+        found[f"maj@{k}"] = [maj_at_k(names, right, k) for names, right in zip(classes, correct)]
+    return found
+
+
+# --- tables and figures ---------------------------------------------------------------------------
 
 
 def draw_budgets(axes: Axes, results: dict[str, Result]) -> None:
-    """Accuracy against thinking budget, one line per model, with its 95 % interval as a band."""
+    """Accuracy against thinking budget: a line per model, with its 95 % interval as a band."""
     for name, result in results.items():
         budgets = sorted(result.curve)
-        low, high = zip(*(interval(result.curve[budget]) for budget in budgets))
-        axes.plot(budgets, [np.mean(result.curve[budget]) for budget in budgets], marker="o", label=name)
+        means = [np.mean(result.curve[budget]) for budget in budgets]
+        intervals = [interval(result.curve[budget]) for budget in budgets]
+        low, high = zip(*intervals)
+        axes.plot(budgets, means, marker="o", label=name)
         axes.fill_between(budgets, low, high, alpha=0.2)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set(xlabel="thinking budget (tokens)", ylabel="accuracy", title="Accuracy against thinking budget")
+    axes.set(xlabel="thinking budget (tokens)", ylabel="accuracy")
+    axes.set_title("Accuracy against thinking budget")
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def plot_budgets(results: dict[str, Result], path: str | Path) -> None:
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")  # not pyplot: no display, no global state
+    figure = Figure(
+        figsize=(6.4, 4.2), layout="constrained"
+    )  # not pyplot: no display, no global state
     draw_budgets(figure.subplots(), results)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def table(results: dict[str, Result]) -> str:
     """Scores, curve and failures as text: one row per number, one column per model."""
-    summaries = {name: result.summary() for name, result in results.items()}
-    rows = [("", list(results))]
-    first = next(iter(summaries.values()))
-    for name in [key for key in first if f"{key}_ci" in first]:
-        cells = []
-        for summary in summaries.values():
+    columns = [cells_of(result.summary()) for result in results.values()]
+    labels = dict.fromkeys(label for cells in columns for label in cells)
+    rows = {"": list(results)}
+    for label in labels:
+        rows[label] = [cells.get(label, percent(0)) for cells in columns]  # 0: a kind of failure
+    width = 2 + max(len(cell) for row in rows.values() for cell in row)
+    lines = []
+    for label, row in rows.items():
+        padded = [f"{cell:>{width}}" for cell in row]
+        lines.append(f"{label:<26}" + "".join(padded))
+    return "\n".join(lines)
+
+
+def cells_of(summary: dict) -> dict[str, str]:
+    """One model's column of the table: {label: cell}."""
+    cells = {}
+    for name in summary:
+        if f"{name}_ci" in summary:
             low, high = summary[f"{name}_ci"]
-            cells.append(f"{100 * summary[name]:.1f} % [{100 * low:.1f}, {100 * high:.1f}]")
-        rows.append((name, cells))
-    rows.append(("mean tokens", [f"{s['mean_tokens']:.1f}" for s in summaries.values()]))
-    rows.append(("without an end", [f"{100 * s['truncated']:.1f} %" for s in summaries.values()]))
-    if first["attempts"]:
-        rows.append(("attempts", [f"{s['attempts']:.2f}" for s in summaries.values()]))
-        rows.append(("... that repeat a value", [f"{100 * s['repeats']:.1f} %" for s in summaries.values()]))
-        rows.append(("repeats, and fails", [f"{100 * s['lost']:.1f} %" for s in summaries.values()]))
-    for budget in first["budget_curve"]:
-        rows.append((f"at {budget} tokens", [f"{100 * s['budget_curve'][budget]:.1f} %" for s in summaries.values()]))
-    for kind in dict.fromkeys(kind for summary in summaries.values() for kind in summary["failures"]):
-        rows.append((f"fails: {kind}", [f"{100 * s['failures'].get(kind, 0):.1f} %" for s in summaries.values()]))
-    width = 2 + max(len(cell) for _, cells in rows for cell in cells)
-    return "\n".join(f"{label:<26}" + "".join(f"{cell:>{width}}" for cell in cells) for label, cells in rows)
+            cells[name] = f"{percent(summary[name])} [{100 * low:.1f}, {100 * high:.1f}]"
+    cells["mean tokens"] = f"{summary['mean_tokens']:.1f}"
+    cells["without an end"] = percent(summary["truncated"])
+    if summary["attempts"]:
+        cells["attempts"] = f"{summary['attempts']:.2f}"
+        cells["... that repeat a value"] = percent(summary["repeats"])
+        cells["repeats, and fails"] = percent(summary["lost"])
+    for budget, accuracy in summary["budget_curve"].items():
+        cells[f"at {budget} tokens"] = percent(accuracy)
+    for kind, share in summary["failures"].items():
+        cells[f"fails: {kind}"] = percent(share)
+    return cells
 
 
-def curate(rows: list[dict], result: Result, path: str | Path, above: float = 0.0, upto: float = 1.0) -> None:
-    """T1's choice of problems: keep those neither always nor never solved, with their `difficulty` (1 - pass rate).
+def curate(
+    rows: list[dict], result: Result, path: str | Path, above: float = 0.0, upto: float = 1.0
+) -> None:
+    """T1's choice of problems: those neither always nor never solved, with their `difficulty`.
 
-    Of those, the ones whose pass rate is greater than `above`, and at most `upto` (T1: about 0.3).
+    Kept are pass rates greater than `above` and at most `upto` (T1: about 0.3). The difficulty is 1
+    less the pass rate.
     """
     rates = result.rates()
-    chosen = [max(0, above) < rate <= upto and rate < 1 for rate in rates]
-    kept = [row | {"difficulty": round(1 - rate, 4)} for row, rate, keep in zip(rows, rates, chosen) if keep]
-    print("pass rate    problems")
-    labels = ["0", *(f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)), "1"]
-    counts = Counter(0 if rate == 0 else 11 if rate == 1 else 1 + int(10 * rate) for rate in rates)
-    for i, label in enumerate(labels):
-        print(f"{label:<12} {counts[i]:>6}  {'#' * round(50 * counts[i] / len(rates))}")
+    print_histogram(rates)
+    kept = []
+    for row, rate in zip(rows, rates):
+        if max(0, above) < rate <= upto and rate < 1:
+            kept.append(row | {"difficulty": round(1 - rate, 4)})
     if not kept:
         raise UserError(
-            f"each of the {len(rows)} problems is always or never solved, or outside of the bounds: "
-            f"nothing to write to {path}"
+            f"each of the {len(rows)} problems is always or never solved, or outside of the bounds:"
+            f" nothing to write to {path}"
         )
-    cli.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+    cli.write_jsonl(path, kept)
     print(f"kept {len(kept)} of {len(rows)} problems in {path}")
 
 
-# ---------------------------------------------------------------------------------------------------- command
+def print_histogram(rates: list[float]) -> None:
+    """How many problems have which pass rate: never solved, always solved, and ten bins between."""
+    bins = [f"{i / 10:.1f} to {(i + 1) / 10:.1f}" for i in range(10)]
+    counts: Counter[str] = Counter()
+    for rate in rates:
+        between = 0 < rate < 1
+        counts[bins[int(10 * rate)] if between else f"{rate:.0f}"] += 1
+    print("pass rate    problems")
+    for label in ["0", *bins, "1"]:
+        print(f"{label:<12} {counts[label]:>6}  {'#' * round(50 * counts[label] / len(rates))}")
+
+
+# --- command --------------------------------------------------------------------------------------
+
+LONGEST = 10_240  # tokens of T1's longest responses (9B and 14B)
+UNMEASURED = ("model", "out", "resume", "curate", "curate_above", "curate_upto", "max_batch")
+"""Flags that change none of a model's numbers: --resume accepts them with another value."""
 
 
 @dataclass
@@ -369,7 +553,8 @@ class Config:
     curve_samples: int | None = None
     """Samples per problem whose chains are cut at the budgets: all of them, unless given."""
     max_tokens: int | None = None
-    """Longest response that pass@k judges. The largest budget, or else 1024, unless given."""
+    """Longest response that pass@k judges. None: what the model's context has room for, T1's 10,240
+    at most."""
     temperature: float = 1.0
     """1.0 samples the policy itself; 0 is greedy (then n = 1 says all)."""
     top_p: float = 1.0
@@ -379,15 +564,18 @@ class Config:
     seed: int = 0
     """Of the problems and the samples: the same seed gives the same numbers."""
     answer_model: str | None = None
-    """Who writes the forced answer of a cut chain: T1 uses the SFT model. The model under test unless given."""
+    """Who writes the forced answer of a cut chain: T1 uses the SFT model. None: the model under
+    test."""
     lenient: bool = False
-    """Accept an answer outside a box ("the answer is 7", the last number), for models not taught to box it."""
+    """Accept an answer outside a box ("the answer is 7", the last number), for models not taught to
+    box it."""
     curate: str | None = None
-    """Write the problems that the (one) model neither always nor never solves to this JSONL, with their difficulty."""
+    """Write the problems that the (one) model neither always nor never solves to this JSONL, with
+    their difficulty."""
     curate_above: float = 0.0
     """With --curate: only problems with a pass rate above this."""
     curate_upto: float = 1.0
-    """With --curate: only problems with a pass rate of at most this (T1 keeps hard ones: about 0.3)."""
+    """With --curate: only problems with a pass rate of at most this (T1: about 0.3)."""
     numbers: int = 3
     """Countdown: how many numbers."""
     largest: int = tasks.LARGEST_GIVEN
@@ -402,114 +590,148 @@ class Config:
     """Sequences sampled at once: lower it where memory is short. Does not change the numbers."""
 
 
-def integers(text: str, flag: str) -> list[int]:
-    """ "1,8,32" -> [1, 8, 32]"""
+def integers(text: str, flag: str) -> tuple[int, ...]:
+    """ "1,8,32" -> (1, 8, 32)"""
     try:
-        values = [int(part) for part in text.split(",")] if text else []
+        return tuple(int(part) for part in text.split(",") if text)
     except ValueError:
-        values = [0]
-    if any(value < 1 for value in values):
-        raise UserError(f"{flag} takes whole numbers above 0, separated by commas, not {text!r}")
-    return values
+        raise UserError(f"{flag} takes whole numbers, separated by commas, not {text!r}") from None
 
 
-def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
-    """The problems, and the JSONL rows they stand for."""
+def read_settings(config: Config) -> Settings:
+    """What the flags ask for; UserError for flags that do not go together."""
+    ks = integers(config.k, "--k") or (1,)
+    budgets = integers(config.budgets, "--budgets")
     if (config.data is None) == (config.task is None):
         raise UserError("name the problems: either --data FILE.jsonl or --task countdown")
     if config.limit is not None and config.limit < 1:
         raise UserError(f"--limit {config.limit}: at least one problem")
+    above, upto = config.curate_above, config.curate_upto
+    if not config.curate and (above, upto) != (0, 1):
+        raise UserError(
+            "--curate-above and --curate-upto say what --curate FILE keeps: give that, too"
+        )
+    if not 0 <= above < upto <= 1:
+        raise UserError(
+            "--curate-above and --curate-upto are pass rates from 0 to 1, the first below the other"
+        )
+    if config.curate:
+        if len(config.model) > 1 or config.n < 2 or Path(config.curate).exists():
+            raise UserError(
+                "--curate needs one --model, --n of at least 2, and a file that does not exist yet"
+            )
+        cli.check_parent(config.curate)
+    return Settings(config.n, ks, budgets, config.curve_samples, config.lenient)
+
+
+def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
+    """The problems, and the JSONL rows they stand for."""
     if config.data:
-        return tasks.load(config.data)[: config.limit], cli.read_jsonl(config.data)[: config.limit]
+        rows = cli.read_jsonl(config.data)
+        return tasks.load(config.data)[: config.limit], rows[: config.limit]
     tasks.check_numbers(config.numbers)
     tasks.check_largest(config.largest)
     stream = tasks.countdown(config.seed, True, config.numbers, config.operators, config.largest)
     problems = list(islice(stream, config.limit or 1024))
-    return problems, [{"problem": p.question, "answer": p.answer, "task": p.task} for p in problems]
+    rows = [{"problem": p.question, "answer": p.answer, "task": p.task} for p in problems]
+    return problems, rows
 
 
-def main(config: Config) -> None:
-    budgets, ks = integers(config.budgets, "--budgets"), integers(config.k, "--k") or [1]
-    problems, rows = read_problems(config)
-    if config.n < max(ks):
-        raise UserError(f"--n {config.n} samples cannot give pass@{max(ks)}: raise --n")
-    if not config.curate and (config.curate_above, config.curate_upto) != (0, 1):
-        raise UserError("--curate-above and --curate-upto say what --curate FILE keeps: give that, too")
-    if not 0 <= config.curate_above < config.curate_upto <= 1:
-        raise UserError("--curate-above and --curate-upto are pass rates from 0 to 1, the first below the second")
-    if config.curate and (len(config.model) > 1 or config.n < 2 or Path(config.curate).exists()):
-        raise UserError("--curate needs one --model, --n of at least 2, and a file that does not exist yet")
-    if config.curate:
-        cli.check_parent(config.curate)
+def sampling_params(
+    config: Config, sampler: Sampler, tokenizer: Tokenizer, problems: list[Problem]
+) -> SamplingParams:
+    """How a model is sampled. Without --max-tokens: what its context leaves behind the prompts."""
+    max_tokens = config.max_tokens
+    if max_tokens is None:
+        longest = max(len(tasks.prompt_ids(problem, tokenizer)) for problem in problems)
+        # At least 1: the sampler says which prompt fills the context.
+        max_tokens = max(1, min(LONGEST, sampler.model.config.context - longest))
+    return SamplingParams(max_tokens, config.temperature, config.top_p, config.min_p, config.seed)
+
+
+def measure(
+    config: Config, settings: Settings, problems: list[Problem], file: Path | None
+) -> dict[str, Result]:
+    """The result of every model, in the order of the flags; `file` (results.json) grows with each.
+
+    Those that `file` holds already are taken from there, with --resume; without, it is in the way.
+    """
+    flags = {name: value for name, value in asdict(config).items() if name not in UNMEASURED}
     results: dict[str, Result] = {}
-    saved = Path(config.out) / "results.json" if config.out else None
-    unmeasured = ("model", "out", "resume", "curate", "curate_above", "curate_upto", "max_batch")
-    flags = {k: v for k, v in asdict(config).items() if k not in unmeasured}
-    if saved:
-        cli.check_parent(saved)
-    if saved and saved.exists():
-        if not config.resume:
-            raise UserError(f"{saved} exists: choose another --out, or --resume to add to it")
-        results = load_results(saved, flags)
-    params = SamplingParams(
-        config.max_tokens or max(budgets, default=1024), config.temperature, config.top_p, config.min_p, config.seed
-    )
-    answerer, vocabulary = None, None
+    if file:
+        cli.check_parent(file)
+        if file.exists() and not config.resume:
+            raise UserError(f"{file} exists: choose another --out, or --resume to add to it")
+        if file.exists():
+            results = load_results(file, flags)
+    answerer = vocabulary = None
     if config.answer_model:
-        answerer, vocabulary = load_sampler(config.answer_model, config.max_batch)
+        answerer, tokenizer = load_sampler(config.answer_model, config.max_batch)
+        vocabulary = tokenizer.files["tokenizer.json"]
     for name in config.model:
         if name in results:
             continue
         sampler, tokenizer = load_sampler(name, config.max_batch)
-        if vocabulary and vocabulary.files["tokenizer.json"] != tokenizer.files["tokenizer.json"]:
+        if answerer and vocabulary != tokenizer.files["tokenizer.json"]:
             raise UserError(
-                f"--answer-model {config.answer_model} cannot go on in {name}'s tokens: other tokenizer.json"
+                f"--answer-model {config.answer_model} cannot go on in {name}'s tokens: "
+                "other tokenizer.json"
             )
-        print(f"{name}: {len(problems)} problems, {config.n} samples each", file=sys.stderr)
-        results[name] = evaluate(
-            sampler,
-            tokenizer,
-            problems,
-            config.n,
-            params,
-            budgets,
-            ks,
-            answerer,
-            config.lenient,
-            True,
-            config.curve_samples,
+        params = sampling_params(config, sampler, tokenizer, problems)
+        print(
+            f"{name}: {len(problems)} problems, {config.n} samples each, "
+            f"at most {params.max_tokens} tokens",
+            file=sys.stderr,
         )
-        if saved:
-            write_results(saved, flags, results)
-    results = {name: results[name] for name in config.model}
+        results[name] = evaluate(sampler, tokenizer, problems, params, settings, answerer)
+        if file:
+            write_results(file, flags, results)
+    return {name: results[name] for name in config.model}
+
+
+def print_gain(before: Result, after: Result) -> None:
+    """The gain of pass@1, by problem: their difficulty cancels, so the interval is narrow."""
+    gain = np.array(after.rates()) - np.array(before.rates())
+    low, high = interval(gain)
+    print(f"pass@1 gained: {100 * np.mean(gain):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
+
+
+def main(config: Config) -> None:
+    settings = read_settings(config)
+    problems, rows = read_problems(config)
+    file = Path(config.out) / "results.json" if config.out else None
+    results = measure(config, settings, problems, file)
     print(table(results))
     if len(results) == 2:
-        before, after = (np.array(result.rates()) for result in results.values())
-        low, high = interval(after - before)  # paired: problems' difficulty cancels, so this is the narrower interval
-        print(f"pass@1 gained: {100 * np.mean(after - before):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
-    if saved and budgets:
-        plot_budgets(results, saved.with_name("budgets.png"))
+        print_gain(*results.values())
+    if file and settings.budgets:
+        plot_budgets(results, file.with_name("budgets.png"))
     if config.curate:
-        curate(rows, results[config.model[0]], config.curate, config.curate_above, config.curate_upto)
+        [result] = results.values()
+        curate(rows, result, config.curate, config.curate_above, config.curate_upto)
 
 
 def write_results(path: Path, flags: dict, results: dict[str, Result]) -> None:
-    models = {name: {"summary": result.summary(), "result": asdict(result)} for name, result in results.items()}
+    models = {}
+    for name, result in results.items():
+        models[name] = {"summary": result.summary(), "result": asdict(result)}
     cli.write_text(path, json.dumps({"flags": flags, "models": models}))
 
 
 def load_results(path: str | Path, flags: dict | None = None) -> dict[str, Result]:
-    """The models measured in a results.json; UserError where they were not measured with these `flags`."""
+    """The models of a results.json; UserError where they were not measured with these `flags`."""
+    flags = flags or {}
     try:
-        found = json.loads(Path(path).read_text())
+        found = cli.read_json(path)
         results = {name: Result(**model["result"]) for name, model in found["models"].items()}
-        changed = [f"--{name.replace('_', '-')}" for name in flags or () if found["flags"].get(name) != flags[name]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        changed = [name for name in flags if found["flags"].get(name) != flags[name]]
+    except (UserError, LookupError, TypeError, AttributeError):
         raise UserError(f"{path} is not a results file of evaluate.py") from None
     if changed:
-        raise UserError(f"{path} was measured with another {', '.join(changed)}")
-    for result in results.values():
-        result.curve = {int(budget): values for budget, values in result.curve.items()}  # JSON's keys are strings
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise UserError(f"{path} was measured with another {names}")
+    for result in results.values():  # JSON's keys are strings
+        result.curve = {int(budget): values for budget, values in result.curve.items()}
     return results
 
 

@@ -1,11 +1,13 @@
-"""evaluate.py: estimators against brute force, the budget curve against hand-made chains, curation, bad input.
+"""evaluate.py: estimators against brute force, the budget curve against hand-made chains, curation,
+bad input.
 
-No model runs here: a scripted sampler says what it is told to, so every number below was computed by hand.
-"""
+No model runs here: a scripted sampler says what it is told to, so every number below was computed
+by hand."""
 
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import evaluate
+import tasks
 from cli import UserError
-from evaluate import Result
+from evaluate import Result, Settings
 from sample import Completion, SamplingParams
 from tasks import Problem, countdown_problem
 
@@ -39,7 +42,8 @@ class Letters:
 
 
 class Script:
-    """A sampler that answers prompt i with `chains[i]`, and forced answers with `answer`; it keeps those prompts."""
+    """A sampler that answers prompt i with `chains[i]`, and forced answers with `answer`; it keeps
+    those prompts."""
 
     def __init__(self, chains, answer="0}"):
         self.chains, self.answer, self.forced = chains, answer, []
@@ -62,7 +66,7 @@ SOLVED = "3*5=15, 15+7=22 is 22\ncheck 3*5+7=22 ok\n\\boxed{(3*5)+7}"
 FALSE_CLAIM = "3+5=8, 8+7=15 is 22\ncheck 3+5+7=15 ok\n\\boxed{(3+5)+7}"
 
 
-# ------------------------------------------------------------------------------------------------- pass@k
+# --- pass@k ---------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -71,7 +75,9 @@ def test_pass_at_k_is_the_chance_over_all_subsets(n, data):
     """Guards against the biased 1 - (1 - c/n)^k and against an off-by-one in the product."""
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
     subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-    assert evaluate.pass_at_k(n, c, k) == pytest.approx(np.mean([any(subset) for subset in subsets]))
+    assert evaluate.pass_at_k(n, c, k) == pytest.approx(
+        np.mean([any(subset) for subset in subsets])
+    )
 
 
 def test_pass_at_k_of_many_samples():
@@ -88,10 +94,11 @@ def test_pass_at_k_refuses_the_impossible(n, c, k):
 
 
 def test_interval_has_its_coverage():
-    """Guards against an interval over samples instead of problems, or a percentile on the wrong side.
+    """Guards against an interval over samples instead of problems, or a percentile on the wrong
+    side.
 
-    200 draws of 100 problems with a true mean of 0.3: a 95 % interval should miss it in about 10; 24 is 4.5 sigma.
-    """
+    200 draws of 100 problems with a true mean of 0.3: a 95 % interval should miss it in about 10;
+    24 is 4.5 sigma."""
     rng = np.random.default_rng(1)
     missed = 0
     for _ in range(200):
@@ -101,11 +108,12 @@ def test_interval_has_its_coverage():
     assert evaluate.interval([1.0, 1.0]) == (1.0, 1.0)
 
 
-# ------------------------------------------------------------------------------------------------- maj@k
+# --- maj@k ----------------------------------------------------------------------------------------
 
 
 def test_majority_votes_in_groups_and_shares_ties():
-    """Guards against a None (no answer) that wins the vote, and against ties that go to whoever came first."""
+    """Guards against a None (no answer) that wins the vote, and against ties that go to whoever
+    came first."""
     right = {"a": True, "b": False, "c": False, None: False}
 
     def maj(answers, k):
@@ -115,36 +123,46 @@ def test_majority_votes_in_groups_and_shares_ties():
     assert maj(["b", "b", "a"], 3) == 0.0
     assert maj([None, None, "a"], 3) == 1.0
     assert maj([None, None, None], 3) == 0.0
-    assert maj(["a", "a", "c", "b", "b", "c", "a"], 3) == 0.5  # groups aac and bbc; the seventh is left over
+    assert (
+        maj(["a", "a", "c", "b", "b", "c", "a"], 3) == 0.5
+    )  # groups aac and bbc; the seventh is left over
 
 
 def test_equal_answers_vote_together():
-    """Guards against a majority split by spelling: 1/2, 0.5 and \\frac12 are one wrong answer, three to two."""
-    responses = [f"\\boxed{{{answer}}}" for answer in ("1/2", "0.5", "\\frac{1}{2}", "2", "2.0")] + ["no box"]
+    """Guards against a majority split by spelling: 1/2, 0.5 and \\frac12 are one wrong answer,
+    three to two."""
+    responses = [
+        f"\\boxed{{{answer}}}" for answer in ("1/2", "0.5", "\\frac{1}{2}", "2", "2.0")
+    ] + ["no box"]
     correct = [False, False, False, True, True, False]
     names = evaluate.answer_classes(Problem("?", "2"), responses, correct)
     assert len({*names[:3]}) == 1 and names[3] == names[4] != names[0] and names[5] is None
     assert evaluate.maj_at_k(names[:5], correct[:5], 5) == 0.0
 
 
-# ------------------------------------------------------------------------------------------------- budgets
+# --- budgets --------------------------------------------------------------------------------------
 
 
 def test_budget_curve_cuts_forces_and_scores():
-    """Guards against a chain judged beyond its budget, and against answers generated for chains that had ended.
+    """Guards against a chain judged beyond its budget, and against answers generated for chains
+    that had ended.
 
-    The chain solves the problem in its 55 characters and the stop token: at 22 the answer must be forced.
-    """
+    The chain solves the problem in its 55 characters and the stop token: at 22 the answer must be
+    forced."""
     sampler = Script([], answer="(3*5)+7} and \\boxed{9} besides")
     problems, chains = [COUNTDOWN], [[completion(SOLVED), completion(FALSE_CLAIM)]]
     curve = evaluate.budget_curve(sampler, Letters(), problems, chains, [22, 1000])
     assert curve == {22: [1.0], 1000: [0.5]}  # what stands behind the closed box is no answer
     prompt = f"{COUNTDOWN.question}\n"
-    assert sampler.forced == [prompt + SOLVED[:22] + "\\boxed{", prompt + FALSE_CLAIM[:22] + "\n\\boxed{"]
+    assert sampler.forced == [
+        prompt + SOLVED[:22] + "\\boxed{",
+        prompt + FALSE_CLAIM[:22] + "\n\\boxed{",
+    ]
 
 
 def test_budget_curve_generates_nothing_for_answers_that_stand():
-    """Guards against wasted generation, and against a second box forced behind the first (the last one counts)."""
+    """Guards against wasted generation, and against a second box forced behind the first (the last
+    one counts)."""
     sampler = Script([], answer="1}")
     chains = [[completion(SOLVED + " and so on")]]
     assert evaluate.budget_curve(sampler, Letters(), [COUNTDOWN], chains, [len(SOLVED), 500]) == {
@@ -158,32 +176,44 @@ def test_budget_curve_completes_a_box_that_was_cut():
     """Guards against \\boxed{(3*\\boxed{: a cut inside the box is continued, not opened again."""
     sampler = Script([], answer="5)+7} tail }")
     cut = SOLVED.index("5)+7}")
-    assert evaluate.budget_curve(sampler, Letters(), [COUNTDOWN], [[completion(SOLVED)]], [cut]) == {cut: [1.0]}
+    assert evaluate.budget_curve(
+        sampler, Letters(), [COUNTDOWN], [[completion(SOLVED)]], [cut]
+    ) == {cut: [1.0]}
     assert sampler.forced[0].endswith("\\boxed{(3*")
 
 
 def test_a_thought_is_closed_before_the_answer():
     """Guards against forcing an answer inside <think>, where no model gives one."""
-    assert evaluate.forced_prefix(Problem("?", "1"), "<think>so") == "\n</think>\n\nThe final answer is \\boxed{"
-    assert evaluate.forced_prefix(Problem("?", "1"), "<think>so</think>\n") == "\nThe final answer is \\boxed{"
+    assert (
+        evaluate.forced_prefix(Problem("?", "1"), "<think>so")
+        == "\n</think>\n\nThe final answer is \\boxed{"
+    )
+    assert (
+        evaluate.forced_prefix(Problem("?", "1"), "<think>so</think>\n")
+        == "\nThe final answer is \\boxed{"
+    )
 
 
-# ------------------------------------------------------------------------------------------------- evaluate()
+# --- evaluate() -----------------------------------------------------------------------------------
 
 
 def test_evaluate_counts_by_hand():
     """Guards against samples attributed to the wrong problem, and chains counted beyond max_tokens.
 
-    Problem 1: solved, false claim, never ends. Problem 2: three times solved. max_tokens cuts the third chain only.
-    """
+    Problem 1: solved, false claim, never ends. Problem 2: three times solved. max_tokens cuts the
+    third chain only."""
     chains = [[SOLVED, FALSE_CLAIM, "3+5=8, 8+7=15 not 22\n" * 40], [SOLVED] * 3]
     params = SamplingParams(max_tokens=100, temperature=1.0)
-    result = evaluate.evaluate(Script(chains), Letters(), [COUNTDOWN] * 2, 3, params, budgets=[10, 200], ks=[1, 3])
+    asked = Settings(3, ks=(1, 3), budgets=(10, 200))
+    result = evaluate.evaluate(Script(chains), Letters(), [COUNTDOWN] * 2, params, asked)
     summary = result.summary()
     assert result.rates() == [pytest.approx(1 / 3), 1.0]
     assert summary["pass@1"] == pytest.approx(2 / 3) and summary["pass@3"] == 1.0
     assert summary["maj@3"] == pytest.approx((0.5 + 1) / 2)
-    assert summary["failures"] == {"false claim": pytest.approx(1 / 6), "no answer": pytest.approx(1 / 6)}
+    assert summary["failures"] == {
+        "false claim": pytest.approx(1 / 6),
+        "no answer": pytest.approx(1 / 6),
+    }
     assert summary["truncated"] == pytest.approx(1 / 6)
     assert result.attempts == [[1, 1, 4], [1, 1, 1]] and summary["attempts"] == pytest.approx(1.5)
     assert summary["repeats"] == pytest.approx(3 / 9) and summary["lost"] == pytest.approx(1 / 6)
@@ -194,29 +224,63 @@ def test_evaluate_counts_by_hand():
 
 
 def test_an_answer_model_writes_the_forced_answers():
-    """Guards against --answer-model being ignored: T1 lets the SFT model answer from the RL model's chain."""
+    """Guards against --answer-model being ignored: T1 lets the SFT model answer from the RL model's
+    chain."""
     policy, answerer = Script([[SOLVED]], answer="0}"), Script([], answer="(3*5)+7}")
     params = SamplingParams(max_tokens=100)
-    result = evaluate.evaluate(policy, Letters(), [COUNTDOWN], 1, params, [10], answer_sampler=answerer)
+    asked = Settings(1, budgets=(10,))
+    result = evaluate.evaluate(policy, Letters(), [COUNTDOWN], params, asked, answerer)
     assert result.curve == {10: [1.0]} and not policy.forced
 
 
-@pytest.mark.parametrize("change", [{"problems": []}, {"ks": [4]}, {"ks": [0]}, {"budgets": [0]}, {"budgets": [10**6]}])
+@pytest.mark.parametrize(
+    "change",
+    [{"ks": (4,)}, {"ks": (0,)}, {"budgets": (0,)}, {"budgets": (10**6,)}, {"problems": []}],
+)
 def test_evaluate_refuses_bad_requests(change):
     """Guards against a crash, or a silent nan, after the sampling has been paid for."""
-    request = {"problems": [COUNTDOWN], "ks": [1], "budgets": []} | change
+    asked = {"problems": [COUNTDOWN]} | change
+    problems, sampler = asked.pop("problems"), Script([[SOLVED] * 3])
     with pytest.raises(UserError):
-        evaluate.evaluate(Script([[SOLVED] * 3]), Letters(), samples=3, params=SamplingParams(64), **request)
+        evaluate.evaluate(sampler, Letters(), problems, SamplingParams(64), Settings(3, **asked))
 
 
-# ------------------------------------------------------------------------------------------------- files
+def test_without_max_tokens_the_context_is_used():
+    """Guards against a default that does not fit the model's context, or that stops a long thought
+    where the model has room for it; T1's longest responses are the limit."""
+    longest = len(COUNTDOWN.question) + 3
+    problems, config = (
+        [COUNTDOWN, Problem("?" * (longest - 1), "1")],
+        evaluate.Config(["m"], seed=5),
+    )
+    prompts = [len(tasks.prompt_ids(problem, Letters())) for problem in problems]
+    for context, wanted in ((500, 500 - max(prompts)), (10**6, 10_240), (max(prompts), 1)):
+        sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(context=context)))
+        params = evaluate.sampling_params(config, sampler, Letters(), problems)
+        assert params == SamplingParams(wanted, 1.0, seed=5)
+    given = evaluate.sampling_params(replace(config, max_tokens=7), None, Letters(), problems)
+    assert given.max_tokens == 7
+
+
+# --- files ----------------------------------------------------------------------------------------
 
 
 def result_of(rates, n=4):
     correct = [[i < rate * n for i in range(n)] for rate in rates]
     numbers = [[5] * n for _ in rates]
     curve = {8: [0.0] * len(rates), 16: list(rates)}
-    return Result(correct, numbers, 0.0, {}, curve, {"wrong": 0.5}, [1], attempts=numbers, repeats=0.1, lost=0.05)
+    return Result(
+        correct,
+        numbers,
+        0.0,
+        {},
+        curve,
+        {"wrong": 0.5},
+        [1],
+        attempts=numbers,
+        repeats=0.1,
+        lost=0.05,
+    )
 
 
 def test_curation_keeps_what_is_neither_always_nor_never_solved(tmp_path, capsys):
@@ -230,20 +294,29 @@ def test_curation_keeps_what_is_neither_always_nor_never_solved(tmp_path, capsys
 
 
 def test_curation_by_pass_rate(tmp_path):
-    """Guards against bounds that are off by one problem: above the lower one, at most the upper one; T1 keeps at most
-    0.3. And against an upper bound of 1 that keeps what is always solved."""
+    """Guards against bounds that are off by one problem: above the lower one, at most the upper
+    one; T1 keeps at most 0.3. And against an upper bound of 1 that keeps what is always solved."""
     rows = [{"problem": f"p{i}"} for i in range(5)]
-    for number, (above, upto, wanted) in enumerate([(0.0, 0.5, [1, 2]), (0.25, 0.75, [2, 3]), (0.0, 1.0, [1, 2, 3])]):
+    for number, (above, upto, wanted) in enumerate(
+        [(0.0, 0.5, [1, 2]), (0.25, 0.75, [2, 3]), (0.0, 1.0, [1, 2, 3])]
+    ):
         out = tmp_path / f"{number}.jsonl"
         evaluate.curate(rows, result_of([0, 0.25, 0.5, 0.75, 1]), out, above, upto)
-        assert [json.loads(line)["problem"] for line in out.read_text().splitlines()] == [f"p{i}" for i in wanted]
+        assert [json.loads(line)["problem"] for line in out.read_text().splitlines()] == [
+            f"p{i}" for i in wanted
+        ]
 
 
 def test_right_beyond_by_hand():
-    """Guards against wrong responses, or those at the bound itself, counted as right beyond the longest chain shown."""
+    """Guards against wrong responses, or those at the bound itself, counted as right beyond the
+    longest chain shown."""
     result = result_of([0.5, 0.5], n=2)  # the first sample of each problem is right
     result.attempts = [[4, 9], [3, 9]]
-    assert result.right_beyond(3) == 0.25 and result.right_beyond(2) == 0.5 and result.right_beyond(4) == 0
+    assert (
+        result.right_beyond(3) == 0.25
+        and result.right_beyond(2) == 0.5
+        and result.right_beyond(4) == 0
+    )
 
 
 def test_curation_of_nothing_writes_nothing(tmp_path):
@@ -254,7 +327,8 @@ def test_curation_of_nothing_writes_nothing(tmp_path):
 
 
 def test_figure_and_table_hold_every_model(tmp_path):
-    """Guards against a figure that needs a display, and a table that drops failures only one model has."""
+    """Guards against a figure that needs a display, and a table that drops failures only one model
+    has."""
     results = {"sft": result_of([0.25, 0.5]), "rl": result_of([0.5, 1.0])}
     results["rl"].failures = {"timeout": 0.25}
     evaluate.plot_budgets(results, tmp_path / "new" / "budgets.png")
@@ -265,7 +339,8 @@ def test_figure_and_table_hold_every_model(tmp_path):
 
 
 def test_results_survive_the_file(tmp_path):
-    """Guards against budgets that come back as strings, and against mixing runs of different flags."""
+    """Guards against budgets that come back as strings, and against mixing runs of different
+    flags."""
     path, result = tmp_path / "results.json", result_of([0.25, 1.0])
     evaluate.write_results(path, {"n": 4}, {"m": result})
     assert evaluate.load_results(path, {"n": 4}) == evaluate.load_results(path) == {"m": result}
@@ -279,7 +354,8 @@ def test_results_survive_the_file(tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=12))
 def test_pass_at_1_is_the_mean_rate(counts):
-    """Guards against pass@1 and the pass rate drifting apart (AIME's mean of n samples is pass@1)."""
+    """Guards against pass@1 and the pass rate drifting apart (AIME's mean of n samples is
+    pass@1)."""
     result = result_of([count / 4 for count in counts])
     assert np.mean(result.per_problem()["pass@1"]) == pytest.approx(sum(counts) / (4 * len(counts)))
 
@@ -298,12 +374,18 @@ def test_pass_at_1_is_the_mean_rate(counts):
         ({"task": "countdown", "numbers": 5}, "--numbers"),
         ({"task": "countdown", "curate_upto": 0.3}, "--curate FILE"),
         ({"task": "countdown", "largest": 100}, "--largest"),
-        ({"task": "countdown", "curate": "kept.jsonl", "curate_above": 0.5, "curate_upto": 0.3}, "--curate-above"),
+        (
+            {"task": "countdown", "curate": "kept.jsonl", "curate_above": 0.5, "curate_upto": 0.3},
+            "--curate-above",
+        ),
         ({"task": "countdown", "curate": "kept.jsonl", "model": ["a", "b"]}, "--curate"),
         ({"task": "countdown", "limit": 2}, "absent"),
         ({"task": "countdown", "out": "."}, "exists"),
         ({"task": "countdown", "out": "results.json"}, "results.json is not a folder"),
-        ({"task": "countdown", "curate": "results.json/kept.jsonl"}, "results.json is not a folder"),
+        (
+            {"task": "countdown", "curate": "results.json/kept.jsonl"},
+            "results.json is not a folder",
+        ),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(flags, message, tmp_path, monkeypatch):
@@ -313,4 +395,6 @@ def test_bad_flags_are_refused_in_one_line(flags, message, tmp_path, monkeypatch
     with pytest.raises(UserError, match=message) as error:
         evaluate.main(evaluate.Config(**{"model": ["absent"]} | flags))
     assert "\n" not in str(error.value)
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"] and Path("results.json").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"] and Path(
+        "results.json"
+    ).read_text() == "mine"
