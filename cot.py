@@ -1,36 +1,42 @@
 """T1 stage 1, the data: chains of thought that try, fail, notice, try again and verify.
 
-    python cot.py --out chains.jsonl --count 20000                                    # countdown, by program
-    python cot.py --out chains.jsonl --data gsm8k.jsonl --model DIR [DIR2 ...] --n 4   # from models' own attempts
+    python cot.py --out chains.jsonl --count 20000                           # countdown, by program
+    python cot.py --out chains.jsonl --data gsm8k.jsonl --model DIR [DIR2 ...] --n 4
 
 Both write JSONL that `sft.py --data` reads: `problem`, `answer`, `task` and `response`.
 
-**By program** (countdown), the paper's way in miniature. Several attempts at a problem are drawn, each at another
-value that the numbers can make; they are merged up to the first that is right; a problem without a right one is
-dropped. Every attempt spells its arithmetic out and compares what it came to with the target; then a check evaluates
-the whole expression again; then the box:
+**By program** (countdown): the paper's way in miniature. Several attempts at a problem are drawn,
+each at another value that the numbers can make. They are merged up to the first that is right; a
+problem without a right one is dropped. Every attempt spells its arithmetic out and compares what it
+came to with the target; then a check evaluates the whole expression again; then comes the box:
 
     25-7=18, 18+3=21 not 4
     7*3=21, 25-21=4 is 4
     check 25-(7*3)=25-21=4 ok
     \\boxed{25-(7*3)}
 
-Such chains hold a shortcut, and it is not planted: it follows from ending every chain in success, as T1's are. Where
-three attempts were drawn, the third that is shown always succeeds, so a model learns to *claim* success at the third
-attempt sooner than it learns to look whether the value is the target; and it never sees what comes after a third
-failure. More imitation makes better guesses of it; that it pays to look, and to think on, is left for RL to find.
+Such chains hold a shortcut. It is not planted: it follows from ending every chain in success, as
+T1's chains do. Where three attempts were drawn, the third that is shown always succeeds. So a model
+learns to *claim* success at the third attempt sooner than it learns to look whether the value is
+the target, and it never sees what comes after a third failure. More imitation makes better guesses.
+That it pays to look, and to think on, is left for RL to find.
 
-**From models' own attempts** (any problem file), T1's four steps: `sample_attempts` from one or several checkpoints
-and verify them; `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic, or with a
-plain template where there is no critic or it says nothing usable; `merge` them into one response that tries, notices,
-tries again, verifies and ends in the box; with `--rewrite DIR`, let a model rewrite that into one fluent text, kept
-only where its answer is still right. A problem without a right attempt is dropped: there is nothing to end its chain.
+**From models' own attempts** (any problem file): T1's four steps, called in order by `by_attempts`.
 
-Where this differs from the paper: T1 merges and rewrites with strong models, here the merging is by program; and how
-many failures a chain shows is drawn at random, so that fewer chains end at the same place.
+1. `sample_attempts` from one or several checkpoints, and verify them.
+2. `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic.
+   Where there is no critic, or it says nothing usable, a plain template says it.
+3. `merge` them into one response that tries, notices, tries again, verifies and ends in the box.
+4. `rewrite`, with `--rewrite DIR`: a model makes one fluent text of it, kept only where its answer
+   is still right.
+
+A problem without a right attempt is dropped: there is nothing to end its chain.
+
+Where this differs from the paper: T1 merges and rewrites with strong models, here the merging is by
+program; and how many failures a chain shows is drawn at random, so that fewer chains end at the
+same place.
 """
 
-import json
 import random
 import re
 from collections.abc import Iterator
@@ -51,128 +57,244 @@ from sample import Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
 
-# ---------------------------------------------------------------------------------------------------- by program
+# --- by program -----------------------------------------------------------------------------------
 
 
-def check(expression: str) -> str:
-    """Evaluate an expression step by step, innermost brackets first: "(7-3)*5" -> "(7-3)*5=4*5=20"."""
+def step_by_step(expression: str) -> str:
+    """Evaluate an expression, innermost brackets first: "(7-3)*5" -> "(7-3)*5=4*5=20"."""
     forms = [expression]
     while not forms[-1].isdigit():
-        inner = re.search(r"\((\d+)([-+*/])(\d+)\)|^(\d+)([-+*/])(\d+)$", forms[-1])
+        form = forms[-1]
+        inner = re.search(r"\((\d+)([-+*/])(\d+)\)|^(\d+)([-+*/])(\d+)$", form)
         x, operator, y = (part for part in inner.groups() if part)
-        value = {"+": int(x) + int(y), "-": int(x) - int(y), "*": int(x) * int(y), "/": int(x) // int(y)}[operator]
-        forms.append(forms[-1][: inner.start()] + str(value) + forms[-1][inner.end() :])
+        results = {
+            "+": int(x) + int(y),
+            "-": int(x) - int(y),
+            "*": int(x) * int(y),
+            "/": int(x) // int(y),
+        }
+        forms.append(form[: inner.start()] + str(results[operator]) + form[inner.end() :])
     return "=".join(forms)
 
 
 def countdown_chain(problem: Problem, rng: random.Random, attempts: int) -> dict | None:
-    """One chain for a countdown problem: of `attempts` values that the numbers can make, drawn in random order, those
-    up to the first that is the target. None where none of them is."""
+    """One chain for a countdown problem.
+
+    `attempts` of the values that the numbers can make are drawn, in random order. The chain shows
+    those up to the first that is the target; None where none of them is.
+    """
     target, numbers, operators = tasks.read_countdown(problem.answer)
     walks = tasks.ways(numbers, operators)
     if target not in walks:
         raise UserError(f"there is no way from {numbers} to {target} with {operators}")
-    text = ""
+    lines = []
     for walk in rng.sample(list(walks.values()), min(attempts, len(walks))):
         steps = ", ".join(walk.steps)
-        if walk.value == target:
-            text += f"{steps}{tasks.CLAIM}{target}\n"
-            text += f"check {check(walk.expression)} ok\n\\boxed{{{walk.expression}}}"
-            return {"problem": problem.question, "answer": problem.answer, "task": "countdown", "response": text}
-        text += f"{steps}{tasks.FAILURE}{target}\n"
+        if walk.value != target:
+            lines.append(f"{steps}{tasks.FAILURE}{target}")
+            continue
+        lines.append(f"{steps}{tasks.CLAIM}{target}")
+        lines.append(f"check {step_by_step(walk.expression)} ok")
+        lines.append(f"\\boxed{{{walk.expression}}}")
+        return training_row(problem, "\n".join(lines))
     return None
 
 
-WORDS = [tasks.FAILURE, tasks.CLAIM, ", ", "check ", " ok\n", "\\boxed{", "numbers ", "target ", "operators "]
+def training_row(problem: Problem, response: str) -> dict:
+    """A line of the file that `sft.py --data` reads."""
+    return {
+        "problem": problem.question,
+        "answer": problem.answer,
+        "task": problem.task,
+        "response": response,
+    }
+
+
+WORDS = [
+    tasks.FAILURE, tasks.CLAIM, ", ", "check ", " ok\n", "\\boxed{",
+    "numbers ", "target ", "operators ",
+]  # fmt: skip
 """What the demo's tokenizer holds as one token each, besides the numbers up to 99."""
 
 
 def by_program(config: "Config", show: bool = True) -> Iterator[dict]:
-    """`count` chains for countdown training problems, several for each where there are fewer problems than chains. The
-    held-out problems are never used. show: a progress bar."""
-    problems = tasks.countdown(config.seed, numbers=config.numbers, operators=config.operators, largest=config.largest)
+    """`count` chains for countdown training problems; the held-out problems are never used.
+
+    Where there are fewer problems than chains, a problem has several. show: a progress bar.
+    """
+    problems = tasks.countdown(
+        config.seed,
+        numbers=config.numbers,
+        operators=config.operators,
+        largest=config.largest,
+    )
     rng = random.Random(f"chains {config.seed}")
     chains = (countdown_chain(problem, rng, config.attempts) for problem in problems)
-    found = islice((chain for chain in chains if chain is not None), config.count)
-    yield from tqdm(found, "chains", config.count, disable=not show)
+    found = (chain for chain in chains if chain is not None)
+    yield from tqdm(islice(found, config.count), "chains", config.count, disable=not show)
 
 
-# ---------------------------------------------------------------------------------------------------- by attempts
+# --- from models' own attempts --------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass
 class Attempt:
+    """A model's response to a problem."""
+
     text: str
     answer: str | None
     correct: bool
+    critique: str | None = None  # None: the template's
+
+
+@dataclass
+class Draft:
+    """What a chain will be made of."""
+
+    problem: Problem
+    failures: list[Attempt]  # with different answers, in the order in which they are shown
+    right: list[Attempt]  # the first ends the chain, the second may confirm it
 
 
 def load_sampler(path: str, max_batch: int = 256) -> tuple[Sampler, Tokenizer]:
     """A policy ready to sample: bf16 on a GPU, fp32 without one."""
-    gpu = torch.cuda.is_available()
-    policy = load_pretrained(path, dtype=torch.bfloat16 if gpu else torch.float32, device="cuda" if gpu else "cpu")
+    if torch.cuda.is_available():
+        policy = load_pretrained(path, dtype=torch.bfloat16, device="cuda")
+    else:
+        policy = load_pretrained(path)
     tokenizer = load_tokenizer(path)
     return Sampler(policy, tokenizer, max_batch=max_batch), tokenizer
 
 
-def ask(path: str, chats: list[list[dict]], n: int, params: SamplingParams, what: str) -> list[list[str]]:
-    """What a checkpoint answers to each chat, up to n answers; those that never end or are garbled are left out, and so
-    are chats without room for an answer: one long set of notes must not undo hours of attempts."""
+def ask(
+    path: str, chats: list[list[dict]], n: int, params: SamplingParams, what: str
+) -> list[list[str]]:
+    """What a checkpoint answers to each chat: up to n answers, without those that never end or are
+    garbled.
+
+    A chat that leaves no room for an answer gets none, and is no error: one long set of notes must
+    not undo hours of attempts. what: for the terminal.
+    """
     sampler, tokenizer = load_sampler(path)
     print(f"{what}: {len(chats)} x {n} from {path}")
     prompts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
-    fits = [i for i, prompt in enumerate(prompts) if len(prompt) + params.max_tokens <= sampler.model.config.context]
-    if len(fits) < len(prompts):
-        print(f"{what}: {len(prompts) - len(fits)} prompts leave no room for {params.max_tokens} tokens: skipped")
-    answers = sampler.generate([prompts[i] for i in fits], n, params, keys=fits, progress=True)
+    room = sampler.model.config.context - params.max_tokens
+    fitting = [i for i, prompt in enumerate(prompts) if len(prompt) <= room]
+    if len(fitting) < len(prompts):
+        missing = len(prompts) - len(fitting)
+        print(f"{what}: {missing} prompts leave no room for {params.max_tokens} tokens: skipped")
+    answers = sampler.generate(
+        [prompts[i] for i in fitting], n, params, keys=fitting, progress=True
+    )
     texts: list[list[str]] = [[] for _ in chats]
-    for i, row in zip(fits, answers):
-        texts[i] = [tokenizer.decode(a.tokens[:-1], True).strip() for a in row if a.finish_reason == "stop"]
-    contents = [chat[-1]["content"] for chat in chats]
-    return [[t for t in row if t and not tasks.garbled(t, asked)] for row, asked in zip(texts, contents)]
+    for i, row in zip(fitting, answers):
+        asked = chats[i][-1]["content"]
+        for answer in row:
+            text = tokenizer.decode(answer.tokens[:-1], True).strip()
+            if answer.finish_reason == "stop" and text and not tasks.garbled(text, asked):
+                texts[i].append(text)
+    return texts
 
 
-def sample_attempts(problems: list[Problem], models: list[str], n: int, params: SamplingParams) -> list[list[Attempt]]:
-    """Step 1. n attempts per problem and checkpoint, verified. An answer need not be boxed yet: merging boxes it."""
+def sample_attempts(
+    problems: list[Problem], models: list[str], n: int, params: SamplingParams
+) -> list[list[Attempt]]:
+    """Step 1. n attempts per problem and checkpoint, verified.
+
+    An answer need not be boxed yet: merging boxes it.
+    """
     chats = [tasks.messages(problem) for problem in problems]
-    by_model = [ask(path, chats, n, params, "attempts") for path in models]
-    texts = [[text for row in rows for text in row] for rows in zip(*by_model)]
-    flat = [(problem, tasks.boxed(text)) for problem, row in zip(problems, texts) for text in row]
-    verdicts = tasks.score([problem for problem, _ in flat], [boxed for _, boxed in flat])
-    answers = [verify.last_boxed(boxed) for _, boxed in flat]
-    judged = iter([(a and a.rstrip(". "), verdict.correct) for a, verdict in zip(answers, verdicts)])
-    return [[Attempt(text, *next(judged)) for text in row] for row in texts]
+    said: list[tuple[int, str]] = []  # (number of the problem, text)
+    for path in models:
+        for number, texts in enumerate(ask(path, chats, n, params, "attempts")):
+            said += [(number, text) for text in texts]
+    boxed = [tasks.boxed(text) for _, text in said]
+    verdicts = tasks.score([problems[number] for number, _ in said], boxed)
+    attempts: list[list[Attempt]] = [[] for _ in problems]
+    for (number, text), response, verdict in zip(said, boxed, verdicts):
+        answer = verify.last_boxed(response)
+        if answer:
+            answer = answer.rstrip(". ")  # of a sentence that ended in the answer
+        attempts[number].append(Attempt(text, answer, verdict.correct))
+    return attempts
 
 
-def choose(attempts: list[Attempt], most: int, rng: random.Random) -> tuple[list[Attempt], list[Attempt]]:
-    """(failures with different answers, right attempts), shuffled; at most `most` failures, how many is random."""
+def choose(
+    attempts: list[Attempt], most: int, rng: random.Random
+) -> tuple[list[Attempt], list[Attempt]]:
+    """(failures with different answers, right attempts), shuffled.
+
+    How many failures is random: at most `most`, and at least 1 where there are any.
+    """
     failures = {attempt.answer: attempt for attempt in attempts if not attempt.correct}
     right = {attempt.text: attempt for attempt in attempts if attempt.correct}
-    failures, right = (rng.sample(list(found.values()), len(found)) for found in (failures, right))
-    return failures[: rng.randint(min(1, len(failures), most), min(len(failures), most))], right
+    shuffled_failures = rng.sample(list(failures.values()), len(failures))
+    shuffled_right = rng.sample(list(right.values()), len(right))
+    most = min(most, len(failures))
+    shown = rng.randint(min(1, most), most)
+    return shuffled_failures[:shown], shuffled_right
+
+
+def draft_chains(
+    problems: list[Problem], attempts: list[list[Attempt]], most: int, rng: random.Random
+) -> list[Draft]:
+    """What each problem's chain will show; UserError if no problem has a right attempt."""
+    drafts = []
+    for problem, row in zip(problems, attempts):
+        failures, right = choose(row, most, rng)
+        if right:
+            drafts.append(Draft(problem, failures, right))
+    tried = [attempt for row in attempts for attempt in row]
+    solved = sum(attempt.correct for attempt in tried)
+    print(
+        f"{len(tried)} attempts ended, {solved} of them right; "
+        f"{len(drafts)} of {len(problems)} problems have a right one"
+    )
+    if not drafts:
+        raise UserError(
+            f"no attempt at any of the {len(problems)} problems is right: "
+            "a stronger --model, or a larger --n"
+        )
+    return drafts
 
 
 def critic_chat(problem: Problem, attempt: Attempt) -> list[dict]:
-    """The question to the critic. It is told the verdict, not the reference answer, which it could only repeat."""
+    """The question to the critic.
+
+    It is told the verdict, but not the reference answer, which it could only repeat.
+    """
     wanted = "right. In two or three sentences, say how one can check that it is right."
     if not attempt.correct:
-        wanted = "wrong. In two or three sentences, say which step goes wrong, and why. Do not solve the problem."
+        wanted = (
+            "wrong. In two or three sentences, say which step goes wrong, and why. "
+            "Do not solve the problem."
+        )
     attempted = f"Problem: {problem.question}\n\nAttempt: {unboxed(attempt.text)}"
-    return [{"role": "user", "content": f"{attempted}\n\nThe attempt's answer, {attempt.answer}, is {wanted}"}]
+    return [
+        {
+            "role": "user",
+            "content": f"{attempted}\n\nThe attempt's answer, {attempt.answer}, is {wanted}",
+        }
+    ]
 
 
 def usable(critique: str, problem: Problem, attempt: Attempt) -> bool:
-    """Short, no box, and on a failure not the reference answer, which would make the next attempt a copy."""
-    tells = re.search(rf"(?<![\w.]){re.escape(problem.answer)}(?!\w)", critique) and not attempt.correct
-    return 20 <= len(critique) <= 800 and "\\boxed" not in critique and not tells
+    """Short, no box, and on a failure not the answer, which would make the next attempt a copy."""
+    answer = rf"(?<![\w.]){re.escape(problem.answer)}(?!\w)"
+    if not attempt.correct and re.search(answer, critique):
+        return False
+    return 20 <= len(critique) <= 800 and "\\boxed" not in critique
 
 
-def criticise(path: str | None, pairs: list[tuple[Problem, Attempt]], params: SamplingParams) -> list[str | None]:
-    """Step 2. A critique of each attempt; None, for the template, where there is no critic or nothing usable."""
-    if path is None or not pairs:
-        return [None] * len(pairs)
-    critiques = ask(path, [critic_chat(*pair) for pair in pairs], 1, params, "critiques")
-    return [row[0] if row and usable(row[0], *pair) else None for row, pair in zip(critiques, pairs)]
+def criticise(path: str, drafts: list[Draft], params: SamplingParams) -> None:
+    """Step 2. Gives the attempts that are shown the critic's critique, where it is usable."""
+    pairs = []
+    for draft in drafts:
+        pairs += [(draft.problem, attempt) for attempt in [*draft.failures, draft.right[0]]]
+    chats = [critic_chat(problem, attempt) for problem, attempt in pairs]
+    for (problem, attempt), said in zip(pairs, ask(path, chats, 1, params, "critiques")):
+        if said and usable(said[0], problem, attempt):
+            attempt.critique = said[0]
 
 
 def unboxed(text: str) -> str:
@@ -180,36 +302,47 @@ def unboxed(text: str) -> str:
     return re.sub(r"\\boxed\s*\{([^{}]*)\}", r"\1", text).replace("\\boxed", "").strip()
 
 
-def merge(failures: list[tuple[Attempt, str | None]], right: list[Attempt], confirmation: str | None) -> str:
-    """Step 3. One response: attempts that fail and are noticed, one that holds and is verified, the box.
-
-    A critique of None becomes the template. Success is confirmed by a second right attempt where there is one.
-    """
+def merge(draft: Draft) -> str:
+    """Step 3. One response: attempts that fail and are noticed, one that holds and is verified, the
+    box."""
     parts = []
-    for attempt, critique in failures:
-        doubt = f"it comes to {attempt.answer}, but that does not hold" if attempt.answer else "it comes to no answer"
-        parts += [unboxed(attempt.text), f"Wait, let me check this: {doubt}. {critique or 'A step above is wrong.'}"]
+    for attempt in draft.failures:
+        doubt = "it comes to no answer"
+        if attempt.answer:
+            doubt = f"it comes to {attempt.answer}, but that does not hold"
+        critique = attempt.critique or "A step above is wrong."
+        parts.append(unboxed(attempt.text))
+        parts.append(f"Wait, let me check this: {doubt}. {critique}")
         parts.append("Let me try again, in another way.")
-    parts.append(unboxed(right[0].text))
-    if confirmation:
-        parts.append(f"Let me verify this. {confirmation}")
-    elif len(right) > 1:
-        parts += ["Let me verify this by working it out once more.", unboxed(right[1].text), "Both ways agree."]
+    right = draft.right[0]
+    parts.append(unboxed(right.text))
+    if right.critique:
+        parts.append(f"Let me verify this. {right.critique}")
+    elif len(draft.right) > 1:
+        parts.append("Let me verify this by working it out once more.")
+        parts.append(unboxed(draft.right[1].text))
+        parts.append("Both ways agree.")
     else:
-        parts.append("Let me verify this: going over the steps again, each follows from those before it.")
-    return "\n\n".join([*parts, f"So the answer is \\boxed{{{right[0].answer}}}"])
+        parts.append(
+            "Let me verify this: going over the steps again, each follows from those before it."
+        )
+    parts.append(f"So the answer is \\boxed{{{right.answer}}}")
+    return "\n\n".join(parts)
 
 
 REWRITING = (
-    "Rewrite these notes as one fluent chain of thought in the first person. Keep the failed attempts, how they are "
-    "noticed, and the verification. End with the answer in \\boxed{}."
+    "Rewrite these notes as one fluent chain of thought in the first person. Keep the failed "
+    "attempts, how they are noticed, and the verification. End with the answer in \\boxed{}."
 )
 
 
 def rewrite(path: str, rows: list[dict], params: SamplingParams) -> None:
-    """Step 4. Let a checkpoint rewrite each merged response; one whose answer is no longer right is not taken."""
-    wishes = [f"{row['problem']}\n\nNotes: {row['response']}\n\n{REWRITING}" for row in rows]
-    answers = ask(path, [[{"role": "user", "content": wish}] for wish in wishes], 1, params, "rewriting")
+    """Step 4. A checkpoint rewrites each response; one that is no longer right is not taken."""
+    chats = []
+    for row in rows:
+        wish = f"{row['problem']}\n\nNotes: {row['response']}\n\n{REWRITING}"
+        chats.append([{"role": "user", "content": wish}])
+    answers = ask(path, chats, 1, params, "rewriting")
     texts = [answer[0] if answer else "" for answer in answers]
     problems = [Problem(row["problem"], row["answer"], row["task"]) for row in rows]
     for row, text, verdict in zip(rows, texts, tasks.score(problems, texts)):
@@ -218,31 +351,25 @@ def rewrite(path: str, rows: list[dict], params: SamplingParams) -> None:
 
 
 def by_attempts(config: "Config") -> list[dict]:
+    """Chains from the attempts of `--model` at the problems of `--data`: T1's four steps."""
     problems = tasks.load(config.data)[: config.limit]
     params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
     rng = random.Random(f"attempts {config.seed}")
+
     attempts = sample_attempts(problems, config.model, config.n, params)
-    tried, solved = sum(map(len, attempts)), sum(attempt.correct for row in attempts for attempt in row)
-    chosen = [(problem, *choose(row, config.failures, rng)) for problem, row in zip(problems, attempts)]
-    chosen = [(problem, failures, right) for problem, failures, right in chosen if right]
-    print(f"{tried} attempts ended, {solved} of them right; {len(chosen)} of {len(problems)} problems have a right one")
-    if not chosen:
-        raise UserError(
-            f"no attempt at any of the {len(problems)} problems is right: a stronger --model, or a larger --n"
-        )
-    pairs = [(problem, attempt) for problem, failures, right in chosen for attempt in [*failures, right[0]]]
-    critiques = iter(criticise(config.critic, pairs, params))
+    drafts = draft_chains(problems, attempts, config.failures, rng)
+    if config.critic:
+        criticise(config.critic, drafts, params)
     rows = []
-    for problem, failures, right in chosen:
-        response = merge([(attempt, next(critiques)) for attempt in failures], right, next(critiques))
-        row = {"problem": problem.question, "answer": problem.answer, "task": problem.task, "response": response}
-        rows.append(row | {"failures": len(failures)})
+    for draft in drafts:
+        row = training_row(draft.problem, merge(draft))
+        rows.append(row | {"failures": len(draft.failures)})
     if config.rewrite:
         rewrite(config.rewrite, rows, replace(params, max_tokens=config.rewrite_tokens))
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------- command
+# --- command --------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -260,11 +387,12 @@ class Config:
     operators: str = "+-*"
     """By program: the operators allowed; add / for exact division."""
     attempts: int = 3
-    """By program: attempts drawn at a problem, the most that a chain can show. 99: all there are."""
+    """By program: attempts drawn at a problem, the most that a chain shows. 99: all there are."""
     data: str | None = None
     """From attempts: the problem file, JSONL with `problem` (or `question`) and `answer`."""
     model: tuple[str, ...] = ()
-    """From attempts: the checkpoints that attempt the problems; several give chains that change their mind more."""
+    """From attempts: the checkpoints that attempt the problems; several give chains that change
+    their mind more."""
     n: int = 4
     """From attempts: attempts per problem and checkpoint."""
     limit: int | None = None
@@ -280,23 +408,33 @@ class Config:
     rewrite: str | None = None
     """From attempts: checkpoint that rewrites the merged chains; they stay as merged without it."""
     rewrite_tokens: int = 1024
-    """From attempts: longest rewriting; it holds several attempts, so it needs more room than one of them."""
+    """From attempts: longest rewriting; it holds several attempts, and needs more room than one."""
 
 
-def main(config: Config) -> None:
+def check_flags(config: Config) -> None:
+    """UserError for what can be known to be wrong before anything is sampled."""
     if Path(config.out).exists():
         raise UserError(f"{config.out} exists already: choose another --out")
     cli.check_parent(config.out)
     if bool(config.data) != bool(config.model):
-        raise UserError("--data and --model belong together: a problem file, and checkpoints that attempt it")
+        raise UserError(
+            "--data and --model belong together: a problem file, and checkpoints that attempt it"
+        )
     if min(config.max_tokens, config.rewrite_tokens) < 1:
         raise UserError("--max-tokens and --rewrite-tokens must be at least 1")
-    if min(config.count, config.n, config.attempts, config.limit or 1) < 1 or config.failures < 0:
-        raise UserError("--count, --n, --attempts and --limit must be at least 1, --failures at least 0")
+    counts = (config.count, config.n, config.attempts, config.limit or 1)
+    if min(counts) < 1 or config.failures < 0:
+        raise UserError(
+            "--count, --n, --attempts and --limit must be at least 1, --failures at least 0"
+        )
     tasks.check_largest(config.largest)
     tasks.check_operators(config.operators)
+
+
+def main(config: Config) -> None:
+    check_flags(config)
     rows = by_attempts(config) if config.data else list(by_program(config))
-    cli.write_text(config.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    cli.write_jsonl(config.out, rows)
     print(f"wrote {len(rows)} chains to {config.out}")
 
 

@@ -1,4 +1,5 @@
-"""cot.py: every chain is right, none teaches a shortcut, and merged attempts make responses that verify.
+"""cot.py: every chain is right, none teaches a shortcut, and merged attempts make responses that
+verify.
 
 The attempts below are scripted; one test runs the whole path on SmolLM2-135M.
 """
@@ -7,6 +8,7 @@ import json
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from itertools import islice
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ import cot
 import tasks
 import verify
 from cli import UserError
-from cot import Attempt
+from cot import Attempt, Draft
 from sample import Completion, SamplingParams
 from tasks import Problem
 from tokenizer import demo_tokenizer
@@ -40,12 +42,13 @@ def chains(count, attempts=3, operators="+-*"):
             yield problem, row
 
 
-# ------------------------------------------------------------------------------------------------- by program
+# --- by program -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("operators", ["+-*", "+-*/"])
 def test_every_chain_is_right(operators):
-    """Guards against chains that teach false arithmetic, a wrong verdict on an attempt, or a wrong box."""
+    """Guards against chains that teach false arithmetic, a wrong verdict on an attempt, or a wrong
+    box."""
     for problem, row in chains(300, operators=operators):
         target, numbers, _ = tasks.read_countdown(problem.answer)
         *tried, check, _ = row["response"].split("\n")
@@ -55,11 +58,17 @@ def test_every_chain_is_right(operators):
             assert len(steps) == len(numbers) - 1
             used, made = Counter(numbers), Counter()
             for x, operator, y, z in steps:
-                assert verify.exact_arithmetic(f"{x}{operator}{y}", operators)[0] == int(z) <= tasks.LARGEST
+                assert (
+                    verify.exact_arithmetic(f"{x}{operator}{y}", operators)[0]
+                    == int(z)
+                    <= tasks.LARGEST
+                )
                 used.subtract((int(x), int(y)))
                 used[int(z)] += 1
             made[int(steps[-1][3])] = 1
-            assert +used == made, "every number is used once, and what is left is what the attempt comes to"
+            assert +used == made, (
+                "every number is used once, and what is left is what the attempt comes to"
+            )
             word = "is" if number == len(tried) else "not"
             assert line.endswith(f"={steps[-1][3]} {word} {target}")
             assert (int(steps[-1][3]) == target) == (word == "is")
@@ -69,9 +78,10 @@ def test_every_chain_is_right(operators):
 
 
 def test_a_chain_ends_in_its_first_success():
-    """Guards against data that is spoilt: chains that are cut off, give up, or go on after the success; and against a
-    choice of attempts that favours some. Of n values, drawn in random order, the target is the k-th with chance 1/n
-    for every k; a problem without it among the first 3 is dropped. (Three standard deviations.)"""
+    """Guards against data that is spoilt: chains that are cut off, give up, or go on after the
+    success; and against a choice of attempts that favours some. Of n values, drawn in random order,
+    the target is the k-th with chance 1/n for every k; a problem without it among the first 3 is
+    dropped. (Three standard deviations.)"""
     problem = tasks.countdown_problem([3, 5, 7], 22)
     values, rng, tries = len(tasks.ways([3, 5, 7], "+-*")), random.Random(0), 20_000
     rows = [cot.countdown_chain(problem, rng, 3) for _ in range(tries)]
@@ -79,12 +89,14 @@ def test_a_chain_ends_in_its_first_success():
     assert lengths.keys() == {1, 2, 3}
     for count in lengths.values():
         assert count / tries == pytest.approx(1 / values, abs=1.5 / tries**0.5)
-    assert all(row is not None for row in (cot.countdown_chain(problem, rng, 99) for _ in range(50)))
+    assert all(
+        row is not None for row in (cot.countdown_chain(problem, rng, 99) for _ in range(50))
+    )
 
 
 def test_no_value_is_tried_twice():
-    """Guards against chains that repeat a failure, or try the same sum in another order: there is nothing to learn
-    from either, and RL's penalty for repetition would punish what SFT taught."""
+    """Guards against chains that repeat a failure, or try the same sum in another order: there is
+    nothing to learn from either, and RL's penalty for repetition would punish what SFT taught."""
     for _, row in chains(300, attempts=99):
         values = tasks.attempts(row["response"])
         assert len(set(values)) == len(values)
@@ -93,10 +105,15 @@ def test_no_value_is_tried_twice():
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 49), min_size=2, max_size=4))
 def test_check_keeps_the_value_at_every_step(numbers):
-    """Guards against a check that drops a bracket: each form between the = has the value of the whole."""
+    """Guards against a check that drops a bracket: each form between the = has the value of the
+    whole."""
     for walk in tasks.ways(numbers, "+-*/").values():
-        forms = cot.check(walk.expression).split("=")
-        assert forms[0] == walk.expression and forms[-1] == str(walk.value) and len(forms) == len(numbers)
+        forms = cot.step_by_step(walk.expression).split("=")
+        assert (
+            forms[0] == walk.expression
+            and forms[-1] == str(walk.value)
+            and len(forms) == len(numbers)
+        )
         for form in forms[:-1]:
             assert verify.exact_arithmetic(form, "+-*/")[0] == Fraction(walk.value)
 
@@ -116,27 +133,37 @@ def test_unsolvable_problems_are_named():
         cot.countdown_chain(tasks.countdown_problem([1, 1, 1], 50), random.Random(0), 3)
 
 
-# ------------------------------------------------------------------------------------------------- by attempts
+# --- by attempts ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("critique", [None, "Twice 3 is what he buys, not what he has."])
 @pytest.mark.parametrize("failures", [[], [WRONG], [WRONG, ODD]])
 @pytest.mark.parametrize("right", [[RIGHT], [RIGHT, AGAIN]])
 def test_merged_chains_verify(failures, right, critique):
-    """Guards against a box left in a failed attempt, or a merged chain whose answer is no longer the right one."""
-    text = cot.merge([(attempt, critique) for attempt in failures], right, critique)
-    assert tasks.score([PROBLEM], [text])[0].correct and text.count("\\boxed") == 1 and text.endswith("\\boxed{9}")
+    """Guards against a box left in a failed attempt, or a merged chain whose answer is no longer
+    the right one."""
+    failures = [replace(attempt, critique=critique) for attempt in failures]
+    right = [replace(attempt, critique=critique) for attempt in right]
+    text = cot.merge(Draft(PROBLEM, failures, right))
+    assert (
+        tasks.score([PROBLEM], [text])[0].correct
+        and text.count("\\boxed") == 1
+        and text.endswith("\\boxed{9}")
+    )
     assert text.count("Wait") == text.count("try again") == len(failures)
     assert "Let me verify" in text and text.index("He buys 6") < text.index("Let me verify")
-    assert all(text.index(cot.unboxed(attempt.text)) < text.index("He buys 6") for attempt in failures)
+    assert all(
+        text.index(cot.unboxed(attempt.text)) < text.index("He buys 6") for attempt in failures
+    )
     assert not critique or text.count(critique) == len(failures) + 1
 
 
 def test_the_template_says_what_the_attempt_answered():
-    """Guards against a fallback that says nothing: it names the failed answer, and confirms by a second attempt."""
-    text = cot.merge([(WRONG, None)], [RIGHT, AGAIN], None)
+    """Guards against a fallback that says nothing: it names the failed answer, and confirms by a
+    second attempt."""
+    text = cot.merge(Draft(PROBLEM, [WRONG], [RIGHT, AGAIN]))
     assert "it comes to 6, but that does not hold" in text and cot.unboxed(AGAIN.text) in text
-    no_answer = cot.merge([(Attempt("Hm.", None, False), None)], [RIGHT], None)
+    no_answer = cot.merge(Draft(PROBLEM, [Attempt("Hm.", None, False)], [RIGHT]))
     assert "it comes to no answer" in no_answer and "None" not in no_answer
 
 
@@ -153,62 +180,82 @@ def test_the_template_says_what_the_attempt_answered():
     ],
 )
 def test_critiques_are_used_only_where_usable(critique, attempt, fine):
-    """Guards against a critic that gives the answer away, boxes its own, says nothing, or never ends."""
+    """Guards against a critic that gives the answer away, boxes its own, says nothing, or never
+    ends."""
     assert cot.usable(critique, PROBLEM, attempt) == fine
 
 
 def test_the_critic_is_not_told_the_answer():
     """Guards against a prompt that holds the reference: a critic could only repeat it."""
     [message] = cot.critic_chat(PROBLEM, WRONG)
-    assert "9" not in message["content"] and "boxed" not in message["content"] and "is wrong" in message["content"]
+    assert (
+        "9" not in message["content"]
+        and "boxed" not in message["content"]
+        and "is wrong" in message["content"]
+    )
     assert "is right" in cot.critic_chat(PROBLEM, RIGHT)[0]["content"]
 
 
 def test_criticise_falls_back_attempt_by_attempt(monkeypatch):
     """Guards against one bad critique that shifts all others to the wrong attempt."""
-    said = [["Twice as many is what he buys."], [], ["no"], ["Counting the apples one by one confirms it."]]
-    monkeypatch.setattr(cot, "ask", lambda *_: said)
-    pairs = [(PROBLEM, attempt) for attempt in (WRONG, ODD, ODD, RIGHT)]
-    assert cot.criticise("critic", pairs, None) == [said[0][0], None, None, said[3][0]]
-    assert cot.criticise(None, pairs, None) == [None] * 4
+    good = ["Twice as many is what he buys.", "Counting the apples one by one confirms it."]
+    monkeypatch.setattr(cot, "ask", lambda *_: [[good[0]], [], ["no"], [good[1]]])
+    drafts = [Draft(PROBLEM, [replace(WRONG), replace(ODD)], [replace(AGAIN), replace(RIGHT)])]
+    drafts.append(Draft(PROBLEM, [], [replace(RIGHT)]))
+    cot.criticise("critic", drafts, None)
+    shown = [*drafts[0].failures, drafts[0].right[0], drafts[1].right[0]]
+    assert [attempt.critique for attempt in shown] == [good[0], None, None, good[1]]
+    assert drafts[0].right[1].critique is None  # not shown, so not asked about
 
 
 @settings(deadline=None)
 @given(st.integers(0, 1000), st.integers(0, 3))
 def test_choice_of_attempts(seed, most):
-    """Guards against two failures with one answer, more failures than asked for, and chains that never fail."""
+    """Guards against two failures with one answer, more failures than asked for, and chains that
+    never fail."""
     repeated = [WRONG, WRONG, ODD, RIGHT, RIGHT, AGAIN]
     failures, right = cot.choose(repeated, most, random.Random(seed))
-    assert min(1, most) <= len(failures) <= most and len({attempt.answer for attempt in failures}) == len(failures)
+    assert min(1, most) <= len(failures) <= most and len(
+        {attempt.answer for attempt in failures}
+    ) == len(failures)
     assert sorted(attempt.text for attempt in right) == sorted([RIGHT.text, AGAIN.text])
 
 
 def test_a_rewriting_is_kept_only_where_still_right(monkeypatch):
     """Guards against a rewriting that loses the answer, and one that is missing."""
-    rows = [{"problem": PROBLEM.question, "answer": "9", "task": "math", "response": f"merged {i}"} for i in range(3)]
+    rows = [
+        {"problem": PROBLEM.question, "answer": "9", "task": "math", "response": f"merged {i}"}
+        for i in range(3)
+    ]
     monkeypatch.setattr(cot, "ask", lambda *_: [["fluent \\boxed{9}"], ["fluent \\boxed{8}"], []])
     cot.rewrite("rewriter", rows, None)
     assert [row["response"] for row in rows] == ["fluent \\boxed{9}", "merged 1", "merged 2"]
 
 
-# ------------------------------------------------------------------------------------------------- the command
+# --- the command ----------------------------------------------------------------------------------
 
 
 def write_problems(tmp_path):
-    rows = [{"question": PROBLEM.question, "answer": "He buys 6.\n#### 9"}, {"question": "Hard?", "answer": "1"}]
+    rows = [
+        {"question": PROBLEM.question, "answer": "He buys 6.\n#### 9"},
+        {"question": "Hard?", "answer": "1"},
+    ]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(tmp_path / "problems.jsonl")
 
 
 def test_chats_without_room_are_skipped(monkeypatch, capsys):
-    """Guards against one long prompt that ends the command after all its work, and answers given to the wrong chat."""
+    """Guards against one long prompt that ends the command after all its work, and answers given to
+    the wrong chat."""
     tokenizer = demo_tokenizer(cot.WORDS)
 
     def generate(prompts, n, params, keys, progress):
         assert keys == [0, 2]
         return [[Completion([*tokenizer.encode(f"{key}"), 0], [], "stop")] for key in keys]
 
-    sampler = SimpleNamespace(generate=generate, model=SimpleNamespace(config=SimpleNamespace(context=60)))
+    sampler = SimpleNamespace(
+        generate=generate, model=SimpleNamespace(config=SimpleNamespace(context=60))
+    )
     monkeypatch.setattr(cot, "load_sampler", lambda _: (sampler, tokenizer))
     chats = [[{"role": "user", "content": content}] for content in ("1 2", "7 " * 100, "3 4")]
     assert cot.ask("m", chats, 1, SamplingParams(20), "rewriting") == [["0"], [], ["2"]]
@@ -216,25 +263,34 @@ def test_chats_without_room_are_skipped(monkeypatch, capsys):
 
 
 def test_attempts_become_training_data(tmp_path, monkeypatch, capsys):
-    """Guards against rows that sft.py cannot read, unsolved problems kept, and the second checkpoint forgotten."""
-    said = {"one": [[WRONG.text, "I think the answer is 9.\n"], ["\\boxed{2}"]], "two": [[ODD.text], []]}
+    """Guards against rows that sft.py cannot read, unsolved problems kept, and the second
+    checkpoint forgotten."""
+    said = {
+        "one": [[WRONG.text, "I think the answer is 9.\n"], ["\\boxed{2}"]],
+        "two": [[ODD.text], []],
+    }
     monkeypatch.setattr(cot, "ask", lambda path, *_: said[path])
     out = tmp_path / "chains.jsonl"
     cot.main(cot.Config(str(out), data=write_problems(tmp_path), model=("one", "two"), n=2))
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
-    assert row["response"].endswith("So the answer is \\boxed{9}")  # and not {9.}, as the sentence ends
+    assert row["response"].endswith(
+        "So the answer is \\boxed{9}"
+    )  # and not {9.}, as the sentence ends
     assert row["problem"] == PROBLEM.question and row["answer"] == "9"
     assert tasks.score(tasks.load(out), [row["response"]])[0].correct
     assert "1 of 2 problems" in capsys.readouterr().out
 
 
 def test_program_chains_as_a_file(tmp_path):
-    """Guards against a file that is not reproducible, and against held-out problems in the training data."""
+    """Guards against a file that is not reproducible, and against held-out problems in the training
+    data."""
     for name in ("a", "b"):
         cot.main(cot.Config(str(tmp_path / name), count=200))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     held = {p.question for p in islice(tasks.countdown(0, heldout=True), 1_000)}
-    assert len(tasks.load(tmp_path / "a")) == 200 and not held & {p.question for p in tasks.load(tmp_path / "a")}
+    assert len(tasks.load(tmp_path / "a")) == 200 and not held & {
+        p.question for p in tasks.load(tmp_path / "a")
+    }
 
 
 @pytest.mark.parametrize(
@@ -258,23 +314,32 @@ def test_bad_flags_write_nothing(flags, message, tmp_path, monkeypatch):
     (tmp_path / "taken").write_text("mine")
     with pytest.raises(UserError, match=message):
         cot.main(cot.Config(**{"out": "chains.jsonl"} | flags))
-    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and (tmp_path / "taken").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and (
+        tmp_path / "taken"
+    ).read_text() == "mine"
 
 
 def test_no_right_attempt_writes_nothing(tmp_path, monkeypatch):
     """Guards against an empty training file."""
     monkeypatch.setattr(cot, "ask", lambda *_: [[WRONG.text], []])
     with pytest.raises(UserError, match="stronger --model"):
-        cot.main(cot.Config(str(tmp_path / "chains.jsonl"), data=write_problems(tmp_path), model=("one",)))
+        cot.main(
+            cot.Config(
+                str(tmp_path / "chains.jsonl"), data=write_problems(tmp_path), model=("one",)
+            )
+        )
     assert not (tmp_path / "chains.jsonl").exists()
 
 
 def test_real_weights_attempt_and_criticise(smollm2, tmp_path):
-    """Guards against a path that only works on scripted attempts: SmolLM2-135M tries, verifies, criticises itself."""
+    """Guards against a path that only works on scripted attempts: SmolLM2-135M tries, verifies,
+    criticises itself."""
     rows = [{"problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in (1, 4)]
     (tmp_path / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     model, out = str(smollm2), tmp_path / "chains.jsonl"
     options = {"n": 2, "max_tokens": 40, "temperature": 0.5, "critic": model}
     cot.main(cot.Config(str(out), data=str(tmp_path / "problems.jsonl"), model=(model,), **options))
     made = [json.loads(line) for line in out.read_text().splitlines()]
-    assert made and all(v.correct for v in tasks.score(tasks.load(out), [row["response"] for row in made]))
+    assert made and all(
+        v.correct for v in tasks.score(tasks.load(out), [row["response"] for row in made])
+    )
