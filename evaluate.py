@@ -333,7 +333,7 @@ def evaluate(
             f"a budget of {max(settings.budgets)} needs a context of {needed} tokens, "
             f"the model's is {context}"
         )
-    longest = replace(params, max_tokens=max(params.max_tokens, *settings.budgets, 1))
+    longest = replace(params, max_tokens=max((params.max_tokens, *settings.budgets)))
     sampled = sampler.generate(prompts, settings.samples, longest, progress=True)
 
     asked = [problem for problem in problems for _ in range(settings.samples)]
