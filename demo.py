@@ -290,11 +290,10 @@ def draw(
     figure.savefig(path, dpi=130)
 
 
-def main(config: Config) -> None:
-    out = Path(config.out)
-    seconds = open_folder(config, out)
-    stages = Stages(out, seconds)
-    chains, trained = out / "chains.jsonl", [out / "sft", out / "rl"]
+def run_stages(config: Config, out: Path, stages: Stages) -> None:
+    """From chains to everything that is measured; what is there already is not done again."""
+    chains = out / "chains.jsonl"
+    trained = [out / "sft", out / "rl"]
     stages.run("cot", "cot.py", chains, chain_flags(config, chains), cot.main)
     flags = sft_flags(config, out / "sft", chains, config.sft_steps)
     stages.run("sft", "sft.py", out / "sft" / "model", flags, sft.main)
@@ -306,63 +305,86 @@ def main(config: Config) -> None:
     flags = curve_flags(config, list(on_the_way.values()), out / "curves")
     stages.run("curves", "evaluate.py", out / "curves" / "budgets.png", flags, evaluate.main)
     probe = {"problem": PROBE.question, "answer": PROBE.answer, "task": PROBE.task}
-    cli.write_text(out / "probe.jsonl", json.dumps(probe) + "\n")
+    cli.write_jsonl(out / "probe.jsonl", [probe])
     flags = probe_flags(config, trained, out)
     stages.run("probe", "evaluate.py", out / "probe" / "budgets.png", flags, evaluate.main)
     if not (out / "model").exists():  # so that runs/demo is itself a --model
         shutil.copytree(out / "rl" / "model", out / "model.partial", dirs_exist_ok=True)
         (out / "model.partial").rename(out / "model")
 
+
+def read_results(config: Config, out: Path) -> dict[str, Result]:
+    """{"SFT", "30% of RL", "60% of RL", "RL": measured}."""
     measured = evaluate.load_results(out / "evaluation" / "results.json")
     curves = evaluate.load_results(out / "curves" / "results.json")
-    probed = evaluate.load_results(out / "probe" / "results.json")
     results = {"SFT": measured[str(out / "sft")]}
-    for share, folder in on_the_way.items():
+    for share, folder in checkpoints(config, out).items():
         results[f"{share:.0%} of RL"] = curves[str(folder)]
     results["RL"] = measured[str(out / "rl")]
-    shown = longest_shown(chains, out / "sft")
-    draw(results, shown, read_metrics(out / "rl" / "metrics.jsonl"), out / "demo.png")
+    return results
 
-    ends = {"SFT": results["SFT"], "RL": results["RL"]}
-    budget_curves = {name: result.summary()["budget_curve"] for name, result in results.items()}
-    main_stages = ("cot", "sft", "rl", "evaluate", "curves", "probe")
+
+def summarise(config: Config, out: Path, results: dict[str, Result], shown: dict[str, int]) -> dict:
+    """The numbers of summary.json, but for the baselines and the seconds."""
+    probed = evaluate.load_results(out / "probe" / "results.json")
     summary = {
         "seed": config.seed,
         "problems_heldout": config.heldout,
-        "sft": ends["SFT"].summary(),
-        "rl": ends["RL"].summary(),
+        "sft": results["SFT"].summary(),
+        "rl": results["RL"].summary(),
         "longest_shown": shown,
-        "beyond_shown": {name.lower(): ends[name].right_beyond(shown["attempts"]) for name in ends},
+        "beyond_shown": {},
         "rl_curves": {},
         "probe": {"problem": PROBE.question},
     }
-    for folder in trained:
-        summary["probe"][folder.name] = sum(probed[str(folder)].correct[0])
+    for name in ("sft", "rl"):
+        summary["beyond_shown"][name] = results[name.upper()].right_beyond(shown["attempts"])
+        summary["probe"][name] = sum(probed[str(out / name)].correct[0])
     for share in SHARES:
-        summary["rl_curves"][str(share)] = budget_curves[f"{share:.0%} of RL"]
-    summary["rl_curves"]["1.0"] = budget_curves["RL"]
-    if config.baselines or (out / "evaluation-baselines" / "budgets.png").exists():
-        found = baselines(config, out, stages)
-        summary["baselines"] = {name: result.summary() for name, result in found.items()}
-        for name, result in found.items():
-            summary["beyond_shown"][name] = result.right_beyond(shown["attempts"])
-        ends |= {"more SFT": found["more_sft"], "oracle's SFT": found["best_sft"]}
-    summary["seconds"] = round(sum(seconds.get(name, 0.0) for name in main_stages), 1)
-    summary["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
-    cli.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+        curve = results[f"{share:.0%} of RL"].summary()["budget_curve"]
+        summary["rl_curves"][str(share)] = curve
+    summary["rl_curves"]["1.0"] = summary["rl"]["budget_curve"]
+    return summary
 
-    print(f"\n{evaluate.table(ends)}\n")
+
+def print_ending(config: Config, out: Path, summary: dict) -> None:
+    """What the table does not say, and what to do next."""
+    shown, probe = summary["longest_shown"], summary["probe"]
     print(f"the chains shown had up to {shown['attempts']} attempts and {shown['tokens']} tokens")
-    for name in ("SFT", "RL"):
-        share = ends[name].right_beyond(shown["attempts"])
-        print(f"{name}: right at a later attempt than that: {100 * share:.1f} % of all responses")
-    probe = summary["probe"]
+    for name in ("sft", "rl"):
+        share = 100 * summary["beyond_shown"][name]
+        print(f"{name.upper()}: right at a later attempt than that: {share:.1f} % of all responses")
     print(f"{probe['problem']}: {probe['sft']} of 64 right after SFT, {probe['rl']} after RL")
     print(f"\nin {summary['seconds']:.0f} s; the figure is {out / 'demo.png'}")
     if not config.baselines:
         again = f"python demo.py --seed {config.seed} --out {out} --baselines"
         print(f"Was it the data? Ask the baselines:  {again}")
     print(f'Watch it think:  python sample.py --model {out} "numbers 3 5 7, target 22"')
+
+
+def main(config: Config) -> None:
+    out = Path(config.out)
+    seconds = open_folder(config, out)
+    stages = Stages(out, seconds)
+    run_stages(config, out, stages)
+    results = read_results(config, out)
+    shown = longest_shown(out / "chains.jsonl", out / "sft")
+    draw(results, shown, read_metrics(out / "rl" / "metrics.jsonl"), out / "demo.png")
+
+    summary = summarise(config, out, results, shown)
+    ends = {"SFT": results["SFT"], "RL": results["RL"]}
+    if config.baselines or (out / "evaluation-baselines" / "budgets.png").exists():
+        found = baselines(config, out, stages)
+        summary["baselines"] = {name: result.summary() for name, result in found.items()}
+        for name, result in found.items():
+            summary["beyond_shown"][name] = result.right_beyond(shown["attempts"])
+        ends |= {"more SFT": found["more_sft"], "oracle's SFT": found["best_sft"]}
+    main_stages = ("cot", "sft", "rl", "evaluate", "curves", "probe")
+    summary["seconds"] = round(sum(seconds.get(name, 0.0) for name in main_stages), 1)
+    summary["seconds_by_stage"] = {name: round(value, 1) for name, value in seconds.items()}
+    cli.write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"\n{evaluate.table(ends)}\n")
+    print_ending(config, out, summary)
 
 
 if __name__ == "__main__":
