@@ -269,13 +269,11 @@ def critic_chat(problem: Problem, attempt: Attempt) -> list[dict]:
             "wrong. In two or three sentences, say which step goes wrong, and why. "
             "Do not solve the problem."
         )
-    attempted = f"Problem: {problem.question}\n\nAttempt: {unboxed(attempt.text)}"
-    return [
-        {
-            "role": "user",
-            "content": f"{attempted}\n\nThe attempt's answer, {attempt.answer}, is {wanted}",
-        }
-    ]
+    content = (
+        f"Problem: {problem.question}\n\nAttempt: {unboxed(attempt.text)}\n\n"
+        f"The attempt's answer, {attempt.answer}, is {wanted}"
+    )
+    return [{"role": "user", "content": content}]
 
 
 def usable(critique: str, problem: Problem, attempt: Attempt) -> bool:
