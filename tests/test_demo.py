@@ -24,8 +24,8 @@ def bars():
 
 
 def test_the_demo_runs_and_a_second_start_repeats_nothing(tmp_path, monkeypatch, capsys):
-    """Guards against a stage that breaks the next, a resumed demo that trains again, and baselines that do not add to
-    what was measured."""
+    """Guards against a stage that breaks the next, a resumed demo that trains again, and baselines
+    that do not add to what was measured."""
     monkeypatch.setattr(demo, "BUDGET", 12)
     monkeypatch.setattr(demo, "BUDGETS", "6,12")
     few = {"chains": 120, "sft_steps": 2, "steps": 2, "heldout": 4, "samples": 2}
@@ -33,8 +33,14 @@ def test_the_demo_runs_and_a_second_start_repeats_nothing(tmp_path, monkeypatch,
     demo.main(config)
     file = tmp_path / "demo" / "summary.json"
     first = json.loads(file.read_text())
-    assert first["problems_heldout"] == 4 and {"pass@1", "mean_tokens", "budget_curve"} <= first["rl"].keys()
-    assert first["longest_shown"]["attempts"] == demo.ATTEMPTS and first["longest_shown"]["tokens"] > 30
+    assert (
+        first["problems_heldout"] == 4
+        and {"pass@1", "mean_tokens", "budget_curve"} <= first["rl"].keys()
+    )
+    assert (
+        first["longest_shown"]["attempts"] == demo.ATTEMPTS
+        and first["longest_shown"]["tokens"] > 30
+    )
     assert first["probe"].keys() == {"problem", "sft", "rl"}
     assert first["beyond_shown"].keys() == {"sft", "rl"} and "baselines" not in first
     assert list(first["rl_curves"]) == ["0.3", "0.6", "1.0"]
@@ -51,14 +57,23 @@ def test_the_demo_runs_and_a_second_start_repeats_nothing(tmp_path, monkeypatch,
     demo.main(dataclasses.replace(config, baselines=True))
     capsys.readouterr()
     both = json.loads(file.read_text())
-    assert both["baselines"].keys() == {"more_sft", "best_sft"} and "pass@1" in both["baselines"]["best_sft"]
+    assert (
+        both["baselines"].keys() == {"more_sft", "best_sft"}
+        and "pass@1" in both["baselines"]["best_sft"]
+    )
     stages = both.pop("seconds_by_stage")
     assert stages.items() > first.pop("seconds_by_stage").items()
     flags = json.loads((tmp_path / "demo" / "more_sft" / "config.json").read_text())
-    assert flags["model"] == str(tmp_path / "demo" / "sft") and flags["data"] == str(tmp_path / "demo" / "chains.jsonl")
-    assert flags["steps"] == pytest.approx(max(1, few["sft_steps"] * stages["rl"] / stages["sft"]), abs=0.51)
+    assert flags["model"] == str(tmp_path / "demo" / "sft") and flags["data"] == str(
+        tmp_path / "demo" / "chains.jsonl"
+    )
+    assert flags["steps"] == pytest.approx(
+        max(1, few["sft_steps"] * stages["rl"] / stages["sft"]), abs=0.51
+    )
     oracle = json.loads((tmp_path / "demo" / "best_sft" / "config.json").read_text())
-    assert oracle["steps"] == few["sft_steps"] + flags["steps"] and oracle["data"].endswith("oracle.jsonl")
+    assert oracle["steps"] == few["sft_steps"] + flags["steps"] and oracle["data"].endswith(
+        "oracle.jsonl"
+    )
     both.pop("baselines")
     both["beyond_shown"] = {name: both["beyond_shown"][name] for name in ("sft", "rl")}
     assert both == first, "the baselines change nothing of the demo, its seconds included"
@@ -69,7 +84,9 @@ def test_the_demo_runs_and_a_second_start_repeats_nothing(tmp_path, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["demo_seeds.py", folder, folder])
     runpy.run_path(str(ROOT / "benchmarks" / "demo_seeds.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "| | SFT | 30% of RL | 60% of RL | 100% of RL |" in printed and "| 12 tokens |" in printed
+    assert (
+        "| | SFT | 30% of RL | 60% of RL | 100% of RL |" in printed and "| 12 tokens |" in printed
+    )
     assert "| | SFT | more SFT | RL | the oracle's SFT |" in printed and "| fails: " in printed
 
 
@@ -96,7 +113,11 @@ def summary() -> dict:
         "rl": model("rl", 0.95, 0.02),
         "longest_shown": {"attempts": 3, "tokens": 60},
         "beyond_shown": {"sft": 0.05, "rl": 0.2},
-        "rl_curves": {"0.3": {"70": 0.75, "120": 0.8}, "0.6": {"70": 0.8, "120": 0.9}, "1.0": {"70": 0.8, "120": 0.95}},
+        "rl_curves": {
+            "0.3": {"70": 0.75, "120": 0.8},
+            "0.6": {"70": 0.8, "120": 0.9},
+            "1.0": {"70": 0.8, "120": 0.95},
+        },
         "probe": {"problem": "numbers 3 5 7, target 22", "sft": 9, "rl": 60},
         "baselines": {"more_sft": model("sft", 0.8, 0.05), "best_sft": model("sft", 0.96, 0.05)},
     }
@@ -122,8 +143,8 @@ MISSES = [
 
 @pytest.mark.parametrize("path, value", MISSES)
 def test_each_bar_can_be_missed(bars, path, value):
-    """Guards against a check that nothing can fail: a policy that has not learned must not pass, nor one that learned
-    something else. One number is spoilt, and just that is found."""
+    """Guards against a check that nothing can fail: a policy that has not learned must not pass,
+    nor one that learned something else. One number is spoilt, and just that is found."""
     good = summary()
     assert all(holds for _, holds in bars(good))
     place = good
@@ -135,7 +156,8 @@ def test_each_bar_can_be_missed(bars, path, value):
 
 
 def test_bars_without_baselines(bars):
-    """Guards against CI failing for want of the baselines, which are outside of the demo's minutes."""
+    """Guards against CI failing for want of the baselines, which are outside of the demo's
+    minutes."""
     plain = summary()
     del plain["baselines"]
     assert len(bars(plain)) == len(bars(summary())) - 2 and all(holds for _, holds in bars(plain))
