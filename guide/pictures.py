@@ -216,7 +216,9 @@ def packed_row() -> tuple[list[str], torch.Tensor, torch.Tensor]:
     for letter, start, length in (("a", 10, 3), ("b", 20, 2), ("c", 30, 3), ("d", 40, 2)):
         names |= {start + i: f"{letter}{i + 1}" for i in range(length)}
     labels = [names[int(token)] for token in packed.tokens[0]]
-    return labels, packed.mask[0], visible[0, 0]
+    trained = torch.zeros(len(labels), dtype=torch.bool)
+    trained[packed.index] = True  # all of it is one row
+    return labels, trained, visible[0, 0]
 
 
 def draw_packed(path: Path) -> None:
