@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cli import UserError
-from model import Block, Config, Transformer, rotations
+from model import Block, ModelConfig, Transformer, rotations
 from parallel import MICRO_TOKENS
 from rollout import share_of
 
@@ -26,7 +26,7 @@ USABLE = 0.9  # of a GPU's memory: the CUDA context, NCCL's buffers and fragment
 
 
 def plan(
-    config: Config,
+    config: ModelConfig,
     gpus: int,
     sequence_length: int,
     rl: bool,
@@ -64,7 +64,7 @@ def plan(
 
 
 def table(
-    config: Config,
+    config: ModelConfig,
     gpus: int,
     sequence_length: int,
     prompts: int = 0,
@@ -124,7 +124,7 @@ def table(
     return "\n".join(lines)
 
 
-def training_operations(config: Config, sequence_length: int, recompute: bool) -> float:
+def training_operations(config: ModelConfig, sequence_length: int, recompute: bool) -> float:
     """Floating-point operations per token of a forward and a backward: 6 for every weight that multiplies (8 with the
     forward done twice), and as many for every number that a query meets in attention, half of the sequence's."""
     block = sum(parameter.numel() for parameter in Block(config, 0, device="meta").parameters())
@@ -143,7 +143,7 @@ class Flash(torch.autograd.Function):
         return out
 
 
-def saved_bytes(config: Config, tokens: int) -> int:
+def saved_bytes(config: ModelConfig, tokens: int) -> int:
     """Bytes that autograd keeps of one block's forward over `tokens` tokens, in bf16 with an fp32 stream."""
     block = Block(config, 0, dtype=torch.bfloat16, device="meta")
     weights = {parameter.untyped_storage()._cdata for parameter in block.parameters()}

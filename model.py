@@ -1,6 +1,6 @@
 """A decoder-only transformer (Llama, Qwen2, Qwen3, GLM-4) and its Hugging Face folders, in and out.
 
-One `Transformer` serves every family; what differs between them is a field of `Config`: biases, norms on the queries
+One `Transformer` serves every family; what differs between them is a field of `ModelConfig`: biases, norms on the queries
 and keys, extra norms after each half of a block, how much of a head is rotated.
 
     model = load_pretrained("path/to/Qwen2.5-0.5B")        # config.json + *.safetensors
@@ -50,7 +50,7 @@ SHARD_BYTES = 5_000_000_000  # a safetensors file is no larger than this, unless
 
 
 @dataclass(frozen=True)
-class Config:
+class ModelConfig:
     """The shape of a transformer. `family` decides what its tensors are called on disk."""
 
     vocab_size: int
@@ -96,7 +96,7 @@ class Block(nn.Module):
     (decode.CPUBlock does the same sums for one token of each row, faster.)
     """
 
-    def __init__(self, config: Config, layer: int, **factory):
+    def __init__(self, config: ModelConfig, layer: int, **factory):
         super().__init__()
         self.config, self.layer = config, layer
         dim, eps = config.dim, config.norm_eps
@@ -128,7 +128,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Tokens to hidden states. The residual stream is fp32 (or better) even where the weights are bf16."""
 
-    def __init__(self, config: Config, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"):
         super().__init__()
         factory = {"dtype": dtype, "device": device}
         self.config = config
@@ -195,7 +195,7 @@ def causal_attention(visible: Tensor | None, layer: int, q: Tensor, k: Tensor, v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=group > 1)
 
 
-def rotations(config: Config, positions: Tensor) -> Tensor:
+def rotations(config: ModelConfig, positions: Tensor) -> Tensor:
     """Unit complex numbers [B, T, 1, rope_dim / 2] by which the pairs of each head are turned (RoPE, 2104.09864)."""
     angles = positions[..., None, None].float() * inverse_frequencies(config, positions.device)
     return torch.polar(torch.ones_like(angles), angles)
@@ -211,7 +211,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 @lru_cache
-def inverse_frequencies(config: Config, device: torch.device) -> Tensor:
+def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
     """[rope_dim / 2] radians per position, fp32, in transformers' order of operations."""
     dim = config.rope_dim or config.head_dim
     frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
@@ -227,7 +227,7 @@ def inverse_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def random_init(config: Config, seed: int, dtype: torch.dtype = torch.float32) -> Transformer:
+def random_init(config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32) -> Transformer:
     """A fresh model: normal weights of variance 1 / fan-in, smaller where a block writes to the residual stream."""
     model = Transformer(config, dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -252,14 +252,16 @@ def model_folder(path: str | Path) -> Path:
     raise UserError(f"{path} holds no model: neither a Hugging Face config.json nor a finished run's model/config.json")
 
 
-def read_config(folder: Path) -> Config:
-    """The Config of a Hugging Face folder. UserError for anything in it that would be computed differently here."""
+def read_config(folder: Path) -> ModelConfig:
+    """The ModelConfig of a Hugging Face folder. UserError for anything in it that would be computed differently here."""
     where = f"{folder}/config.json"
     raw = {key: value for key, value in read_json(folder / "config.json").items() if value is not None}
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{where}: model_type {family!r} is not supported (only {', '.join(FAMILIES)})")
-    fields = {"context": Config.context} | {ours: raw[theirs] for ours, theirs in HF_NAMES.items() if theirs in raw}
+    fields = {"context": ModelConfig.context} | {
+        ours: raw[theirs] for ours, theirs in HF_NAMES.items() if theirs in raw
+    }
     if family == "llama":
         fields = {"kv_heads": fields.get("heads")} | fields
     for ours in ("vocab_size", "dim", "layers", "heads", "kv_heads", "mlp_dim", "context", "head_dim", "norm_eps"):
@@ -279,7 +281,7 @@ def read_config(folder: Path) -> Config:
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(isinstance(token, int) for token in eos):
         raise UserError(f"{folder}: eos_token_id is {eos}")
-    return Config(
+    return ModelConfig(
         **fields | {"mlp_bias": family == "llama" and fields.get("mlp_bias", False)},
         family=family,
         rope_scaling=() if rope["rope_type"] == "default" else tuple(sorted(rope.items())),
@@ -335,7 +337,7 @@ def read_rope(raw: dict, where: str) -> dict:
     return rope
 
 
-def config_to_hf(config: Config, dtype: torch.dtype) -> dict:
+def config_to_hf(config: ModelConfig, dtype: torch.dtype) -> dict:
     """config.json as transformers 5 reads it, with the rotary parameters also where version 4 and vLLM look."""
     rope = {"rope_type": "default", "rope_theta": config.rope_theta, **dict(config.rope_scaling)}
     if config.family in GLM:
@@ -373,7 +375,7 @@ class Piece:
         return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def layout(config: Config) -> dict[str, list[Piece]]:
+def layout(config: ModelConfig) -> dict[str, list[Piece]]:
     """For each of our parameters the Hugging Face tensors that it is made of, from its first row to its last."""
     table: dict[str, list[Piece]] = {}
 

@@ -50,8 +50,7 @@ import parallel
 import runfolder
 import tasks
 from cli import UserError
-from model import Config as ModelConfig
-from model import Transformer, load_pretrained, model_folder, random_init, read_config
+from model import ModelConfig, Transformer, load_pretrained, model_folder, random_init, read_config
 from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from decode import PACK_ROWS, CPUDecoder, ModelDecoder, can_pack, product, rms_norm
-from model import Config, RMSNorm, Transformer
+from model import ModelConfig, RMSNorm, Transformer
 
 SHAPE = {"vocab_size": 50, "dim": 32, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
 LLAMA3 = {
@@ -12,14 +12,14 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 FAMILIES = {
-    "llama": Config(**SHAPE),
-    "llama, tied, all biases, scaled": Config(
+    "llama": ModelConfig(**SHAPE),
+    "llama, tied, all biases, scaled": ModelConfig(
         **SHAPE, tied=True, qkv_bias=True, out_bias=True, mlp_bias=True, rope_scaling=tuple(sorted(LLAMA3.items()))
     ),
-    "qwen2": Config(**SHAPE, family="qwen2", qkv_bias=True, norm_eps=1e-2),
-    "qwen3": Config(**SHAPE | {"head_dim": 16, "kv_heads": 6}, family="qwen3", qk_norm=True),
-    "glm": Config(**SHAPE, family="glm", qkv_bias=True, rope_dim=4),
-    "glm4": Config(**SHAPE | {"kv_heads": 1}, family="glm4", rope_dim=2, post_norms=True),
+    "qwen2": ModelConfig(**SHAPE, family="qwen2", qkv_bias=True, norm_eps=1e-2),
+    "qwen3": ModelConfig(**SHAPE | {"head_dim": 16, "kv_heads": 6}, family="qwen3", qk_norm=True),
+    "glm": ModelConfig(**SHAPE, family="glm", qkv_bias=True, rope_dim=4),
+    "glm4": ModelConfig(**SHAPE | {"kv_heads": 1}, family="glm4", rope_dim=2, post_norms=True),
 }
 DECODERS = {
     "model": ModelDecoder,
@@ -29,7 +29,7 @@ DECODERS = {
 ROWS, STEPS, BLOCK = 5, 12, 8
 
 
-def random_model(config: Config, dtype: torch.dtype) -> Transformer:
+def random_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """Every weight random, norms and biases too: one that is left out must show."""
     model, generator = Transformer(config, dtype), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def random_model(config: Config, dtype: torch.dtype) -> Transformer:
 
 
 @torch.inference_mode()
-def decode_all(decoder, config: Config, tokens: torch.Tensor, delays: torch.Tensor) -> torch.Tensor:
+def decode_all(decoder, config: ModelConfig, tokens: torch.Tensor, delays: torch.Tensor) -> torch.Tensor:
     """[ROWS, STEPS, V]: logits after each token; the cache is larger than what is bound, and grows half-way."""
     cache = [decoder.allocate(ROWS + 2, BLOCK + 3) for _ in range(config.layers)]
     out = torch.zeros(ROWS, STEPS, config.vocab_size, dtype=torch.float64)

@@ -8,11 +8,11 @@ import torch
 import memory
 from cli import UserError
 from memory import GB, plan, saved_bytes, table
-from model import Block, Config, causal_attention, rotations
+from model import Block, ModelConfig, causal_attention, rotations
 
-QWEN_32B = Config(152064, 5120, 64, 40, 8, 128, 27648, family="qwen2", qkv_bias=True)
-QWEN_14B = Config(152064, 5120, 48, 40, 8, 128, 13824, family="qwen2", qkv_bias=True)
-SMALL = Config(vocab_size=64, dim=64, layers=3, heads=4, kv_heads=2, head_dim=16, mlp_dim=160)
+QWEN_32B = ModelConfig(152064, 5120, 64, 40, 8, 128, 27648, family="qwen2", qkv_bias=True)
+QWEN_14B = ModelConfig(152064, 5120, 48, 40, 8, 128, 13824, family="qwen2", qkv_bias=True)
+SMALL = ModelConfig(vocab_size=64, dim=64, layers=3, heads=4, kv_heads=2, head_dim=16, mlp_dim=160)
 
 
 def test_what_is_divided_and_what_is_whole():

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig, LlamaConfi
 import model
 import packing
 from cli import UserError
-from model import Config, Transformer, load_pretrained, model_folder, random_init, save_pretrained
+from model import ModelConfig, Transformer, load_pretrained, model_folder, random_init, save_pretrained
 
 SHAPE = {
     "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -133,7 +133,7 @@ def test_real_weights_equal_transformers(smollm2):
             assert torch.equal(half, tensor.bfloat16())
 
 
-SMALL = Config(
+SMALL = ModelConfig(
     vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, qk_norm=True, family="qwen3",
     bos_id=1, eos_ids=(2, 3),
 )  # fmt: skip
@@ -212,7 +212,7 @@ def test_autocast_multiplies_in_bf16_and_adds_in_fp32():
 
 def test_meta_device_needs_no_memory():
     """A 32B model's shape must be at hand without its 130 GB (for --plan, and for sharding before loading)."""
-    shape = Config(152064, 5120, 64, 40, 8, 128, 27648, family="qwen2", qkv_bias=True)
+    shape = ModelConfig(152064, 5120, 64, 40, 8, 128, 27648, family="qwen2", qkv_bias=True)
     large = Transformer(shape, device="meta")
     assert sum(parameter.numel() for parameter in large.parameters()) == 32_763_876_352  # Qwen2.5-32B
     assert large(torch.zeros(1, 8, dtype=torch.int64, device="meta")).shape == (1, 8, 5120)
@@ -223,7 +223,7 @@ def test_random_init_is_a_function_of_the_seed():
     first, second, other = random_init(SMALL, 7), random_init(SMALL, 7), random_init(SMALL, 8)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert not torch.equal(first.head_weight, other.head_weight)
-    assert random_init(Config(50, 32, 1, 4, 4, 8, 48, tied=True), 0).head_weight.shape == (50, 32)
+    assert random_init(ModelConfig(50, 32, 1, 4, 4, 8, 48, tied=True), 0).head_weight.shape == (50, 32)
 
 
 def test_a_sampling_pass_leaves_training_possible():
@@ -395,7 +395,7 @@ def load_file_from(content: bytes, folder) -> dict[str, torch.Tensor]:
 
 def test_a_stored_copy_of_a_tied_head_must_be_that_copy(tmp_path):
     """Some tied folders store lm_head too. Equal: fine. Different: which one is meant? Refused."""
-    ours = random_init(Config(50, 32, 1, 4, 4, 8, 48, tied=True), 0)
+    ours = random_init(ModelConfig(50, 32, 1, 4, 4, 8, 48, tied=True), 0)
     save_pretrained(ours, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -14,13 +14,13 @@ import kernels
 import sample
 from cli import UserError
 from decode import CPUDecoder, can_pack
-from model import Config, Transformer, load_pretrained
+from model import ModelConfig, Transformer, load_pretrained
 from sample import Batch, Sampler, SamplingParams, sequence_seed
 from tokenizer import load_tokenizer
 
 EOS = 7
 CONTEXT = 160
-CONFIG = Config(
+CONFIG = ModelConfig(
     vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=64, context=CONTEXT, rope_theta=100.0
 )
 BLOCK = 16  # of the cache on CPU
