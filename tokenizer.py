@@ -23,7 +23,7 @@ import jinja2.sandbox
 import regex  # comes with tiktoken
 import tiktoken
 
-from cli import UserError
+from cli import UserError, parse_json, read_json
 
 # The regex inside the `ByteLevel` pre-tokenizer (GPT-2's), and the same when `Digits` has cut out the digits before it:
 # its \s+(?!\S) then also stops looking at a digit, where the piece ends.
@@ -187,25 +187,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     eos_ids = set()
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            eos = parse_json((folder / name).read_bytes(), str(folder / name)).get("eos_token_id")
-            eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-            if not all(isinstance(token, int) for token in eos):
-                raise UserError(f"{folder / name}: eos_token_id is {eos}")
-            eos_ids |= set(eos)
+            eos_ids |= set(stop_ids(read_json(folder / name), str(folder / name)))
     try:
         return Tokenizer(files, str(folder), eos_ids)
     except (LookupError, TypeError, AttributeError, ValueError) as error:  # a part is missing, or of another kind
         raise UserError(f"{folder}/tokenizer.json is not whole, or not byte-level BPE ({error!r})") from None
 
 
-def parse_json(content: bytes, where: str) -> dict:
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers too long, nested too deep
-        raise UserError(f"{where}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected an object, found {type(value).__name__}")
-    return value
+def stop_ids(raw: dict, where: str) -> list[int]:
+    """The `eos_token_id` of a config.json or generation_config.json: none, one, or a list."""
+    ids = raw.get("eos_token_id")
+    if ids is None:
+        return []
+    if not isinstance(ids, list):
+        ids = [ids]
+    if not all(isinstance(token, int) for token in ids):
+        raise UserError(f"{where}: eos_token_id is {ids}")
+    return ids
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern:

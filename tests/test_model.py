@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig, LlamaConfi
 
 import model
 import packing
+import pretrained
 from cli import UserError
 from model import ModelConfig, Transformer, load_pretrained, model_folder, random_init, save_pretrained
 
@@ -241,7 +242,7 @@ def test_a_sampling_pass_leaves_training_possible():
 def test_sharded_folders(tmp_path, monkeypatch):
     """Large models come in several files with an index; ours must be split alike and read by both."""
     ours = random_init(SMALL, 0)
-    monkeypatch.setattr(model, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(pretrained, "SHARD_BYTES", 20_000)
     save_pretrained(ours, tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
     again = load_pretrained(tmp_path / "sharded")
@@ -265,7 +266,7 @@ def test_saving_replaces_and_an_interrupted_save_leaves_the_old_folder(tmp_path,
     first, second = random_init(SMALL, 0), random_init(SMALL, 1)
     save_pretrained(first, tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(model, "config_to_hf", lambda *_: 1 / 0)  # dies between the weights and config.json
+        patch.setattr(pretrained, "config_to_hf", lambda *_: 1 / 0)  # dies between the weights and config.json
         with pytest.raises(ZeroDivisionError):
             save_pretrained(second, tmp_path / "model")
     assert torch.equal(load_pretrained(tmp_path).head_weight, first.head_weight)
@@ -286,7 +287,7 @@ def test_saving_touches_nothing_of_others_and_keeps_the_last_good_copy(tmp_path,
     assert all((tmp_path / name / "mine").read_text() == "precious" for name in ("model.old", "model.partial"))
     (tmp_path / "model").rename(tmp_path / ".model.old")  # as the crash leaves it
     with monkeypatch.context() as patch:
-        patch.setattr(model, "config_to_hf", lambda *_: 1 / 0)
+        patch.setattr(pretrained, "config_to_hf", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save_pretrained(random_init(SMALL, 2), tmp_path / "model")
     load_pretrained(tmp_path / ".model.old")
