@@ -38,9 +38,12 @@ import kernels
 import tasks
 from cli import UserError
 from decode import Cache, CPUDecoder, ModelDecoder
+from kernels.sampling import splitmix64
 from model import Transformer, causal_attention, load_pretrained
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64 adds it before each hash
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,11 @@ class Completion:
 
 
 def sequence_seed(seed: int, key: int, sample: int) -> int:
-    """The signed 64-bit seed of one completion. Splitmix64 after each word: nearby keys give unrelated draws."""
+    """The signed 64-bit seed of one completion: nearby numbers give unrelated seeds."""
     state = 0
     for word in (seed, key, sample):
-        state = (state + word + 0x9E3779B97F4A7C15) % 2**64
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        state = (state ^ state >> 27) * 0x94D049BB133111EB % 2**64
-        state ^= state >> 31
-    return state - 2**64 if state >= 2**63 else state
+        state = splitmix64(state + word + GOLDEN)
+    return (state + 2**63) % 2**64 - 2**63
 
 
 @dataclass
