@@ -91,9 +91,8 @@ class KVCache:
 
     def view(self, rows: int, length: int) -> Cache:
         """The first `rows` rows and `length` positions, for `bind`."""
-        return [
-            (keys[:rows, :, :length], values[:rows, :, :length]) for keys, values in self.layers
-        ]
+        part = (slice(rows), slice(None), slice(length))
+        return [(keys[part], values[part]) for keys, values in self.layers]
 
     def write(self, rows: slice, prompt: Cache) -> None:
         """Copy the keys and values [Hkv, L, Dh] of a prompt into the first L positions of rows."""

@@ -211,6 +211,7 @@ class Batch:
             self.replay(rows, length)
         else:
             self.step(rows)
+        # Counted here, because asking the device would mean to wait for it.
         self.longest = min(self.longest + 1, self.limit - 1)
 
     def step(self, rows: int) -> None:
@@ -248,7 +249,8 @@ class Batch:
             return
         if self.graphs[shape] is None:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):  # one pool: one graph runs at a time
+            # One pool of memory serves all graphs, because only one of them runs at a time.
+            with torch.cuda.graph(graph, pool=self.pool):
                 self.step(rows)
             self.graphs[shape] = graph
         self.graphs[shape].replay()
@@ -286,6 +288,7 @@ class Batch:
             for hole, mover in zip(holes, movers):
                 self.owners[hole] = self.owners[mover]
         del self.owners[live:]
+        # A CUDA step may compute some rows beyond `live`: they stand still, at a place that exists.
         self.done[live : self.live] = True
         self.position[live : self.live] = 0
         self.live = live

@@ -32,7 +32,7 @@ so that a tile does not grow with N.
 
 The logits of bf16 inputs are kept in fp32. Rounded to bf16, a logit of 20 is off by up to 0.06, and
 with it the log-prob on which PPO's ratio stands. Their gradient is rounded to bf16, because the
-matrix units want it so.
+matrix units take no fp32.
 
 On a CPU the tiles are sized for its cache, and everything is computed in fp32. Logits that all fit
 in 32 MB (the demo's) are kept for the backward pass: recomputing them would save no memory.

@@ -130,7 +130,7 @@ def _sample_reference(logits, temperature, top_p, min_p, seeds, positions):
             p /= p.sum(1, keepdim=True)
         minus_w = scramble(index ^ low[part], high[part]).float().mul_(SMALL)
         minus_e = minus_w.log1p_()
-        # Who arrives first, has the smallest E / p: the largest p / E, the smallest p / -E.
+        # The first to arrive has the smallest E / p: the largest p / E, the smallest p / -E.
         token = first_minimum(p / minus_e)
         tokens.append(token)
         logprobs.append(p.gather(1, token[:, None])[:, 0].log())
@@ -172,9 +172,9 @@ def folded_index(vocabulary: int, device: torch.device) -> torch.Tensor:
 def scramble(x, high):
     """The second stage: from a folded int32 to an odd int32 in [-2^31, 0), -w in units of 2^-31.
 
-    In place for PyTorch. >> copies the sign bit, for PyTorch knows no other shift; the one bit of
-    randomness that this loses is of no consequence. w and not 1 - w is what gets the hash: small E
-    decide the race, and small w have the finest floats.
+    In place for PyTorch. >> copies the sign bit, because PyTorch has no other shift; it loses one
+    bit of randomness, which does not matter. The hash becomes w, not 1 - w, because small E decide
+    the race, and floats are finest near 0.
     """
     x *= 0x7FEB352D
     x ^= x >> 15
