@@ -1,21 +1,27 @@
-"""What a decode step computes: logits for one more token of each sequence, from keys and values that are cached.
+"""What a decode step computes: the logits of one more token for each sequence of a batch.
 
-    decoder = ModelDecoder(model)                       # or CPUDecoder(model, pack=True): `sample.Batch` chooses
-    cache = [decoder.allocate(rows, capacity) for each layer]   # (keys, values) [rows, Hkv, capacity, Dh]
-    decoder.bind([views of the cache, [B, Hkv, L, Dh]]) # whenever B or L changes, or the cache has moved
-    logits = decoder(tokens, positions)                 # [B], [B] -> [B, V]; key and value are written at `positions`
+    decoder = ModelDecoder(model)                  # or CPUDecoder(model, pack=True)
+    cache = KVCache(decoder, limit=2048)           # keys and values of the tokens before
+    cache.grow(rows=8, length=100, keep=0)         # [8, Hkv, 112, Dh] in every layer
+    decoder.bind(cache.view(rows=8, length=64))    # again when these change or the cache has moved
+    logits = decoder(tokens, positions)            # [B], [B] -> [B, V]
 
-`ModelDecoder` is the model itself: any device, any dtype. On CUDA the sampler captures it as a graph, which is to make
-its many small operations cheap (not yet measured on a GPU).
+A step also writes the key and value of its token into the cache, at `positions`.
 
-A CPU has no graphs. With one sequence those small operations were a third of a token's time; with 64, a quarter of it
-went to laying all weights out anew for every step's products. `CPUDecoder` does the same sums with less: weights that
-are laid out once (MKL's packed matrices), half as many operations, in place where it can, keys stored as the product
-with the queries reads them. It is equal to the model in every family up to rounding (tests/test_decode.py).
+`ModelDecoder` is the model itself: any device, any dtype. On CUDA the sampler captures it as a
+graph, which is meant to make its many small operations cheap (not yet measured on a GPU).
+
+A CPU has no graphs. With one sequence those small operations were a third of a token's time. With
+64, a quarter of the time went into laying all weights out anew, for every step's products.
+`CPUDecoder` computes the same with less work: its weights are laid out once (MKL's packed
+matrices), it takes half as many operations, in place where it can, and keys are stored in the
+order in which their product with the queries reads them. It equals the model in every family, up
+to rounding (tests/test_decode.py).
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,38 +29,121 @@ from torch import Tensor
 
 from model import Block, RMSNorm, Transformer, rotations
 
-Cache = list[tuple[Tensor, Tensor]]
-PACK_ROWS = 128  # rows that a packed layout is made for; measured, it serves 1 to 256 well, and more no worse than none
+Cache = list[tuple[Tensor, Tensor]]  # keys and values of every layer
+# Rows that a packed layout is made for. Measured: it serves 1 to 256 rows well, and with more it is
+# no worse than no packing.
+PACK_ROWS = 128
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def cache_block(device: torch.device) -> int:
+    """Cached positions are held, and attended to, in multiples of this.
+
+    On CUDA each multiple is a graph of its own: the blocks are large, so that graphs are few.
+    """
+    return 256 if device.type == "cuda" else 16
+
+
+class KVCache:
+    """The keys and values of all layers, which grow with the longest row.
+
+    layers[i] is (keys, values), [rows, Hkv, capacity, Dh] each. No row ever needs more than `limit`
+    positions.
+    """
+
+    def __init__(self, decoder: "ModelDecoder | CPUDecoder", limit: int) -> None:
+        self.allocate = decoder.allocate
+        self.layers: Cache = [decoder.allocate(0, 0)] * decoder.config.layers
+        self.block = cache_block(self.layers[0][0].device)
+        self.limit = round_up(limit, self.block)
+
+    def holds(self, rows: int, length: int) -> bool:
+        """Whether there is room for `rows` rows of `length` positions."""
+        room_rows, _, capacity, _ = self.layers[0][0].shape
+        return rows <= room_rows and length <= capacity
+
+    def grow(self, rows: int, length: int, keep: int) -> None:
+        """Move into tensors of `rows` rows, with room for `length` positions or more.
+
+        The first `keep` rows are copied. The room at least doubles each time: so, over a whole
+        generation, the copies cost only a few writes per position. One layer moves after the other:
+        there is never more than one layer of memory in use twice.
+        """
+        capacity = self.layers[0][0].shape[2]
+        capacity = min(round_up(max(length, 2 * capacity), self.block), self.limit)
+        for layer in range(len(self.layers)):
+            self.layers[layer] = self.moved(layer, rows, capacity, keep)
+
+    def moved(self, layer: int, rows: int, capacity: int, keep: int) -> tuple[Tensor, Tensor]:
+        """One layer in new tensors.
+
+        This is a function so that no name refers to the old tensors after it: they are freed before
+        the next layer moves.
+        """
+        keys, values = self.layers[layer]
+        new_keys, new_values = self.allocate(rows, capacity)
+        new_keys[:keep, :, : keys.shape[2]] = keys[:keep]
+        new_values[:keep, :, : values.shape[2]] = values[:keep]
+        return new_keys, new_values
+
+    def view(self, rows: int, length: int) -> Cache:
+        """The first `rows` rows and `length` positions, for `bind`."""
+        part = (slice(rows), slice(None), slice(length))
+        return [(keys[part], values[part]) for keys, values in self.layers]
+
+    def write(self, rows: slice, prompt: Cache) -> None:
+        """Copy the keys and values [Hkv, L, Dh] of a prompt into the first L positions of rows."""
+        for (keys, values), (prompt_keys, prompt_values) in zip(self.layers, prompt):
+            length = prompt_keys.shape[1]
+            keys[rows, :, :length] = prompt_keys
+            values[rows, :, :length] = prompt_values
+
+    def move_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Copy the first `length` positions of some rows over those of others."""
+        for pair in self.layers:
+            for tensor in pair:
+                tensor[targets, :, :length] = tensor[sources, :, :length]
 
 
 class ModelDecoder:
     """The decode step of `model` itself."""
 
     def __init__(self, model: Transformer) -> None:
-        self.model, self.cache = model, []
+        self.model = model
+        self.config = model.config
+        self.cache: Cache = []
 
     def allocate(self, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
         """Empty keys and values [rows, Hkv, capacity, Dh] of a layer.
 
-        Zeros, because a masked position still enters the product 0 * value, and 0 * NaN is NaN.
+        They are zeros: a masked position still enters the product 0 * value, and 0 * NaN is NaN.
         """
-        shape = rows, self.model.config.kv_heads, capacity, self.model.config.head_dim
+        shape = (rows, self.config.kv_heads, capacity, self.config.head_dim)
         return self.model.head_weight.new_zeros(shape), self.model.head_weight.new_zeros(shape)
 
     def bind(self, cache: Cache) -> None:
-        """Use these keys and values from now on, and let go of the former."""
+        """Use these keys and values from now on, and forget the former ones."""
         self.cache = cache
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [B] at positions [B] -> logits [B, V] of the tokens that follow them."""
         keys = self.cache[0][0]
-        row, bias = torch.arange(len(tokens), device=keys.device), causal_bias(positions, keys)
+        row = torch.arange(len(tokens), device=keys.device)
+        bias = causal_bias(positions, keys)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache[layer]
-            keys[row, :, positions], values[row, :, positions] = k[:, :, 0], v[:, :, 0]
-            # The query heads that share a key head stand as query positions of that head: nothing is repeated.
+            keys[row, :, positions] = k[:, :, 0]
+            values[row, :, positions] = v[:, :, 0]
+            # The query heads that share a key head stand as query positions of that head: so no key
+            # is repeated.
             grouped = q.reshape(len(q), keys.shape[1], -1, q.shape[-1])
-            return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias[:, None, None]).reshape(q.shape)
+            mask = bias[:, None, None]
+            mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
+            return mixed.reshape(q.shape)
 
         hidden = self.model(tokens[:, None], positions=positions[:, None], attend=attend)
         return self.model.logits(hidden[:, 0])
@@ -66,108 +155,170 @@ def causal_bias(positions: Tensor, keys: Tensor) -> Tensor:
     return torch.zeros_like(beyond, dtype=keys.dtype).masked_fill_(beyond, -torch.inf)
 
 
-class CPUDecoder:
-    """The same, on a CPU in fp32 (or float64, for tests). It writes in place: under no_grad or inference_mode only.
+class Step(NamedTuple):
+    """What the blocks of one decode step have in common."""
 
-    pack: lay the weights out, where `can_pack`, for products with several rows. It takes memory for another copy of the
-    weights, and the time of about two steps. Of weights that are updated some would be seen here and some not: make a
-    new decoder.
+    rotation: Tensor  # [B, 1, rope_dim / 2]
+    place: tuple  # the index of this token's keys [B, Hkv, Dh] in the cache
+    bias: Tensor  # [B * Hkv, 1, L], of `causal_bias`
+
+
+class LayerCache(NamedTuple):
+    """One layer of a bound cache, in the two shapes in which it is used; both are views of it."""
+
+    keys: Tensor  # [B, Hkv, L, Dh], to write to
+    values: Tensor
+    flat_keys: Tensor  # [B * Hkv, Dh, L], for a batched product, which wants one batch dimension
+    flat_values: Tensor  # [B * Hkv, L, Dh]
+
+
+class CPUDecoder:
+    """The same as ModelDecoder, on a CPU, in fp32 (or float64, for tests).
+
+    It writes in place, so it runs under no_grad or inference_mode only.
+
+    pack: lay the weights out, where `can_pack`, for products with several rows. That takes memory
+    for another copy of the weights, and the time of about two steps.
+
+    A decoder holds copies of some weights (the packed ones, the norms') and refers to others. After
+    the model's weights have changed it would mix old and new ones: make a new decoder.
     """
 
     def __init__(self, model: Transformer, pack: bool) -> None:
-        self.config, self.embedding = model.config, model.embed.weight
+        self.config = model.config
+        self.embedding = model.embed.weight
         self.blocks = [CPUBlock(block, pack) for block in model.blocks]
-        self.norm, self.head = rms_norm(model.norm), product(model.head_weight, None, pack)
-        self.cache = []
+        self.norm = rms_norm(model.norm)
+        self.head = product(model.head_weight, None, pack)
+        self.cache: list[LayerCache] = []
 
     def allocate(self, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
-        """The same; in memory keys lie as [rows, Hkv, Dh, capacity], which is how their product with q reads them."""
-        kv_heads, head_dim, new_zeros = self.config.kv_heads, self.config.head_dim, self.embedding.new_zeros
-        return new_zeros(rows, kv_heads, head_dim, capacity).mT, new_zeros(rows, kv_heads, capacity, head_dim)
+        """The same; in memory, keys lie as [rows, Hkv, Dh, capacity]."""
+        kv_heads = self.config.kv_heads
+        head_dim = self.config.head_dim
+        keys = self.embedding.new_zeros(rows, kv_heads, head_dim, capacity).mT
+        values = self.embedding.new_zeros(rows, kv_heads, capacity, head_dim)
+        return keys, values
 
     def bind(self, cache: Cache) -> None:
-        """Use these keys and values from now on, and let go of the former."""
-        # With rows and heads as one dimension, which a batched product needs: keys [B * Hkv, Dh, L], values
-        # [B * Hkv, L, Dh]. Views of the same memory, made here and not in every step.
-        flat = (-1, *cache[0][0].shape[2:]) if cache else ()
-        self.cache = [(keys, values, keys.view(flat).mT, values.view(flat)) for keys, values in cache]
+        """Use these keys and values from now on, and forget the former ones."""
+        # The flat views are made here, once, and not in every step.
+        self.cache = []
+        for keys, values in cache:
+            flat = (-1, *keys.shape[2:])
+            self.cache.append(LayerCache(keys, values, keys.view(flat).mT, values.view(flat)))
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        keys = self.cache[0][0]
-        place = torch.arange(len(tokens)), slice(None), positions
-        bias = causal_bias(positions, keys)[:, None].expand(-1, self.config.kv_heads, -1).reshape(-1, 1, keys.shape[2])
-        rotation = rotations(self.config, positions[:, None])[:, 0]
+        """tokens [B] at positions [B] -> logits [B, V] of the tokens that follow them."""
+        keys = self.cache[0].keys
+        _, kv_heads, length, _ = keys.shape
+        bias = causal_bias(positions, keys)[:, None].expand(-1, kv_heads, -1)
+        step = Step(
+            rotation=rotations(self.config, positions[:, None])[:, 0],
+            place=(torch.arange(len(tokens)), slice(None), positions),
+            bias=bias.reshape(-1, 1, length),
+        )
         x = F.embedding(tokens, self.embedding)
-        for block, cached in zip(self.blocks, self.cache):
-            block(x, rotation, place, bias, *cached)
+        for block, cache in zip(self.blocks, self.cache):
+            block(x, step, cache)
         return self.head(self.norm(x))
 
 
 class CPUBlock:
-    """`model.Block` for one token of each row: adds to the residual stream x [B, D], where it is."""
+    """`model.Block` for one token of each row: adds to the residual stream x [B, D], in place."""
 
     def __init__(self, block: Block, pack: bool) -> None:
         config = block.config
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.heads = config.heads
+        self.kv_heads = config.kv_heads
+        self.head_dim = config.head_dim
         self.rope_dim = config.rope_dim or config.head_dim
-        norms = block.attention_norm, block.mlp_norm, block.q_norm, block.k_norm
-        self.attention_norm, self.mlp_norm, self.q_norm, self.k_norm = map(rms_norm, norms)
-        post_norms = block.post_attention_norm, block.post_mlp_norm
-        self.post_attention_norm, self.post_mlp_norm = map(rms_norm, post_norms if config.post_norms else (None, None))
-        linears = block.qkv, block.out, block.gate_up, block.down
-        self.qkv, self.out, self.gate_up, self.down = (product(linear.weight, linear.bias, pack) for linear in linears)
 
-    def __call__(
-        self, x: Tensor, rotation: Tensor, place: tuple, bias: Tensor, keys: Tensor, values: Tensor, keys_t: Tensor,
-        flat_values: Tensor,
-    ) -> None:  # fmt: skip
-        """rotation [B, 1, rope_dim / 2]; place of this token's key; bias [B * Hkv, 1, L]; then what `bind` made."""
-        rows, heads, kv_heads, head_dim = len(x), self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(self.attention_norm(x)).view(rows, heads + 2 * kv_heads, head_dim)
-        q, k, v = qkv.split_with_sizes([heads, kv_heads, kv_heads], 1)
-        if self.q_norm:
-            q.copy_(self.q_norm(q)), k.copy_(self.k_norm(k))
-        pairs = qkv[:, : heads + kv_heads, : self.rope_dim]
-        torch.view_as_complex(pairs.view(rows, heads + kv_heads, -1, 2)).mul_(rotation)  # turns q and k where they are
-        keys[place], values[place] = k, v
-        scores = torch.baddbmm(bias, q.reshape(rows * kv_heads, -1, head_dim), keys_t, alpha=head_dim**-0.5)
-        mixed = self.out(torch.bmm(scores.softmax(-1), flat_values).view(rows, -1))
-        x += self.post_attention_norm(mixed) if self.post_attention_norm else mixed
+        self.attention_norm = rms_norm(block.attention_norm)
+        self.qkv = product(block.qkv.weight, block.qkv.bias, pack)
+        self.q_norm = rms_norm(block.q_norm)
+        self.k_norm = rms_norm(block.k_norm)
+        self.out = product(block.out.weight, block.out.bias, pack)
+        self.mlp_norm = rms_norm(block.mlp_norm)
+        self.gate_up = product(block.gate_up.weight, block.gate_up.bias, pack)
+        self.down = product(block.down.weight, block.down.bias, pack)
+        self.post_attention_norm = None
+        self.post_mlp_norm = None
+        if config.post_norms:
+            self.post_attention_norm = rms_norm(block.post_attention_norm)
+            self.post_mlp_norm = rms_norm(block.post_mlp_norm)
+
+    def __call__(self, x: Tensor, step: Step, cache: LayerCache) -> None:
+        added = self.out(self.attention(self.attention_norm(x), step, cache))
+        if self.post_attention_norm:
+            added = self.post_attention_norm(added)
+        x += added
 
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         added = self.down(F.silu(gate).mul_(up))
-        x += self.post_mlp_norm(added) if self.post_mlp_norm else added
+        if self.post_mlp_norm:
+            added = self.post_mlp_norm(added)
+        x += added
+
+    def attention(self, x: Tensor, step: Step, cache: LayerCache) -> Tensor:
+        """[B, H * Dh]: the mixed values, for the normalised stream x [B, D]."""
+        rows = len(x)
+        turned = self.heads + self.kv_heads  # q and k are rotated, v is not
+        qkv = self.qkv(x).view(rows, turned + self.kv_heads, self.head_dim)
+        q, k, v = qkv.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 1)
+        if self.q_norm:
+            q.copy_(self.q_norm(q))
+            k.copy_(self.k_norm(k))
+        # q and k are views of qkv: the rotation turns them where they are.
+        pairs = qkv[:, :turned, : self.rope_dim].view(rows, turned, -1, 2)
+        torch.view_as_complex(pairs).mul_(step.rotation)
+        cache.keys[step.place] = k
+        cache.values[step.place] = v
+
+        # The query heads that share a key head are rows of one product with its keys.
+        q = q.reshape(rows * self.kv_heads, -1, self.head_dim)
+        scores = torch.baddbmm(step.bias, q, cache.flat_keys, alpha=self.head_dim**-0.5)
+        return torch.bmm(scores.softmax(-1), cache.flat_values).view(rows, -1)
 
 
 def rms_norm(norm: RMSNorm | None) -> Callable[[Tensor], Tensor] | None:
     """x / sqrt(mean(x^2) + eps) * weight in four operations, where F.rms_norm takes six.
 
-    With D entries the root is hypot(|x|, sqrt(D eps)) / sqrt(D).
+    For D numbers the root is hypot(|x|, sqrt(D eps)) / sqrt(D), with hypot(a, b) = sqrt(a^2 + b^2).
     """
     if norm is None:
         return None
     dim = len(norm.weight)
-    weight, floor = norm.weight.detach() * dim**0.5, norm.weight.new_tensor((dim * norm.eps) ** 0.5)
+    weight = norm.weight.detach() * dim**0.5
+    floor = norm.weight.new_tensor((dim * norm.eps) ** 0.5)
 
     def apply(x: Tensor) -> Tensor:
-        return x.div(torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)).mul_(weight)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x.div(torch.hypot(length, floor)).mul_(weight)
 
     return apply
 
 
 def can_pack(weight: Tensor) -> bool:
     """Whether MKL can lay out this matrix: fp32 on the CPU of a build that has it (x86)."""
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    fp32_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return (
+        fp32_on_cpu and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    )
 
 
 def product(weight: Tensor, bias: Tensor | None, pack: bool) -> Callable[[Tensor], Tensor]:
-    """x [B, in] -> x @ weight.T + bias [B, out]."""
+    """The function x [B, in] -> x @ weight.T + bias [B, out]."""
     if not (pack and can_pack(weight)):
-        transposed = weight.detach().T  # here and not, as F.linear does it, in every call: 1.5 % of one row's step
-        return partial(torch.mm, mat2=transposed) if bias is None else partial(torch.addmm, bias, mat2=transposed)
+        # Transposed here, once. F.linear does it in every call: 1.5 % of one row's step.
+        transposed = weight.detach().T
+        if bias is None:
+            return partial(torch.mm, mat2=transposed)
+        return partial(torch.addmm, bias, mat2=transposed)
+
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, PACK_ROWS)
     linear = torch.ops.mkl._mkl_linear.default
-    # The last argument says how many rows the layout is for, and were it not the number that x has, the plain product
-    # would be taken. MKL's layout serves any number of rows (tests/test_decode.py tries them).
+    # The last argument says for how many rows the layout was made. If it were not the number of
+    # rows of x, the operation would take the plain product. So we say len(x), which is not true,
+    # but MKL's layout serves any number of rows (tests/test_decode.py tries them).
     return lambda x: linear(x, packed, weight, bias, len(x))

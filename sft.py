@@ -54,8 +54,7 @@ import parallel
 import runfolder
 import tasks
 from cli import UserError
-from model import Config as ModelConfig
-from model import Transformer, load_pretrained, random_init
+from model import ModelConfig, Transformer, load_pretrained, random_init
 from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World

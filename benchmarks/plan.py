@@ -22,8 +22,7 @@ from torch import Tensor
 
 import cli
 from cli import UserError
-from model import Block, Transformer, model_folder, read_config, rotations
-from model import Config as ModelConfig
+from model import Block, ModelConfig, Transformer, model_folder, read_config, rotations
 from parallel import MICRO_TOKENS
 from rollout import share_of
 

@@ -33,8 +33,7 @@ import transformers  # noqa: E402
 import cli  # noqa: E402
 import sft  # noqa: E402
 import tasks  # noqa: E402
-from model import Config as ModelConfig  # noqa: E402
-from model import Transformer, load_pretrained, save_pretrained  # noqa: E402
+from model import ModelConfig, Transformer, load_pretrained, save_pretrained  # noqa: E402
 from sample import Batch, Sampler, SamplingParams  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 

@@ -26,8 +26,7 @@ import kernels
 import rl
 import rollout
 import tasks
-from model import Config as ModelConfig
-from model import Transformer, random_init
+from model import ModelConfig, Transformer, random_init
 from recipes import RECIPES
 from sample import Completion
 from tokenizer import Tokenizer, demo_tokenizer

@@ -1,13 +1,13 @@
-"""Log-probabilities, entropies and draws over a vocabulary: the only part of nanoT1 that ever touches logits.
+"""Log-probs, entropies and draws over a vocabulary: the only part of nanoT1 that touches logits.
 
-Four files, to be read in this order; each holds the derivation, a PyTorch version and a Triton kernel, and picks by
-device (CUDA: Triton; anything else: PyTorch).
+Four files, to be read in this order. Each holds the derivation, a PyTorch version and a Triton
+kernel, and picks by device (CUDA: Triton; anything else: PyTorch).
 
     softmax.py          online softmax: the idea that the rest is built on
-    logprob.py          log-prob of the target and entropy of the row, with both gradients, from logits
-    linear_logprob.py   the same from hidden states and the head's weight; the logits never exist as a whole
-    sampling.py         temperature, top-p, min-p and the draw itself, with random numbers that are a function
-                        of (seed, position, token) and of nothing else
+    logprob.py          log-prob of the target and entropy of the row, with both gradients
+    linear_logprob.py   the same from hidden states and the head's weight, without storing logits
+    sampling.py         temperature, top-p, min-p and the draw itself; its random numbers are a
+                        function of (seed, position, token) and of nothing else
 """
 
 from .linear_logprob import linear_logprob_entropy

@@ -1,31 +1,52 @@
-"""Log-prob of a token, and entropy of the whole next-token distribution, from logits: one read forward, one backward.
+"""Log-prob of a token and entropy of its whole distribution, from logits: one read each way.
 
-T1's loss needs two numbers per position: the log-prob of the token that was sampled, and the entropy of everything that
-could have been (its exploration bonus). With z = logits / T, maximum m, s = sum_i exp(z_i - m), p_i = exp(z_i - m) / s:
+T1's loss needs two numbers per position: the log-prob of the token that was sampled, and the
+entropy of everything that could have been (its exploration bonus). With z = logits / T, maximum m,
+s = sum_i exp(z_i - m) and p_i = exp(z_i - m) / s:
 
     log p_y = (z_y - m) - log s
     H       = -sum_i p_i log p_i = log s - t / s         where t = sum_i exp(z_i - m) * (z_i - m)
 
-(m, s, t) is all that the row leaves behind, and it merges like softmax.py's (m, s): raising the maximum by d turns
-every exp(z - m) * (z - m) into exp(z - m - d) * (z - m - d), hence
+(m, s, t) is all that the row leaves behind, and it merges like softmax.py's (m, s). Raising the
+maximum by d turns every exp(z - m) * (z - m) into exp(z - m - d) * (z - m - d), hence
 
     m' = m + d        s' = s * exp(-d)        t' = (t - d * s) * exp(-d)
 
-Backward. d log p_y / dz_i = [i = y] - p_i, and d H / dz_i = -p_i (log p_i + H): tokens likelier than the average
-surprise push the entropy down, rarer ones up. With the upstream gradients g (of log p_y) and h (of H):
+Backward: d log p_y / dz_i = [i = y] - p_i, and d H / dz_i = -p_i (log p_i + H). So a token likelier
+than the average surprise pushes the entropy down, a rarer one up. With the upstream gradients g (of
+log p_y) and h (of H):
 
     dL / dlogits_i = (g * ([i = y] - p_i) - h * p_i * (log p_i + H)) / T
+                   = ([i = y] * g - p_i * (g + h * (log p_i + H))) / T
 
-elementwise in the logits, so it can be written over them. We keep m and log s apart instead of their sum: at logits of
-10^4, fp32 would round log s away. An impossible token (logit -inf) has p log p = 0; clamping z - m keeps 0 * inf away.
+Each logit's gradient needs only that logit and numbers of its row, so it can be written over it.
 
-`accumulate` and `logits_gradient` work on a *tile*: some rows, and the columns from `start` on. For logprob_entropy the
-tile is the whole vocabulary, linear_logprob.py calls them tile by tile.
+Two traps. We keep m and log s apart, not their sum: beside logits of 10^4, fp32 would round log s
+away. And an impossible token (logit -inf) has p log p = 0, which must not become 0 * inf: z - m and
+log p are clamped.
+
+`accumulate` and `logits_gradient` work on a *tile*: some rows, and the columns from `start` on.
+Here a tile is as wide as the vocabulary; linear_logprob.py calls them for narrower ones.
 """
+
+from typing import NamedTuple
 
 import torch
 
-from .jit import CPU_TILE, LOG2_E, constexpr, exp2, jit, launch_shape, tl, triton, use_triton, wide
+from .jit import (
+    BINARY,
+    CPU_TILE,
+    LN_2,
+    LOG2_E,
+    constexpr,
+    exp2,
+    jit,
+    launch_shape,
+    tl,
+    triton,
+    use_triton,
+    wide,
+)
 
 
 def logprob_entropy(
@@ -33,10 +54,14 @@ def logprob_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each row's target, and entropy of the row, under softmax(logits / temperature).
 
-    logits [N, V] (fp32, bf16, fp16; -inf allowed), targets [N] int64 -> logprob [N], entropy [N] in fp32 (nats), both
-    differentiable. A target below 0 marks a row to ignore: 0, 0, no gradient. `inplace`: the gradient overwrites the
-    logits; allowed when nobody reads them after the backward pass. A second backward pass is then not possible.
-    A target of V or more: IndexError on a CPU; on CUDA, where to look would be to wait, the result has no meaning.
+    logits [N, V] (fp32, bf16, fp16; -inf allowed), targets [N] int64 -> logprob [N], entropy [N] in
+    fp32 (nats), both differentiable. A target below 0 marks a row to ignore: 0, 0, no gradient.
+
+    inplace: the gradient overwrites the logits. Allowed when nobody reads them after the backward
+    pass; a second backward pass is then not possible.
+
+    A target of V or more is an IndexError on a CPU. On CUDA it is not looked for, because the CPU
+    would have to wait for the GPU to find it: the result then has no meaning.
     """
     check_targets(targets, logits.shape[1])
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -48,6 +73,19 @@ def check_targets(targets: torch.Tensor, vocabulary: int) -> None:
         raise IndexError(f"target {int(targets.max())} is outside the vocabulary of {vocabulary}")
 
 
+class RowValues(NamedTuple):
+    """What the gradient needs to know of its rows, [R] each."""
+
+    largest: torch.Tensor  # m
+    log_sum: torch.Tensor  # log s
+    entropy: torch.Tensor  # H
+    grad_logprob: torch.Tensor  # g
+    grad_entropy: torch.Tensor  # h
+
+    def of(self, rows: slice) -> "RowValues":
+        return RowValues(*[value[rows] for value in self])
+
+
 class _LogprobEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, temperature, inplace):
@@ -56,90 +94,121 @@ class _LogprobEntropy(torch.autograd.Function):
             accumulate(logits[rows], targets[rows], 0, state[:, rows], temperature)
         logprob, entropy, largest, log_sum = finish(state, targets, temperature)
         ctx.save_for_backward(logits, targets, largest, log_sum, entropy)
-        ctx.temperature, ctx.inplace = temperature, inplace
+        ctx.temperature = temperature
+        ctx.inplace = inplace
         return logprob, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logprob, grad_entropy):
-        logits, targets, *row_values = ctx.saved_tensors
+        logits, targets, *results = ctx.saved_tensors
         grad = logits if ctx.inplace else torch.empty_like(logits)
-        row_values += [grad_logprob.contiguous(), grad_entropy.contiguous()]  # .sum() sends expanded ones
+        # contiguous(): the gradient of .sum() is one number, expanded
+        values = RowValues(*results, grad_logprob.contiguous(), grad_entropy.contiguous())
         for rows in row_tiles(logits):
-            values = [value[rows] for value in row_values]
-            logits_gradient(logits[rows], targets[rows], 0, *values, ctx.temperature, out=grad[rows])
+            logits_gradient(
+                logits[rows], targets[rows], 0, values.of(rows), ctx.temperature, out=grad[rows]
+            )
         return grad, None, None, None
 
 
 def new_state(rows: torch.Tensor) -> torch.Tensor:
-    """[4, N]: m, s, t of the columns seen so far, the target's logit once seen; m and t in logits, not yet 1 / T."""
+    """[4, N], of the columns seen so far: m, s, t, and the target's logit once it has been seen.
+
+    m and t are in units of logits, not yet divided by T.
+    """
     state = torch.zeros(4, rows.shape[0], dtype=wide(rows.dtype), device=rows.device)
     state[0] = -1e30  # below every logit, yet finite: -inf - -inf would be NaN
     return state
 
 
-def finish(state: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, ...]:
-    """state[4, N] of the whole vocabulary -> logprob, entropy, m, log s (each [N])."""
+def finish(state: torch.Tensor, targets: torch.Tensor, temperature: float):
+    """state [4, N] of the whole vocabulary -> logprob, entropy, m, log s (each [N])."""
     largest, total, moment, picked = state
     ignored = targets < 0
-    log_sum = total.log().masked_fill(ignored, float("inf"))  # in the backward pass: p = 0, so no gradient
-    logprob = ((picked - largest) / temperature - log_sum).masked_fill(ignored, 0.0)
-    entropy = (log_sum - moment / total / temperature).masked_fill(ignored, 0.0)
-    return logprob, entropy, largest, log_sum
+    log_sum = total.log().masked_fill(ignored, float("inf"))  # so that p is 0: no gradient
+    logprob = (picked - largest) / temperature - log_sum
+    entropy = log_sum - moment / total / temperature
+    return logprob.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), largest, log_sum
 
 
 def row_tiles(logits: torch.Tensor) -> list[slice]:
     """The rows that one call takes: all of them on a GPU, a cacheful on a CPU."""
     rows, columns = logits.shape
-    step = max(1, rows if use_triton(logits) else CPU_TILE // columns)
+    step = rows if use_triton(logits) else CPU_TILE // columns
+    step = max(1, step)
     return [slice(row, min(row + step, rows)) for row in range(0, rows, step)]
 
 
 def accumulate(tile, targets, start: int, state, temperature: float) -> None:
-    """Merge tile[R, C], columns start .. start + C - 1 of the logits of R rows, into their state[4, R], in place."""
+    """Merge a tile into the state [4, R] of its rows, in place.
+
+    tile [R, C]: the columns start .. start + C - 1 of the logits of R rows.
+    """
     rows, columns = tile.shape
     if use_triton(tile):
         lanes, deep, warps = launch_shape(columns)
         accumulate_kernel[(rows,)](
-            tile, targets, state, tile.stride(0), state.stride(0), columns, start, LOG2_E / temperature,
-            DEEP=deep, LANES=lanes, num_warps=warps,
+            tile, targets, state, tile.stride(0), state.stride(0), columns, start,
+            LOG2_E / temperature, DEEP=deep, LANES=lanes, num_warps=warps,
         )  # fmt: skip
         return
-    largest, total, moment, picked = state
-    new = torch.maximum(largest, tile.amax(1).to(state.dtype))
-    fall = largest - new
-    shrink = (fall / temperature).exp()
-    z = torch.sub(tile, new[:, None]).clamp_(min=-1e30)
+    m, s, t, picked = state  # views: what is changed in place below changes the state
+    new = torch.maximum(m, tile.amax(1).to(state.dtype))
+    rise = m - new  # -d of the rule above
+    shrink = (rise / temperature).exp()
+    z = tile - new[:, None]
+    z.clamp_(min=-1e30)  # -inf would give 0 * -inf below
     e = z.mul(1 / temperature).exp_()
-    largest.copy_(new)
-    moment.add_(fall * total).mul_(shrink).add_(z.mul_(e).sum(1))
-    total.mul_(shrink).add_(e.sum(1))
+    m.copy_(new)
+    t += rise * s
+    t *= shrink
+    t += z.mul_(e).sum(1)
+    s *= shrink
+    s += e.sum(1)
     column, here = locate(targets, start, columns)
-    picked.copy_(torch.where(here, tile.gather(1, column)[:, 0].to(state.dtype), picked))
+    seen = tile.gather(1, column)[:, 0].to(state.dtype)
+    picked.copy_(torch.where(here, seen, picked))
 
 
-def logits_gradient(tile, targets, start, largest, log_sum, entropy, grad_logprob, grad_entropy, temperature, out):
-    """The gradient of tile[R, C] (the formula above; row values are [R]), written to out[R, C]; out may be the tile."""
+def logits_gradient(tile, targets, start: int, values: RowValues, temperature: float, out) -> None:
+    """The gradient of a tile [R, C], by the formula above, written to out [R, C].
+
+    `out` may be the tile itself.
+    """
     rows, columns = tile.shape
     if use_triton(tile):
         block = min(4096, max(128, triton.next_power_of_2(columns)))
         gradient_kernel[(rows, triton.cdiv(columns, block))](
-            tile, targets, largest, log_sum, entropy, grad_logprob, grad_entropy, out,
-            tile.stride(0), out.stride(0), columns, start, LOG2_E / temperature,
-            BLOCK=block, num_warps=max(1, block // 512),
+            tile, targets, *values, out, tile.stride(0), out.stride(0), columns, start,
+            LOG2_E / temperature, BLOCK=block, num_warps=max(1, block // 512),
         )  # fmt: skip
         return
-    logp = torch.sub(tile, largest[:, None]).div_(temperature).sub_(log_sum[:, None]).clamp_(min=-1e4)
+    g = values.grad_logprob
+    h = values.grad_entropy
+    logp = tile - values.largest[:, None]
+    logp /= temperature
+    logp -= values.log_sum[:, None]
+    logp.clamp_(min=-1e4)
     p = logp.exp()
-    logp.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_logprob[:, None])
-    p.mul_(logp).neg_()
+    # From here on in the memory of logp and p: -p * (g + h * (log p + H))
+    factor = logp
+    factor += values.entropy[:, None]
+    factor *= h[:, None]
+    factor += g[:, None]
+    grad = p
+    grad *= factor
+    grad.neg_()
     column, here = locate(targets, start, columns)
-    p.scatter_add_(1, column, (grad_logprob * here)[:, None])
-    torch.div(p, temperature, out=out) if out.dtype == p.dtype else out.copy_(p.div_(temperature))
+    grad.scatter_add_(1, column, (g * here)[:, None])
+    if out.dtype == grad.dtype:
+        torch.div(grad, temperature, out=out)
+    else:
+        out.copy_(grad.div_(temperature))
 
 
 def locate(targets, start, columns):
-    """Where the targets stand in a tile: column [R, 1] (0 if elsewhere), and whether they are in it at all [R]."""
+    """Where the targets stand in a tile: column [R, 1] (0 if elsewhere), and whether in it [R]."""
     column = targets - start
     here = (column >= 0) & (column < columns)
     return (column * here)[:, None], here
@@ -147,19 +216,22 @@ def locate(targets, start, columns):
 
 @jit
 def accumulate_kernel(
-    logits, targets, state, stride, state_stride, columns, start, scale, DEEP: constexpr, LANES: constexpr
-):  # one program per row; a tile is DEEP x LANES logits, DEEP of them in each lane
+    logits, targets, state, stride, state_stride, columns, start, scale,
+    DEEP: constexpr, LANES: constexpr,
+):  # one program per row; a tile is DEEP x LANES logits, DEEP of them in each lane  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # int64: N * V passes 2^31
     target = tl.load(targets + row)
     if target < 0:
         return
     lane = tl.arange(0, LANES)
-    m = tl.where(lane == 0, tl.load(state + row), -1e30)  # lane 0 goes on where the last tile stopped
+    # Lane 0 goes on from the state that the last tile left; the other lanes start empty.
+    m = tl.where(lane == 0, tl.load(state + row), -1e30)
     s = tl.where(lane == 0, tl.load(state + state_stride + row), 0.0)
     t = tl.where(lane == 0, tl.load(state + 2 * state_stride + row), 0.0)
     tile = tl.arange(0, DEEP)[:, None] * LANES + lane[None, :]
     for offset in range(0, columns, DEEP * LANES):
-        z = tl.load(logits + row * stride + offset + tile, offset + tile < columns, -1e30).to(tl.float32)
+        here = offset + tile < columns
+        z = tl.load(logits + row * stride + offset + tile, here, -1e30).to(tl.float32)
         z = tl.maximum(z, -1e30)
         new = tl.maximum(m, tl.max(z, 0))
         shrink = exp2((m - new) * scale)
@@ -168,6 +240,7 @@ def accumulate_kernel(
         t = (t + (m - new) * s) * shrink + tl.sum(e * z, 0)
         s = s * shrink + tl.sum(e, 0)
         m = new
+    # Merge the lanes.
     top = tl.max(m, 0)
     shrink = exp2((m - top) * scale)
     tl.store(state + row, top)
@@ -191,11 +264,11 @@ def gradient_kernel(
     g = tl.load(grad_logprob + row)
     h = tl.load(grad_entropy + row)
     z = tl.load(logits + row * stride + column, here, 0.0).to(tl.float32)
-    logp = tl.maximum(
-        (z - tl.load(largest + row)) * scale - tl.load(log_sum + row) * 1.4426950408889634, -1e4
-    )  # base 2
+    # log p in base 2, as exp2 wants it; h * LN_2 brings it back to nats in the sum below.
+    logp = (z - tl.load(largest + row)) * scale - tl.load(log_sum + row) * BINARY
+    logp = tl.maximum(logp, -1e4)
     constant = g + h * tl.load(entropy + row)
-    slope = h * 0.6931471805599453
+    slope = h * LN_2
     grad = tl.where(column == target, g, 0.0) - exp2(logp) * (constant + slope * logp)
-    grad *= scale * 0.6931471805599453  # 1 / T
+    grad *= scale * LN_2  # 1 / T
     tl.store(out + row * out_stride + column, grad.to(out.dtype.element_ty), here)

@@ -1,25 +1,39 @@
-"""The decode step: one more token from cached keys and values must give what a forward over everything gives."""
+"""The decode step: one more token from cached keys and values must give what a forward over
+everything gives."""
 
 import pytest
 import torch
 
 from decode import PACK_ROWS, CPUDecoder, ModelDecoder, can_pack, product, rms_norm
-from model import Config, RMSNorm, Transformer
+from model import ModelConfig, RMSNorm, Transformer
 
-SHAPE = {"vocab_size": 50, "dim": 32, "layers": 3, "heads": 6, "kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
+SHAPE = {
+    "vocab_size": 50,
+    "dim": 32,
+    "layers": 3,
+    "heads": 6,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "mlp_dim": 48,
+}
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 FAMILIES = {
-    "llama": Config(**SHAPE),
-    "llama, tied, all biases, scaled": Config(
-        **SHAPE, tied=True, qkv_bias=True, out_bias=True, mlp_bias=True, rope_scaling=tuple(sorted(LLAMA3.items()))
+    "llama": ModelConfig(**SHAPE),
+    "llama, tied, all biases, scaled": ModelConfig(
+        **SHAPE,
+        tied=True,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        rope_scaling=tuple(sorted(LLAMA3.items())),
     ),
-    "qwen2": Config(**SHAPE, family="qwen2", qkv_bias=True, norm_eps=1e-2),
-    "qwen3": Config(**SHAPE | {"head_dim": 16, "kv_heads": 6}, family="qwen3", qk_norm=True),
-    "glm": Config(**SHAPE, family="glm", qkv_bias=True, rope_dim=4),
-    "glm4": Config(**SHAPE | {"kv_heads": 1}, family="glm4", rope_dim=2, post_norms=True),
+    "qwen2": ModelConfig(**SHAPE, family="qwen2", qkv_bias=True, norm_eps=1e-2),
+    "qwen3": ModelConfig(**SHAPE | {"head_dim": 16, "kv_heads": 6}, family="qwen3", qk_norm=True),
+    "glm": ModelConfig(**SHAPE, family="glm", qkv_bias=True, rope_dim=4),
+    "glm4": ModelConfig(**SHAPE | {"kv_heads": 1}, family="glm4", rope_dim=2, post_norms=True),
 }
 DECODERS = {
     "model": ModelDecoder,
@@ -29,9 +43,10 @@ DECODERS = {
 ROWS, STEPS, BLOCK = 5, 12, 8
 
 
-def random_model(config: Config, dtype: torch.dtype) -> Transformer:
+def random_model(config: ModelConfig, dtype: torch.dtype) -> Transformer:
     """Every weight random, norms and biases too: one that is left out must show."""
-    model, generator = Transformer(config, dtype), torch.Generator().manual_seed(0)
+    model = Transformer(config, dtype)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
@@ -39,13 +54,17 @@ def random_model(config: Config, dtype: torch.dtype) -> Transformer:
 
 
 @torch.inference_mode()
-def decode_all(decoder, config: Config, tokens: torch.Tensor, delays: torch.Tensor) -> torch.Tensor:
-    """[ROWS, STEPS, V]: logits after each token; the cache is larger than what is bound, and grows half-way."""
+def decode_all(
+    decoder, config: ModelConfig, tokens: torch.Tensor, delays: torch.Tensor
+) -> torch.Tensor:
+    """[ROWS, STEPS, V]: logits after each token; the cache is larger than what is bound, and grows
+    half-way."""
     cache = [decoder.allocate(ROWS + 2, BLOCK + 3) for _ in range(config.layers)]
     out = torch.zeros(ROWS, STEPS, config.vocab_size, dtype=torch.float64)
     row = torch.arange(ROWS)
     for step in range(STEPS + int(delays.max())):
-        if step in (0, BLOCK):  # no row is longer than its step: BLOCK positions hold the first BLOCK steps
+        # No row is longer than its step: BLOCK positions hold the first BLOCK steps.
+        if step in (0, BLOCK):
             decoder.bind([])
             length = BLOCK if step == 0 else 3 * BLOCK
             larger = [decoder.allocate(ROWS + 1, length + 1) for _ in cache]
@@ -53,8 +72,10 @@ def decode_all(decoder, config: Config, tokens: torch.Tensor, delays: torch.Tens
                 for tensor, former in zip(new, old):
                     tensor[:ROWS, :, :BLOCK] = former[:ROWS, :, :BLOCK]
             cache = larger
-            decoder.bind([(keys[:ROWS, :, :length], values[:ROWS, :, :length]) for keys, values in cache])
-        positions = (step - delays).clamp(0, STEPS - 1)  # a row that has yet to start, or has ended, does a step again
+            part = (slice(ROWS), slice(None), slice(length))
+            decoder.bind([(keys[part], values[part]) for keys, values in cache])
+        # A row that has yet to start, or has ended, does a step again.
+        positions = (step - delays).clamp(0, STEPS - 1)
         out[row, positions] = decoder(tokens[row, positions], positions).double()
     return out
 
@@ -62,7 +83,8 @@ def decode_all(decoder, config: Config, tokens: torch.Tensor, delays: torch.Tens
 @pytest.mark.parametrize("kind", DECODERS if can_pack(torch.zeros(1)) else ["model", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_equals_a_forward(family, kind):
-    """A bias, norm or residual left out, heads grouped wrongly, a key written elsewhere, a mask one off: any family."""
+    """A bias, norm or residual left out, heads grouped wrongly, a key written elsewhere, a mask one
+    off: any family."""
     dtype = torch.float32 if kind == "packed" else torch.float64
     model = random_model(FAMILIES[family], dtype)
     tokens = torch.randint(0, 50, (ROWS, STEPS), generator=torch.Generator().manual_seed(1))
@@ -70,13 +92,15 @@ def test_a_step_equals_a_forward(family, kind):
         expected = model.double().logits(model(tokens))
         model.to(dtype)
     found = decode_all(DECODERS[kind](model), model.config, tokens, torch.tensor([0, 3, 1, 0, 6]))
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 if dtype == torch.float32 else 1e-11)
+    tolerance = 2e-4 if dtype == torch.float32 else 1e-11
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     assert expected.std() > 0.1
 
 
 @torch.inference_mode()
 def test_the_norm_in_four_operations():
-    """eps forgotten or scaled wrongly: it matters for small inputs; a row of zeros must stay zeros."""
+    """eps forgotten or scaled wrongly: it matters for small inputs; a row of zeros must stay
+    zeros."""
     norm = RMSNorm(24, 1e-3, dtype=torch.float64)
     norm.weight.normal_()
     for scale in (1e-6, 1e-2, 1.0, 1e6):
@@ -90,12 +114,15 @@ def test_the_norm_in_four_operations():
 @pytest.mark.parametrize("shape", [(96, 400), (576, 3072), (131, 97), (5, 17)])
 @torch.inference_mode()
 def test_a_packed_matrix_serves_any_number_of_rows(shape):
-    """A layout that holds only for as many rows as it was made for: wrong logits for all other batches."""
+    """A layout that holds only for as many rows as it was made for: wrong logits for all other
+    batches."""
     inner, outer = shape
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(outer, inner, generator=generator), torch.randn(outer, generator=generator)
+    weight = torch.randn(outer, inner, generator=generator)
+    bias = torch.randn(outer, generator=generator)
     with_bias, without = product(weight, bias, True), product(weight, None, True)
-    for rows in (*range(1, 20), 31, 32, 33, 47, 48, 64, 65, 100, PACK_ROWS - 1, PACK_ROWS, PACK_ROWS + 1, 300, 1030):
+    around = [PACK_ROWS - 1, PACK_ROWS, PACK_ROWS + 1]
+    for rows in [*range(1, 20), 31, 32, 33, 47, 48, 64, 65, 100, *around, 300, 1030]:
         x = torch.randn(rows, inner, generator=generator)
         expected = x.double() @ weight.double().T
         tolerance = 1e-6 * float(expected.abs().max())
@@ -105,7 +132,8 @@ def test_a_packed_matrix_serves_any_number_of_rows(shape):
 
 @torch.inference_mode()
 def test_what_a_decoder_makes_is_of_the_weights_as_they_were():
-    """The docstring's warning: a decoder that is kept over an update gives the old weights' logits."""
+    """The docstring's warning: a decoder that is kept over an update gives the old weights'
+    logits."""
     model = random_model(FAMILIES["llama"], torch.float32)
     x = torch.randn(3, 32)
     old = CPUDecoder(model, pack=True)
@@ -119,5 +147,7 @@ def test_what_a_decoder_makes_is_of_the_weights_as_they_were():
 def test_only_what_mkl_can_lay_out_is_packed():
     """A crash for bf16, float64 or weights on a GPU."""
     weight = torch.zeros(4, 4)
-    assert not can_pack(weight.bfloat16()) and not can_pack(weight.double()) and not can_pack(weight.to("meta"))
-    assert torch.equal(product(torch.eye(4, dtype=torch.float64), None, True)(torch.eye(4).double()), torch.eye(4))
+    for other in (weight.bfloat16(), weight.double(), weight.to("meta")):
+        assert not can_pack(other)
+    identity = torch.eye(4, dtype=torch.float64)
+    assert torch.equal(product(identity, None, pack=True)(identity), identity)

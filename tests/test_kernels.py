@@ -1,8 +1,11 @@
-"""kernels/: is every number that the loss and the sampler take from the vocabulary right, on every path?
+"""kernels/: is every number that loss and sampler take from the vocabulary right, on every path?
 
-The truth is the textbook formula in float64. Three paths are held against it: PyTorch on the CPU; the Triton kernels
-run by Triton's interpreter (`interpreted`: in a process of its own, for the switch is read on import); and the Triton
-kernels on a GPU (`gpu`). Without a GPU the kernels are still compiled for three of them, and must not spill.
+The truth is the textbook formula in float64. Three paths are held against it:
+- PyTorch on the CPU;
+- the Triton kernels run by Triton's interpreter (marked `interpreted`; in a process of its own,
+  because Triton reads the switch when it is imported);
+- the Triton kernels on a GPU (marked `gpu`).
+Without a GPU the kernels are still compiled for three of them, and must not spill.
 """
 
 import math
@@ -20,7 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels import linear_logprob
 from kernels.jit import INTERPRETED, triton
-from kernels.sampling import _sample_reference, fold, nucleus, row_key, scramble
+from kernels.sampling import (
+    WEYL,
+    _sample_reference,
+    counter,
+    fold,
+    nucleus,
+    scramble,
+    splitmix64,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,27 +48,35 @@ def many_tiles(monkeypatch):
 
 
 def textbook(logits, targets, temperature, dtype):
-    """log softmax(z / T)[y] and -sum p log p, by PyTorch: in float64 the truth, in fp32 the competition."""
+    """log softmax(z / T)[y] and -sum p log p, by PyTorch: in float64 the truth, in fp32 the
+    competition."""
     logp = torch.log_softmax(logits.to(dtype) / temperature, dim=-1)
     entropy = -torch.where(logp > -1e30, logp.exp() * logp, 0.0).sum(-1)
     return logp.gather(1, targets[:, None])[:, 0], entropy
 
 
 def outputs_and_gradients(function, inputs, upstream):
-    """[logprob, entropy, gradients of the inputs...] for the loss upstream[0] @ logprob + upstream[1] @ entropy."""
+    """[logprob, entropy, gradients of the inputs...] for the loss upstream[0] @ logprob +
+    upstream[1] @ entropy."""
     inputs = [tensor.detach().clone().requires_grad_() for tensor in inputs]
     logprob, entropy = function(*inputs)
     (upstream[0].to(logprob.dtype) @ logprob + upstream[1].to(entropy.dtype) @ entropy).backward()
-    return [tensor.detach().double() for tensor in (logprob, entropy, *(tensor.grad for tensor in inputs))]
+    return [
+        tensor.detach().double()
+        for tensor in (logprob, entropy, *(tensor.grad for tensor in inputs))
+    ]
 
 
 def assert_no_worse(ours, plain, truth, rounding):
-    """Cut-cross-entropy's question: no output is further from the truth than plain PyTorch's in the same dtype."""
+    """Cut-cross-entropy's question: no output is further from the truth than plain PyTorch's in the
+    same dtype."""
     for one, other, true in zip(ours, plain, truth):
         assert one.isfinite().all()
         scale = true.abs().max().item() + 1e-30
         error, its_error = ((value - true).abs().max().item() / scale for value in (one, other))
-        assert error <= 2 * its_error + 4 * rounding, f"relative error {error:.1e}, plain PyTorch has {its_error:.1e}"
+        assert error <= 2 * its_error + 4 * rounding, (
+            f"relative error {error:.1e}, plain PyTorch has {its_error:.1e}"
+        )
 
 
 SHAPES = [(257, 7), (1, 7), (3, 115), (257, 1000), (1, 49152), (3, 49152), (3, 151936)]
@@ -65,7 +84,9 @@ UPSTREAMS = {"logprob": (1.0, 0.0), "entropy": (0.0, 1.0), "both": (1.0, 0.3)}
 ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-def check_logprob(rows, vocabulary, dtype, temperature, upstream, magnitude=3.0, device="cpu", inplace=False):
+def check_logprob(
+    rows, vocabulary, dtype, temperature, upstream, magnitude=3.0, device="cpu", inplace=False
+):
     torch.manual_seed(rows + vocabulary)
     logits = (torch.randn(rows, vocabulary, device=device) * magnitude).to(dtype)
     targets = torch.randint(vocabulary, (rows,), device=device)
@@ -77,7 +98,9 @@ def check_logprob(rows, vocabulary, dtype, temperature, upstream, magnitude=3.0,
     truth = outputs_and_gradients(
         lambda z: textbook(z, targets, temperature, torch.float64), [logits.double()], upstream
     )
-    plain = outputs_and_gradients(lambda z: textbook(z, targets, temperature, torch.float32), [logits], upstream)
+    plain = outputs_and_gradients(
+        lambda z: textbook(z, targets, temperature, torch.float32), [logits], upstream
+    )
     assert_no_worse(outputs_and_gradients(ours, [logits], upstream), plain, truth, 2.0**-20)
 
 
@@ -95,13 +118,19 @@ def check_linear(rows, vocabulary, dtype, temperature, upstream, width=48, devic
         return textbook(h @ w.T, targets, temperature, torch.float32)
 
     ours = outputs_and_gradients(
-        lambda h, w: kernels.linear_logprob_entropy(h, w, targets, temperature), [hidden, weight], upstream
+        lambda h, w: kernels.linear_logprob_entropy(h, w, targets, temperature),
+        [hidden, weight],
+        upstream,
     )
-    truth = outputs_and_gradients(by_textbook(torch.float64), [hidden.double(), weight.double()], upstream)
-    assert_no_worse(ours, outputs_and_gradients(plain, [hidden, weight], upstream), truth, ROUNDING[dtype])
+    truth = outputs_and_gradients(
+        by_textbook(torch.float64), [hidden.double(), weight.double()], upstream
+    )
+    assert_no_worse(
+        ours, outputs_and_gradients(plain, [hidden, weight], upstream), truth, ROUNDING[dtype]
+    )
 
 
-# ---------------------------------------------------------------------------------------------- log-prob and entropy
+# --- log-prob and entropy -------------------------------------------------------------------------
 
 
 @on_cpu
@@ -109,7 +138,8 @@ def check_linear(rows, vocabulary, dtype, temperature, upstream, width=48, devic
 @pytest.mark.parametrize("dtype", ROUNDING)
 @pytest.mark.parametrize("rows, vocabulary", SHAPES)
 def test_logprob_entropy_is_no_worse_than_plain_pytorch(rows, vocabulary, dtype, upstream):
-    """Guards against a wrong term in either gradient, a lost tail block, or precision lost on the way."""
+    """Guards against a wrong term in either gradient, a lost tail block, or precision lost on the
+    way."""
     check_logprob(rows, vocabulary, dtype, {7: 0.6, 1000: 1.2}.get(vocabulary, 1.0), upstream)
 
 
@@ -137,15 +167,19 @@ def test_inplace_gradient_is_the_same_and_takes_the_logits_memory():
 @on_cpu
 @pytest.mark.parametrize("upstream", UPSTREAMS)
 @pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("rows, vocabulary", [(257, 7), (3, 115), (257, 1000), (3, 49152), (1, 151936)])
+@pytest.mark.parametrize(
+    "rows, vocabulary", [(257, 7), (3, 115), (257, 1000), (3, 49152), (1, 151936)]
+)
 def test_linear_logprob_entropy_is_no_worse_than_plain_pytorch(rows, vocabulary, dtype, upstream):
-    """Guards against tiles merged wrongly (a target or a maximum in a later tile), and half-precision accumulation."""
+    """Guards against tiles merged wrongly (a target or a maximum in a later tile), and
+    half-precision accumulation."""
     check_linear(rows, vocabulary, dtype, {7: 0.6, 1000: 1.2}.get(vocabulary, 1.0), upstream)
 
 
 @on_cpu
 def test_gradients_by_finite_differences(monkeypatch):
-    """The gradients against the functions themselves, in float64, over tiles of every kind (first, middle, ragged)."""
+    """The gradients against the functions themselves, in float64, over tiles of every kind (first,
+    middle, ragged)."""
     monkeypatch.setattr(linear_logprob, "CPU_TILE_ROWS", 3)
     torch.manual_seed(0)
     targets = torch.tensor([0, 269, 256, 255, -1])
@@ -153,16 +187,26 @@ def test_gradients_by_finite_differences(monkeypatch):
     assert torch.autograd.gradcheck(lambda z: kernels.logprob_entropy(z, targets, 0.7), (logits,))
     hidden = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(270, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda h, w: kernels.linear_logprob_entropy(h, w, targets, 1.3), (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: kernels.linear_logprob_entropy(h, w, targets, 1.3), (hidden, weight)
+    )
 
 
 @on_cpu
-@given(rows=st.integers(1, 40), vocabulary=st.integers(2, 700), tile_rows=st.integers(1, 50), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 40),
+    vocabulary=st.integers(2, 700),
+    tile_rows=st.integers(1, 50),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=25, deadline=None)
 def test_no_tiling_changes_the_answer(rows, vocabulary, tile_rows, seed):
     """Guards against seams: an off-by-one at a tile's edge shows for some shape."""
     torch.manual_seed(seed)
-    hidden, weight = torch.randn(rows, 5, dtype=torch.float64), torch.randn(vocabulary, 5, dtype=torch.float64)
+    hidden, weight = (
+        torch.randn(rows, 5, dtype=torch.float64),
+        torch.randn(vocabulary, 5, dtype=torch.float64),
+    )
     targets = torch.randint(vocabulary, (rows,))
     upstream = torch.randn(2, rows)
     with pytest.MonkeyPatch.context() as patch:
@@ -209,7 +253,8 @@ def check_ignored_rows(device="cpu"):
 
 @on_cpu
 def test_impossible_tokens_give_no_nan():
-    """Guards against 0 * log 0: -inf logits, as constrained decoding makes them, must leave H and gradients finite."""
+    """Guards against 0 * log 0: -inf logits, as constrained decoding makes them, must leave H and
+    gradients finite."""
     check_impossible_tokens()
 
 
@@ -222,7 +267,8 @@ def test_ignored_rows_count_for_nothing():
 @on_cpu
 @pytest.mark.parametrize("tile", [0, 1 << 23])
 def test_targets_beyond_the_vocabulary_are_refused(tile, monkeypatch):
-    """Guards against another tokenizer's ids: a target that no tile holds had a log-prob all the same, of nothing."""
+    """Guards against another tokenizer's ids: a target that no tile holds had a log-prob all the
+    same, of nothing."""
     monkeypatch.setattr(linear_logprob, "TILE", tile)
     hidden, weight, targets = torch.randn(3, 8), torch.randn(300, 8), torch.tensor([299, -1, 300])
     with pytest.raises(IndexError, match="target 300 is outside the vocabulary of 300"):
@@ -233,10 +279,14 @@ def test_targets_beyond_the_vocabulary_are_refused(tile, monkeypatch):
 
 @on_cpu
 def test_frozen_halves_and_autocast():
-    """Guards against demanding a gradient nobody asked for, and against autocast rounding the outputs to bf16."""
+    """Guards against demanding a gradient nobody asked for, and against autocast rounding the
+    outputs to bf16."""
     hidden, weight, targets = torch.randn(9, 8), torch.randn(30, 8), torch.randint(30, (9,))
     for frozen in (0, 1):
-        inputs = [tensor.clone().requires_grad_(index != frozen) for index, tensor in enumerate((hidden, weight))]
+        inputs = [
+            tensor.clone().requires_grad_(index != frozen)
+            for index, tensor in enumerate((hidden, weight))
+        ]
         sum(kernels.linear_logprob_entropy(*inputs, targets)).sum().backward()
         assert inputs[frozen].grad is None and inputs[1 - frozen].grad.isfinite().all()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -245,19 +295,27 @@ def test_frozen_halves_and_autocast():
     for one, other in zip(under_autocast, expected):
         assert one.dtype == torch.float32
         torch.testing.assert_close(one, other.float(), rtol=1e-5, atol=1e-5)
-    assert [out.shape for out in kernels.linear_logprob_entropy(hidden[:0], weight, targets[:0])] == [(0,), (0,)]
+    assert [
+        out.shape for out in kernels.linear_logprob_entropy(hidden[:0], weight, targets[:0])
+    ] == [(0,), (0,)]
 
 
 @on_cpu
 @pytest.mark.parametrize("tile", [0, 1 << 23])
 def test_the_rl_loss_is_the_same_fused_and_plain(tile, monkeypatch):
-    """Guards against a fused path that trains another objective (TRL drops the entropy bonus with its fused loss).
+    """Guards against a fused path that trains another objective.
+
+    (TRL drops the entropy bonus with its fused loss.)
 
     Once in tiles, once kept as a whole.
     """
     monkeypatch.setattr(linear_logprob, "TILE", tile)
     torch.manual_seed(1)
-    hidden, weight, targets = torch.randn(300, 32), torch.randn(2000, 32) * 0.3, torch.randint(2000, (300,))
+    hidden, weight, targets = (
+        torch.randn(300, 32),
+        torch.randn(2000, 32) * 0.3,
+        torch.randint(2000, (300,)),
+    )
     old, advantage = torch.randn(300) * 0.1 - 8, torch.randn(300)
 
     def loss_and_gradients(function):
@@ -292,27 +350,38 @@ class LargestAllocation(TorchDispatchMode):
 
 @on_cpu
 def test_the_logits_never_exist():
-    """Guards against [N, V] sneaking back: a whole step at Qwen's vocabulary allocates 1/8 of the logits at most."""
+    """Guards against [N, V] sneaking back: a whole step at Qwen's vocabulary allocates 1/8 of the
+    logits at most."""
     rows, vocabulary, width = 512, 151936, 4
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     with LargestAllocation() as largest:
-        sum(kernels.linear_logprob_entropy(hidden, weight, torch.randint(vocabulary, (rows,)))).sum().backward()
+        sum(
+            kernels.linear_logprob_entropy(hidden, weight, torch.randint(vocabulary, (rows,)))
+        ).sum().backward()
     assert max(largest.sizes) <= rows * vocabulary * 4 / 8
 
 
-# ------------------------------------------------------------------------------------------------------------- softmax
+# --- softmax --------------------------------------------------------------------------------------
 
 
 def check_softmax(rows, vocabulary, dtype, device="cpu"):
     logits = (torch.randn(rows, vocabulary, device=device) * 5).to(dtype).requires_grad_()
     upstream = torch.randn(rows, vocabulary, device=device, dtype=dtype)
-    for ours, theirs in ((kernels.softmax, torch.softmax), (kernels.log_softmax, torch.log_softmax)):
+    for ours, theirs in (
+        (kernels.softmax, torch.softmax),
+        (kernels.log_softmax, torch.log_softmax),
+    ):
         out, truth = ours(logits, 0.7), theirs(logits.double() / 0.7, -1)
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), truth, rtol=2 * ROUNDING[dtype], atol=1e-6)
-        grad, expected = (torch.autograd.grad(value, logits, upstream.to(value.dtype))[0] for value in (out, truth))
-        torch.testing.assert_close(grad, expected, rtol=8 * ROUNDING[dtype], atol=100 * ROUNDING[dtype])
+        grad, expected = (
+            torch.autograd.grad(value, logits, upstream.to(value.dtype))[0]
+            for value in (out, truth)
+        )
+        torch.testing.assert_close(
+            grad, expected, rtol=8 * ROUNDING[dtype], atol=100 * ROUNDING[dtype]
+        )
 
 
 @on_cpu
@@ -322,24 +391,28 @@ def test_softmax():
         check_softmax(3, 1000, dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------ sampling
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def draws(logits, count, temperature=1.0, top_p=1.0, min_p=0.0):
     """`count` independent draws from one row of logits[V]: seeds 0, 1, ... at position 5."""
     seeds, positions = torch.arange(count), torch.full((count,), 5)
-    return kernels.sample_token(logits.expand(count, -1), temperature, top_p, min_p, seeds, positions)
+    return kernels.sample_token(
+        logits.expand(count, -1), temperature, top_p, min_p, seeds, positions
+    )
 
 
 def excess(counts, probabilities):
-    """Chi-square in standard deviations: beyond 5, the counts do not come from these probabilities."""
+    """Chi-square in standard deviations: beyond 5, the counts do not come from these
+    probabilities."""
     expected = probabilities.double() * counts.sum()
     freedom = len(counts) - 1
     return ((((counts - expected) ** 2) / expected).sum().item() - freedom) / math.sqrt(2 * freedom)
 
 
 def kept_by_the_textbook(p, top_p, min_p):
-    """Top-p and min-p token by token: walk down the sorted list, stop when the mass has reached top_p."""
+    """Top-p and min-p token by token: walk down the sorted list, stop when the mass has reached
+    top_p."""
     order = sorted(range(len(p)), key=lambda token: (-p[token], token))
     kept, mass = [], 0.0
     for token in order:
@@ -351,9 +424,12 @@ def kept_by_the_textbook(p, top_p, min_p):
 
 
 @on_cpu
-@pytest.mark.parametrize("temperature, top_p, min_p", [(1, 1, 0), (1.2, 1, 0.05), (0.6, 0.8, 0), (1.5, 0.9, 0.1)])
+@pytest.mark.parametrize(
+    "temperature, top_p, min_p", [(1, 1, 0), (1.2, 1, 0.05), (0.6, 0.8, 0), (1.5, 0.9, 0.1)]
+)
 def test_draws_follow_the_distribution_and_report_it(temperature, top_p, min_p):
-    """Guards against cuts in the wrong order, and log-probs of another distribution than the one drawn from."""
+    """Guards against cuts in the wrong order, and log-probs of another distribution than the one
+    drawn from."""
     torch.manual_seed(0)
     logits = torch.randn(40) * 2
     p = torch.softmax(logits.double() / temperature, 0)
@@ -374,20 +450,28 @@ def test_draws_follow_the_distribution_and_report_it(temperature, top_p, min_p):
 )
 @settings(max_examples=200, deadline=None)
 def test_nucleus_is_the_smallest_set_even_among_equals(levels, top_p):
-    """Guards against top-p that keeps every token tied with the last one (bf16 logits tie often), or none at all."""
+    """Guards against top-p that keeps every token tied with the last one (bf16 logits tie often),
+    or none at all."""
     p = torch.tensor(levels, dtype=torch.float64).mul(0.7).exp()
     p = p / p.sum()
     cumulative = p.sort(descending=True).values.cumsum(0)
     if ((cumulative - top_p).abs() < 1e-6).any():
         return  # on the very border rounding may decide either way
-    assert nucleus(p[None], top_p)[0].nonzero()[:, 0].tolist() == kept_by_the_textbook(p.tolist(), top_p, 0.0)
+    assert nucleus(p[None], top_p)[0].nonzero()[:, 0].tolist() == kept_by_the_textbook(
+        p.tolist(), top_p, 0.0
+    )
 
 
 @on_cpu
 def test_a_draw_depends_on_row_seed_and_position_alone():
-    """Guards against noise tied to the batch: refilling a slot would change every other sequence's tokens."""
+    """Guards against noise tied to the batch: refilling a slot would change every other sequence's
+    tokens."""
     torch.manual_seed(0)
-    logits, seeds, positions = torch.randn(90, 1500), torch.randint(-(2**63), 2**63 - 1, (90,)), torch.arange(90)
+    logits, seeds, positions = (
+        torch.randn(90, 1500),
+        torch.randint(-(2**63), 2**63 - 1, (90,)),
+        torch.arange(90),
+    )
     token, logprob = kernels.sample_token(logits, 1.0, 0.95, 0.01, seeds, positions)
     some = torch.randperm(90)[:17]
     again = kernels.sample_token(logits[some], 1.0, 0.95, 0.01, seeds[some], positions[some])
@@ -395,9 +479,52 @@ def test_a_draw_depends_on_row_seed_and_position_alone():
     assert (kernels.sample_token(logits, 1.0, 0.95, 0.01, seeds, positions + 1)[0] != token).any()
 
 
+def race(logits, temperature, w):
+    """The draw as the top of sampling.py writes it, for one row and one w in (0, 1) a token."""
+    p = (logits / temperature).softmax(0)
+    arrival = -torch.log(1 - w) / p
+    token = arrival.argmin()
+    return token, p[token].log()
+
+
+@on_cpu
+def test_the_draw_is_the_race_in_plain_words():
+    """Guards against a docstring that explains another draw than the one that is made.
+
+    First its example of three tokens, then rows of sample_token with their own noise.
+    """
+    token, _ = race(torch.tensor([0.5, 0.3, 0.2]).log(), 1.0, torch.tensor([0.63, 0.20, 0.70]))
+    assert token == 1
+
+    torch.manual_seed(0)
+    logits = torch.randn(50, 700, dtype=torch.float64)
+    seeds, positions = torch.arange(50), torch.full((50,), 5)
+    tokens, logprobs = kernels.sample_token(logits, 1.2, 1.0, 0.0, seeds, positions)
+    index = torch.arange(700, dtype=torch.int32) * WEYL
+    for row in range(50):
+        key = splitmix64(counter(seeds[row], positions[row]))
+        noise = scramble(fold(index ^ key.to(torch.int32)), (key >> 32).to(torch.int32))
+        token, logprob = race(logits[row], 1.2, noise.double() * -(2.0**-31))
+        assert token == tokens[row]
+        torch.testing.assert_close(logprob.float(), logprobs[row])
+
+
+@on_cpu
+def test_one_hash_serves_tensors_and_integers():
+    """Guards against sequence seeds that Python's integers, which do not overflow, hash
+    otherwise."""
+    for number in (0, 1, -1, 2**63 - 1, -(2**63), 0x9E3779B97F4A7C15 - 2**64):
+        expected = splitmix64(torch.tensor(number)).item()
+        assert (splitmix64(number) - expected) % 2**64 == 0
+        assert (splitmix64(number + 2**64) - expected) % 2**64 == 0
+    # The generator's published first output for the seed 0.
+    assert splitmix64(0x9E3779B97F4A7C15) % 2**64 == 0xE220A8397B1DCDAF
+
+
 @on_cpu
 def test_greedy_and_impossible_and_out_of_range():
-    """Guards against T = 0 dividing by zero, drawing -inf tokens, and nonsense settings taken silently."""
+    """Guards against T = 0 dividing by zero, drawing -inf tokens, and nonsense settings taken
+    silently."""
     logits = torch.randn(4, 30)
     nothing = torch.zeros(4, dtype=torch.int64)
     token, logprob = kernels.sample_token(logits, 0.0, 0.5, 0.5, nothing, nothing)
@@ -416,22 +543,36 @@ def test_greedy_and_impossible_and_out_of_range():
 def test_the_noise_is_uniform_and_neighbours_are_strangers(neighbours):
     """Guards against a weak hash: counters differ in a bit or two, the noise must not show it."""
     count, zero = torch.arange(300), torch.zeros(300, dtype=torch.int64)
-    seeds = {"seeds": count, "positions": zero + 42, "high bits of the seed": count << 40}[neighbours]
-    key = row_key(seeds, count if neighbours == "positions" else zero)
-    index = torch.arange(20_000, dtype=torch.int32) * -1640531535
-    w = scramble(fold(index ^ key.to(torch.int32)[:, None]), (key >> 32).to(torch.int32)[:, None]) * -(2.0**-31)
+    seeds = {"seeds": count, "positions": zero + 42, "high bits of the seed": count << 40}[
+        neighbours
+    ]
+    positions = count if neighbours == "positions" else zero
+    key = splitmix64(counter(seeds, positions))
+    index = torch.arange(20_000, dtype=torch.int32) * WEYL
+    w = scramble(
+        fold(index ^ key.to(torch.int32)[:, None]), (key >> 32).to(torch.int32)[:, None]
+    ) * -(2.0**-31)
     even = torch.ones(1024) / 1024
     assert abs(excess(torch.histc(w, 1024, 0, 1), even)) < 5, "not uniform"
     grid = (w * 32).long()
-    for one, other in ((grid[1:], grid[:-1]), (grid[:, 1:], grid[:, :-1]), (grid[:, 64:], grid[:, :-64])):
-        assert abs(excess(torch.bincount((one * 32 + other).flatten(), minlength=1024), even)) < 5, "correlated"
-    # The smallest of V uniforms, times V, is exponential; a draw looks at nothing but such extremes.
+    for one, other in (
+        (grid[1:], grid[:-1]),
+        (grid[:, 1:], grid[:, :-1]),
+        (grid[:, 64:], grid[:, :-64]),
+    ):
+        assert (
+            abs(excess(torch.bincount((one * 32 + other).flatten(), minlength=1024), even)) < 5
+        ), "correlated"
+    # The smallest of V uniforms, times V, is exponential; a draw looks at nothing but such
+    # extremes.
     smallest = 1 - torch.exp(-w.amin(1).double() * 20_000)
     steps = (torch.arange(300) + 0.5) / 300
-    assert (smallest.sort().values - steps).abs().max() * math.sqrt(300) < 1.9, "wrong in the tail"  # 0.1 % point
+    assert (smallest.sort().values - steps).abs().max() * math.sqrt(300) < 1.9, (
+        "wrong in the tail"
+    )  # 0.1 % point
 
 
-# ------------------------------------------------------------------------------------------------ the Triton kernels
+# --- the Triton kernels ---------------------------------------------------------------------------
 
 
 @interpreted
@@ -439,7 +580,12 @@ def test_interpreted_logprob():
     """The kernels of logprob.py, run as numpy: one tile and many, every dtype, both gradients."""
     for dtype in ROUNDING:
         check_logprob(3, 115, dtype, 0.6, "both")
-    for vocabulary, upstream in ((7, "both"), (1000, "logprob"), (20_000, "both"), (20_000, "entropy")):
+    for vocabulary, upstream in (
+        (7, "both"),
+        (1000, "logprob"),
+        (20_000, "both"),
+        (20_000, "entropy"),
+    ):
         check_logprob(3, vocabulary, torch.float32, 1.2, upstream)
     check_logprob(2, 9000, torch.float32, 1.0, "both", magnitude=1e4)
     check_logprob(3, 115, torch.float32, 1.0, "both", inplace=True)
@@ -479,18 +625,25 @@ def check_same_draws(rows, vocabulary, device="cpu"):
 
 @interpreted
 def test_interpreted_sampling_draws_the_same_tokens():
-    """PyTorch and Triton share the hash, not the race: the winner and its log-prob must still be the same."""
+    """PyTorch and Triton share the hash, not the race: the winner and its log-prob must still be
+    the same."""
     check_same_draws(6, 115)
     check_same_draws(4, 5000)
 
 
 @compiled
 def test_kernels_in_the_interpreter():
-    """Runs the tests above with the switch on. Guards against kernels that only ever meet a GPU nobody has at hand."""
+    """Runs the tests above with the switch on. Guards against kernels that only ever meet a GPU
+    nobody has at hand."""
+    pytest_here = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", str(Path(__file__)), "-k", "interpreted", "-p", "no:cacheprovider"],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [*pytest_here, "-k", "interpreted"],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     assert "4 passed" in result.stdout
 
@@ -498,10 +651,13 @@ def test_kernels_in_the_interpreter():
 @compiled
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_compile_without_spills(capability):
-    """Guards against tile sizes that do not fit the registers of an A100, an H100 / H200 or a B200."""
+    """Guards against tile sizes that do not fit the registers of an A100, an H100 / H200 or a
+    B200."""
     from benchmarks.kernels_bench import compile_kernels
 
-    for name, resources in compile_kernels(capability, ["bf16"] if capability != 90 else ["bf16", "fp32"]):
+    for name, resources in compile_kernels(
+        capability, ["bf16"] if capability != 90 else ["bf16", "fp32"]
+    ):
         assert resources["spilled bytes"] == 0, f"{name} spills: {resources}"
         assert resources["registers"] <= 128, f"{name}: {resources}"
 
@@ -542,7 +698,10 @@ def test_gpu_draws_what_the_cpu_draws_and_fits_a_cuda_graph():
     check_same_draws(2000, 1000, "cuda")
     check_same_draws(64, 151936, "cuda")
     logits = torch.randn(64, 5000, device="cuda")
-    seeds, positions = torch.arange(64, device="cuda"), torch.zeros(64, dtype=torch.int64, device="cuda")
+    seeds, positions = (
+        torch.arange(64, device="cuda"),
+        torch.zeros(64, dtype=torch.int64, device="cuda"),
+    )
     expected = kernels.sample_token(logits, 1.1, 0.9, 0.05, seeds, positions)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,26 +1,54 @@
-"""model.py against transformers, family by family, and against itself: packing, hooks, folders, refusals."""
+"""model.py against transformers, family by family, and against itself: packing, hooks, folders,
+refusals."""
 
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    GlmConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import model
 import packing
+import pretrained
 from cli import UserError
-from model import Config, Transformer, load_pretrained, model_folder, random_init, save_pretrained
+from model import (
+    ModelConfig,
+    Transformer,
+    load_pretrained,
+    model_folder,
+    random_init,
+    save_pretrained,
+)
 
 SHAPE = {
-    "vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 96, "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
 FAMILIES = {
     "llama2": LlamaConfig(**SHAPE | {"num_key_value_heads": 4}),
@@ -40,7 +68,8 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def reference(request, tmp_path_factory):
-    """A transformers model whose every weight, biases and norms too, is random; and the folder that it is saved in."""
+    """A transformers model whose every weight, biases and norms too, is random; and the folder that
+    it is saved in."""
     torch.manual_seed(0)
     theirs = AutoModelForCausalLM.from_config(FAMILIES[request.param]).eval()
     with torch.no_grad():
@@ -52,9 +81,11 @@ def reference(request, tmp_path_factory):
 
 
 def layers_of(ours: Transformer, tokens: torch.Tensor, **inputs) -> list[torch.Tensor]:
-    """The residual stream before each block, as transformers' `output_hidden_states`, and after the final norm."""
+    """The residual stream before each block, as transformers' `output_hidden_states`, and after the
+    final norm."""
     seen = []
-    hooks = [block.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for block in ours.blocks]
+    see = lambda block, args: seen.append(args[0])  # noqa: E731
+    hooks = [block.register_forward_pre_hook(see) for block in ours.blocks]
     seen.append(ours(tokens, **inputs))
     for hook in hooks:
         hook.remove()
@@ -63,7 +94,8 @@ def layers_of(ours: Transformer, tokens: torch.Tensor, **inputs) -> list[torch.T
 
 @torch.no_grad()
 def test_every_layer_equals_transformers(reference):
-    """Wrong norms, biases, rotary pairs, grouping of heads: every layer must agree, also beyond the scaled context."""
+    """Wrong norms, biases, rotary pairs, grouping of heads: every layer must agree, also beyond the
+    scaled context."""
     theirs, folder = reference
     ours = load_pretrained(folder)
     tokens = torch.randint(0, 99, (2, 200))
@@ -75,22 +107,26 @@ def test_every_layer_equals_transformers(reference):
 
 @torch.no_grad()
 def test_long_positions_equal_transformers(reference):
-    """Rotary angles computed in low precision, or scaled wrongly, drift at positions in the thousands."""
+    """Rotary angles computed in low precision, or scaled wrongly, drift at positions in the
+    thousands."""
     theirs, folder = reference
     ours = load_pretrained(folder)
     tokens, positions = torch.randint(0, 99, (1, 60)), torch.arange(9000, 9060)[None]
     expected = theirs(tokens, position_ids=positions).logits
-    torch.testing.assert_close(ours.logits(ours(tokens, positions=positions)), expected, rtol=1e-5, atol=2e-5)
+    found = ours.logits(ours(tokens, positions=positions))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
 
 
 @torch.no_grad()
 def test_bf16_is_no_worse_than_transformers(reference):
-    """Norms or rotations rounded to bf16 midway: our error against fp32 may not exceed transformers' own."""
+    """Norms or rotations rounded to bf16 midway: our error against fp32 may not exceed
+    transformers' own."""
     theirs, folder = reference
     ours = load_pretrained(folder, dtype=torch.bfloat16)
     assert all(parameter.dtype == torch.bfloat16 for parameter in ours.parameters())
     rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    theirs = AutoModelForCausalLM.from_config(theirs.config)  # the same rounded weights, computed with in fp32
+    # The truth: the same rounded weights, but computed with in fp32.
+    theirs = AutoModelForCausalLM.from_config(theirs.config)
     theirs.load_state_dict(rounded.state_dict())
     tokens = torch.randint(0, 99, (4, 100))
     assert all(stream.dtype == torch.float32 for stream in layers_of(ours, tokens))
@@ -100,7 +136,8 @@ def test_bf16_is_no_worse_than_transformers(reference):
 
 
 def test_folder_round_trip_is_bitwise(reference, tmp_path):
-    """Rows of q and k are reordered on the way in: on the way out each must be back, and transformers must agree."""
+    """Rows of q and k are reordered on the way in: on the way out each must be back, and
+    transformers must agree."""
     theirs, folder = reference
     ours = load_pretrained(folder)
     save_pretrained(ours, tmp_path / "saved")
@@ -109,7 +146,8 @@ def test_folder_round_trip_is_bitwise(reference, tmp_path):
     expected, found = theirs.state_dict(), again.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    for key in ("rope_parameters", "pad_token_id", "tie_word_embeddings", "rms_norm_eps", "max_position_embeddings"):
+    kept = ("rope_parameters", "pad_token_id", "tie_word_embeddings", "rms_norm_eps")
+    for key in (*kept, "max_position_embeddings"):
         assert getattr(again.config, key) == getattr(theirs.config, key), key
     assert again.generation_config.eos_token_id == 2
     loaded = load_pretrained(tmp_path / "saved")
@@ -120,46 +158,62 @@ def test_folder_round_trip_is_bitwise(reference, tmp_path):
 
 @torch.no_grad()
 def test_real_weights_equal_transformers(smollm2):
-    """Thirty real layers: logits to 1e-4 in fp32. (Against float64 our error is as large as transformers'.)"""
+    """Thirty real layers: logits to 1e-4 in fp32. (Against float64 our error is as large as
+    transformers'.)"""
     from tokenizer import load_tokenizer
 
     ours, theirs = load_pretrained(smollm2), AutoModelForCausalLM.from_pretrained(smollm2)
-    text = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many?"
+    text = "Natalia sold clips to 48 of her friends in April, and half as many in May. How many?"
     tokens = torch.tensor([load_tokenizer(smollm2).chat([{"role": "user", "content": text}])])
     torch.testing.assert_close(ours.logits(ours(tokens)), theirs(tokens).logits, rtol=0, atol=1e-4)
-    for name, tensor in load_file(smollm2 / "model.safetensors").items():  # a bf16 copy is the rounded file
-        if name == "model.layers.7.mlp.up_proj.weight":
-            half = load_pretrained(smollm2, torch.bfloat16).blocks[7].gate_up.weight[ours.config.mlp_dim :]
-            assert torch.equal(half, tensor.bfloat16())
+    # A bf16 copy is the rounded file.
+    up = load_file(smollm2 / "model.safetensors")["model.layers.7.mlp.up_proj.weight"]
+    half = load_pretrained(smollm2, torch.bfloat16).blocks[7].gate_up.weight
+    assert torch.equal(half[ours.config.mlp_dim :], up.bfloat16())
 
 
-SMALL = Config(
-    vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=48, qk_norm=True, family="qwen3",
-    bos_id=1, eos_ids=(2, 3),
-)  # fmt: skip
+SMALL = ModelConfig(
+    vocab_size=50,
+    dim=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_dim=48,
+    qk_norm=True,
+    family="qwen3",
+    bos_id=1,
+    eos_ids=(2, 3),
+)
 
 
 @torch.no_grad()
 def test_packed_documents_do_not_see_each_other():
-    """A packed row must give what each document gives alone: a leak, or positions that run on, would change it."""
+    """A packed row must give what each document gives alone: a leak, or positions that run on,
+    would change it."""
     ours = random_init(SMALL, 0, torch.float64)
     tokens = torch.randint(0, 50, (2, 20))
-    documents = torch.tensor([[5] * 1 + [3] * 9 + [4] * 10, [0] * 13 + [1] * 3 + [0] * 4])  # 0 again is a new document
+    first = [5] * 1 + [3] * 9 + [4] * 10
+    second = [0] * 13 + [1] * 3 + [0] * 4  # the second run of 0 is a new document
+    documents = torch.tensor([first, second])
     packed = ours(tokens, documents)
-    for row, start, end in [(0, 0, 1), (0, 1, 10), (0, 10, 20), (1, 0, 13), (1, 13, 16), (1, 16, 20)]:
+    runs = [(0, 0, 1), (0, 1, 10), (0, 10, 20), (1, 0, 13), (1, 13, 16), (1, 16, 20)]
+    for row, start, end in runs:
         alone = ours(tokens[row : row + 1, start:end])
         torch.testing.assert_close(packed[row : row + 1, start:end], alone)
 
 
 def test_positions_of_documents():
-    """Rotary positions are relative, so that a wrong start hardly shows in a result: here the numbers themselves."""
+    """Rotary positions are relative, so that a wrong start hardly shows in a result: here the
+    numbers themselves."""
     documents = torch.tensor([[5, 3, 3, 4, 4, 4], [0, 0, 1, 0, 0, 0]])
     positions, _ = packing.positions_and_mask(documents, documents, None)
     assert positions.tolist() == [[0, 0, 1, 0, 1, 2], [0, 1, 0, 0, 1, 2]]
 
 
 def test_future_tokens_have_no_gradient():
-    """A mask off by one lets a position read its own target: position t may not depend on tokens after t."""
+    """A mask off by one lets a position read its own target: position t may not depend on tokens
+    after t."""
     ours = random_init(SMALL, 0)
     seen = []
     ours.embed.register_forward_hook(lambda _, __, out: seen.append(out.retain_grad() or out))
@@ -171,7 +225,8 @@ def test_future_tokens_have_no_gradient():
 
 @torch.no_grad()
 def test_attend_hook_with_a_cache_equals_one_forward():
-    """decode.ModelDecoder: one token at a time with keys and values kept, at given positions, equals the whole row."""
+    """decode.ModelDecoder: one token at a time with keys and values kept, at given positions,
+    equals the whole row."""
     ours = random_init(SMALL, 0)
     tokens = torch.randint(0, 50, (3, 12))
     cache = {}
@@ -182,24 +237,30 @@ def test_attend_hook_with_a_cache_equals_one_forward():
         cache[layer] = k, v = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
-    steps = [ours(tokens[:, t : t + 1], positions=torch.full((3, 1), t), attend=attend) for t in range(12)]
+    steps = [
+        ours(tokens[:, t : t + 1], positions=torch.full((3, 1), t), attend=attend)
+        for t in range(12)
+    ]
     torch.testing.assert_close(torch.cat(steps, 1), ours(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_checkpointed_blocks_give_the_same_gradients():
-    """Recomputing a block must not change what it computed (a mask or rotation lost on the way would)."""
+    """Recomputing a block must not change what it computed (a mask or rotation lost on the way
+    would)."""
     ours, documents = random_init(SMALL, 0), torch.tensor([[0] * 4 + [1] * 5])
     gradients = []
     for flag in (False, True):
         ours.checkpoint_blocks = flag
         ours.zero_grad()
         ours(torch.arange(9)[None], documents).square().sum().backward()
-        gradients.append([parameter.grad for parameter in ours.parameters() if parameter.grad is not None])
+        found = [parameter.grad for parameter in ours.parameters()]
+        gradients.append([gradient for gradient in found if gradient is not None])
     assert all(torch.equal(plain, recomputed) for plain, recomputed in zip(*gradients, strict=True))
 
 
 def test_autocast_multiplies_in_bf16_and_adds_in_fp32():
-    """Mixed precision: products in bf16, yet fp32 hidden states and fp32 gradients for the fp32 masters."""
+    """Mixed precision: products in bf16, yet fp32 hidden states and fp32 gradients for the fp32
+    masters."""
     ours = random_init(SMALL, 0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = ours(torch.arange(9)[None], torch.tensor([[0] * 4 + [1] * 5]))
@@ -211,23 +272,28 @@ def test_autocast_multiplies_in_bf16_and_adds_in_fp32():
 
 
 def test_meta_device_needs_no_memory():
-    """A 32B model's shape must be at hand without its 130 GB (for --plan, and for sharding before loading)."""
-    shape = Config(152064, 5120, 64, 40, 8, 128, 27648, family="qwen2", qkv_bias=True)
+    """A 32B model's shape must be at hand without its 130 GB (for --plan, and for sharding before
+    loading)."""
+    shape = ModelConfig(152064, 5120, 64, 40, 8, 128, 27648, family="qwen2", qkv_bias=True)
     large = Transformer(shape, device="meta")
-    assert sum(parameter.numel() for parameter in large.parameters()) == 32_763_876_352  # Qwen2.5-32B
+    count = sum(parameter.numel() for parameter in large.parameters())
+    assert count == 32_763_876_352  # Qwen2.5-32B
     assert large(torch.zeros(1, 8, dtype=torch.int64, device="meta")).shape == (1, 8, 5120)
 
 
 def test_random_init_is_a_function_of_the_seed():
-    """A resumed or repeated run starts from the same weights, whatever else drew random numbers before."""
+    """A resumed or repeated run starts from the same weights, whatever else drew random numbers
+    before."""
     first, second, other = random_init(SMALL, 7), random_init(SMALL, 7), random_init(SMALL, 8)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert not torch.equal(first.head_weight, other.head_weight)
-    assert random_init(Config(50, 32, 1, 4, 4, 8, 48, tied=True), 0).head_weight.shape == (50, 32)
+    tied = random_init(ModelConfig(50, 32, 1, 4, 4, 8, 48, tied=True), 0)
+    assert tied.head_weight.shape == (50, 32)
 
 
 def test_a_sampling_pass_leaves_training_possible():
-    """Cached rotary frequencies made inside inference_mode must not poison a later backward pass."""
+    """Cached rotary frequencies made inside inference_mode must not poison a later backward
+    pass."""
     model.inverse_frequencies.cache_clear()
     ours = random_init(SMALL, 0)
     with torch.inference_mode():
@@ -239,9 +305,10 @@ def test_a_sampling_pass_leaves_training_possible():
 
 
 def test_sharded_folders(tmp_path, monkeypatch):
-    """Large models come in several files with an index; ours must be split alike and read by both."""
+    """Large models come in several files with an index; ours must be split alike and read by
+    both."""
     ours = random_init(SMALL, 0)
-    monkeypatch.setattr(model, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(pretrained, "SHARD_BYTES", 20_000)
     save_pretrained(ours, tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
     again = load_pretrained(tmp_path / "sharded")
@@ -255,17 +322,20 @@ def test_sharded_folders(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"model-00002.* is missing"):
         load_pretrained(tmp_path / "theirs")
     for broken in (["model-00001"], {"lm_head.weight": 3}, None):
-        (tmp_path / "theirs" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": broken}))
+        index = tmp_path / "theirs" / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": broken}))
         with pytest.raises(UserError, match=r"index.json: weight_map should name a file"):
             load_pretrained(tmp_path / "theirs")
 
 
 def test_saving_replaces_and_an_interrupted_save_leaves_the_old_folder(tmp_path, monkeypatch):
-    """Killed while writing: the folder there before must stay whole, and the next save must not trip over the rest."""
+    """Killed while writing: the folder there before must stay whole, and the next save must not
+    trip over the rest."""
     first, second = random_init(SMALL, 0), random_init(SMALL, 1)
     save_pretrained(first, tmp_path / "model")
     with monkeypatch.context() as patch:
-        patch.setattr(model, "config_to_hf", lambda *_: 1 / 0)  # dies between the weights and config.json
+        # It dies between the weights and config.json.
+        patch.setattr(pretrained, "config_to_hf", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save_pretrained(second, tmp_path / "model")
     assert torch.equal(load_pretrained(tmp_path).head_weight, first.head_weight)
@@ -276,17 +346,19 @@ def test_saving_replaces_and_an_interrupted_save_leaves_the_old_folder(tmp_path,
 
 
 def test_saving_touches_nothing_of_others_and_keeps_the_last_good_copy(tmp_path, monkeypatch):
-    """A user's own model.old deleted in silence; or, after a crash between the two renames, the only copy."""
+    """A user's own model.old deleted in silence; or, after a crash between the two renames, the
+    only copy."""
     for neighbour in ("model.old", "model.partial"):
         (tmp_path / neighbour).mkdir()
         (tmp_path / neighbour / "mine").write_text("precious")
     for seed in (0, 1):
         save_pretrained(random_init(SMALL, seed), tmp_path / "model")
     assert {path.name for path in tmp_path.iterdir()} == {"model", "model.old", "model.partial"}
-    assert all((tmp_path / name / "mine").read_text() == "precious" for name in ("model.old", "model.partial"))
+    for neighbour in ("model.old", "model.partial"):
+        assert (tmp_path / neighbour / "mine").read_text() == "precious"
     (tmp_path / "model").rename(tmp_path / ".model.old")  # as the crash leaves it
     with monkeypatch.context() as patch:
-        patch.setattr(model, "config_to_hf", lambda *_: 1 / 0)
+        patch.setattr(pretrained, "config_to_hf", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save_pretrained(random_init(SMALL, 2), tmp_path / "model")
     load_pretrained(tmp_path / ".model.old")
@@ -295,7 +367,8 @@ def test_saving_touches_nothing_of_others_and_keeps_the_last_good_copy(tmp_path,
 
 
 def test_run_folder_is_recognised(tmp_path):
-    """A run has a config.json of its own, its flags: --model RUN must mean RUN/model and never read the flags."""
+    """A run has a config.json of its own, its flags: --model RUN must mean RUN/model and never read
+    the flags."""
     save_pretrained(random_init(SMALL, 0), tmp_path / "model")
     (tmp_path / "config.json").write_text('{"steps": 10}')
     assert model_folder(tmp_path) == model_folder(tmp_path / "model") == tmp_path / "model"
@@ -308,34 +381,56 @@ def test_run_folder_is_recognised(tmp_path):
         ({"hidden_act": "gelu"}, "hidden_act gelu is not supported"),
         ({"attention_dropout": 0.1}, "attention_dropout is not supported"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is not supported"),
-        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "sliding-window"),
+        (
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "sliding-window",
+        ),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type yarn is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type dynamic is not supported"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+            "rope_type dynamic is not supported",
+        ),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope parameters .* expected"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope parameters .* expected"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}},
+            "rope parameters .* expected",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported for qwen3"),
         ({"num_key_value_heads": 3}, "key/value heads must divide"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is 2"),
-        ({"model_type": "llama", "head_dim": None, "num_attention_heads": 0}, "num_attention_heads is 0"),
-        ({"model_type": "llama", "head_dim": None, "num_attention_heads": "2"}, "num_attention_heads is 2"),
+        (
+            {"model_type": "llama", "head_dim": None, "num_attention_heads": 0},
+            "num_attention_heads is 0",
+        ),
+        (
+            {"model_type": "llama", "head_dim": None, "num_attention_heads": "2"},
+            "num_attention_heads is 2",
+        ),
         ({"max_position_embeddings": "long"}, "max_position_embeddings is long"),
         ({"eos_token_id": "end"}, r"eos_token_id is \['end'\]"),
         ({"layer_types": 3}, "layer_types is 3"),
-        ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": "a"}, "max_window_layers is a"),
+        (
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": "a"},
+            "max_window_layers is a",
+        ),
         ({"rope_scaling": "x"}, "rope_scaling is x"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "big"}}, "rope_theta is big"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, "factor is 4"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "factor is 0"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope_type .* is not supported"),
-        ({"num_hidden_layers": 3}, "11 tensors are missing, the first is model.layers.2.input_layernorm.weight"),
+        (
+            {"num_hidden_layers": 3},
+            "11 tensors are missing, the first is model.layers.2.input_layernorm.weight",
+        ),
         ({"num_hidden_layers": 1}, "11 tensors do not belong to the model"),
         ({"vocab_size": 51}, r"embed_tokens.weight is torch.float32 \[50, 32\]"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(tmp_path, changes, message):
-    """An option read over in silence gives a model that is subtly wrong: each must be one clear line."""
+    """An option read over in silence gives a model that is subtly wrong: each must be one clear
+    line."""
     save_pretrained(random_init(SMALL, 0), tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     raw = json.loads(path.read_text())
@@ -343,7 +438,8 @@ def test_what_cannot_be_computed_is_refused(tmp_path, changes, message):
         del raw["rope_parameters"]
     if "eos_token_id" in changes:
         (path.parent / "generation_config.json").unlink()
-    path.write_text(json.dumps({key: value for key, value in (raw | changes).items() if value is not None}))
+    raw |= changes
+    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
     with pytest.raises(UserError, match=message):
         load_pretrained(tmp_path)
 
@@ -352,13 +448,20 @@ def test_harmless_options_are_accepted(tmp_path):
     """Refusing too much is a bug too: Qwen folders carry window settings that are switched off."""
     save_pretrained(random_init(SMALL, 0), tmp_path / "model")
     path = tmp_path / "model" / "config.json"
-    off = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 1, "attention_dropout": 0.0}
-    path.write_text(json.dumps(json.loads(path.read_text()) | off | {"layer_types": ["full_attention"] * 2}))
+    off = {
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 1,
+        "attention_dropout": 0.0,
+        "layer_types": ["full_attention"] * 2,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | off))
     load_pretrained(tmp_path)
 
 
 def test_broken_folders_are_refused(tmp_path):
-    """Missing, empty, truncated, half-written: never a traceback from deep inside, never a half-filled model."""
+    """Missing, empty, truncated, half-written: never a traceback from deep inside, never a
+    half-filled model."""
     for path, message in ((tmp_path / "absent", "no such folder"), (tmp_path, "holds no model")):
         with pytest.raises(UserError, match=message):
             load_pretrained(path)
@@ -371,7 +474,8 @@ def test_broken_folders_are_refused(tmp_path):
         with pytest.raises(UserError, match="truncated"):
             load_pretrained(folder)
     tensors = load_file_from(whole, tmp_path)
-    save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, weights)
+    integers = {"model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}
+    save_file(tensors | integers, weights)
     with pytest.raises(UserError, match=r"torch.int8"):
         load_pretrained(folder)
     save_file({**tensors, "model.layers.0.self_attn.q_proj.lora_A": torch.zeros(2)}, weights)
@@ -395,7 +499,7 @@ def load_file_from(content: bytes, folder) -> dict[str, torch.Tensor]:
 
 def test_a_stored_copy_of_a_tied_head_must_be_that_copy(tmp_path):
     """Some tied folders store lm_head too. Equal: fine. Different: which one is meant? Refused."""
-    ours = random_init(Config(50, 32, 1, 4, 4, 8, 48, tied=True), 0)
+    ours = random_init(ModelConfig(50, 32, 1, 4, 4, 8, 48, tied=True), 0)
     save_pretrained(ours, tmp_path / "model")
     tensors = load_file(tmp_path / "model" / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

@@ -25,8 +25,7 @@ sys.path.insert(0, str(ROOT))  # for the worker; pytest has it already
 import parallel  # noqa: E402
 import runfolder  # noqa: E402
 from cli import UserError  # noqa: E402
-from model import Config as ModelConfig  # noqa: E402
-from model import Transformer, random_init  # noqa: E402
+from model import ModelConfig, Transformer, random_init  # noqa: E402
 from muon import Muon  # noqa: E402
 from packing import Example, Unit, pack, positions_and_mask, share_stems  # noqa: E402
 from parallel import World  # noqa: E402

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from cli import UserError
-from model import Block, causal_attention, random_init, rotations, save_pretrained
-from model import Config as ModelConfig
+from model import Block, ModelConfig, causal_attention, random_init, rotations, save_pretrained
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "plan.py"
 sys.path.insert(0, str(FILE.parent))

@@ -16,8 +16,7 @@ import pytest
 import cot
 import demo
 import sft
-from model import Config as ModelConfig
-from model import random_init, save_pretrained
+from model import ModelConfig, random_init, save_pretrained
 from tokenizer import demo_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,8 +27,7 @@ import sample
 import tasks
 from cli import UserError
 from kernels import logprob_entropy
-from model import Config as ModelConfig
-from model import random_init, save_pretrained
+from model import ModelConfig, random_init, save_pretrained
 from packing import Example, pack
 from parallel import World
 from rollout import Rollouts

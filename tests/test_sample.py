@@ -1,4 +1,5 @@
-"""The sampler: what it draws, that nobody else in the batch can change it, and what it says about its own draws."""
+"""The sampler: what it draws, that nobody else in the batch can change it, and what it says about
+its own draws."""
 
 import dataclasses
 import random
@@ -14,20 +15,29 @@ import kernels
 import sample
 from cli import UserError
 from decode import CPUDecoder, can_pack
-from model import Config, Transformer, load_pretrained
-from sample import Batch, Sampler, SamplingParams, sequence_seed
+from model import ModelConfig, Transformer, load_pretrained
+from sample import Batch, Completion, Sampler, SamplingParams, sequence_seed
 from tokenizer import load_tokenizer
 
 EOS = 7
 CONTEXT = 160
-CONFIG = Config(
-    vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=64, context=CONTEXT, rope_theta=100.0
+CONFIG = ModelConfig(
+    vocab_size=50,
+    dim=32,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    mlp_dim=64,
+    context=CONTEXT,
+    rope_theta=100.0,
 )
 BLOCK = 16  # of the cache on CPU
 
 
 def spread_out_model(seed: int = 0) -> Transformer:
-    """Weights so large that attention matters, and a head for which the next token is neither certain nor uniform."""
+    """Weights so large that attention matters, and a head for which the next token is neither
+    certain nor uniform."""
     model = Transformer(CONFIG)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -41,7 +51,8 @@ def spread_out_model(seed: int = 0) -> Transformer:
 MODEL = spread_out_model()
 RNG = random.Random(0)
 # Prompts of 1 token (nothing to prefill), around one and two blocks of the cache, and short ones.
-LENGTHS = (1, 2, 5, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1, 3, 4)
+TWO = 2 * BLOCK
+LENGTHS = (1, 2, 5, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, TWO - 1, TWO, TWO + 1, 3, 4)
 PROMPTS = [[RNG.randrange(50) for _ in range(length)] for length in LENGTHS]
 PARAMS = SamplingParams(max_tokens=40, temperature=1.2, top_p=0.95, min_p=0.01, seed=3)
 
@@ -56,11 +67,14 @@ def flat(results) -> list:
 
 @pytest.fixture(scope="module")
 def reference():
-    """Four completions of every prompt, all in one batch: what every other arrangement must reproduce."""
+    """Four completions of every prompt, all in one batch: what every other arrangement must
+    reproduce."""
     return Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 4, PARAMS)
 
 
-def distribution(logits: torch.Tensor, temperature: float, top_p: float, min_p: float) -> torch.Tensor:
+def distribution(
+    logits: torch.Tensor, temperature: float, top_p: float, min_p: float
+) -> torch.Tensor:
     """Log-probabilities of one row in float64, straight from the definitions."""
     p = (logits.double() / temperature).softmax(-1)
     order = p.argsort(descending=True)
@@ -71,19 +85,23 @@ def distribution(logits: torch.Tensor, temperature: float, top_p: float, min_p: 
     return p.masked_fill(~keep, 0).log() - p[keep].sum().log()
 
 
-# ------------------------------------------------------------------------------------------------ what is drawn
+# --- what is drawn --------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def test_greedy_equals_transformers(smollm2):
-    """A wrong position, mask or cache slot for some length in a ragged batch, or a stop token handled otherwise."""
+    """A wrong position, mask or cache slot for some length in a ragged batch, or a stop token
+    handled otherwise."""
     transformers = pytest.importorskip("transformers")
-    text = "The capital of France is Paris, and water boils at 100 degrees. Once upon a time there was a dog who said: "
+    text = "The capital of France is Paris. Once upon a time there was a dog who said: "
     ids = load_tokenizer(smollm2).encode(text * 3)
-    prompts = [ids[first : first + length] for length in (1, 2, 7, 31, 32, 33, 60) for first in (0, 4, 11)]
-    ours = Sampler(load_pretrained(smollm2), max_batch=16, eos_ids=[2]).generate(prompts, 1, SamplingParams(6, 0.0))
+    lengths = (1, 2, 7, 31, 32, 33, 60)
+    prompts = [ids[first : first + length] for length in lengths for first in (0, 4, 11)]
+    sampler = Sampler(load_pretrained(smollm2), max_batch=16, eos_ids=[2])
+    ours = sampler.generate(prompts, 1, SamplingParams(6, 0.0))
     reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    for first in range(0, len(prompts), 3):  # three of a length at a time: their generate pads ragged ones
+    # Three of a length at a time, because their generate pads ragged ones.
+    for first in range(0, len(prompts), 3):
         group = torch.tensor(prompts[first : first + 3])
         theirs = reference.generate(
             group,
@@ -100,7 +118,8 @@ def test_greedy_equals_transformers(smollm2):
 
 def test_greedy_is_the_argmax_of_a_fresh_forward():
     """Temperature 0 dividing by zero, or drawing; its log-probs are those of temperature 1."""
-    results = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 2, SamplingParams(20, temperature=0.0))
+    params = SamplingParams(20, temperature=0.0)
+    results = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 2, params)
     for prompt, (first, second) in zip(PROMPTS, results):
         assert first == second
         sequence = torch.tensor([prompt + first.tokens])
@@ -111,36 +130,44 @@ def test_greedy_is_the_argmax_of_a_fresh_forward():
 
 
 @pytest.mark.parametrize(
-    "temperature, top_p, min_p", [(1.0, 1, 0), (1.2, 1, 0), (0.7, 0.8, 0), (1.2, 1, 0.1), (1.3, 0.9, 0.05)]
+    "temperature, top_p, min_p",
+    [(1.0, 1, 0), (1.2, 1, 0), (0.7, 0.8, 0), (1.2, 1, 0.1), (1.3, 0.9, 0.05)],
 )
 def test_logprobs_are_those_of_a_fresh_forward(temperature, top_p, min_p):
-    """Log-probs of the raw policy where T, top-p or min-p changed what was drawn; a stale or misplaced cache entry."""
+    """Log-probs of the raw policy where T, top-p or min-p changed what was drawn; a stale or
+    misplaced cache entry."""
     params = SamplingParams(30, temperature, top_p, min_p)
-    for prompt, row in zip(PROMPTS, Sampler(MODEL, max_batch=5, eos_ids=[EOS]).generate(PROMPTS, 2, params)):
+    results = Sampler(MODEL, max_batch=5, eos_ids=[EOS]).generate(PROMPTS, 2, params)
+    for prompt, row in zip(PROMPTS, results):
         for completion in row:
             sequence = torch.tensor([prompt + completion.tokens])
             with torch.no_grad():
                 logits = MODEL.logits(MODEL(sequence))[0, len(prompt) - 1 : -1]
-            expected = [distribution(z, temperature, top_p, min_p)[t] for z, t in zip(logits, completion.tokens)]
-            torch.testing.assert_close(
-                torch.tensor(completion.logprobs).double(), torch.stack(expected), rtol=0, atol=1e-4
-            )
+            found = torch.tensor(completion.logprobs)
+            rows = [distribution(z, temperature, top_p, min_p) for z in logits]
+            expected = torch.stack([row[t] for row, t in zip(rows, completion.tokens)])
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
             if (top_p, min_p) == (1, 0):  # what the trainer computes
-                trained, _ = kernels.logprob_entropy(logits, torch.tensor(completion.tokens), temperature)
-                torch.testing.assert_close(torch.tensor(completion.logprobs), trained, rtol=0, atol=1e-4)
+                targets = torch.tensor(completion.tokens)
+                trained, _ = kernels.logprob_entropy(logits, targets, temperature)
+                torch.testing.assert_close(found, trained, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
-    "temperature, top_p, min_p", [(1.0, 1, 0), (1.5, 1, 0), (1.2, 0.8, 0), (1.2, 1, 0.1), (0.8, 0.9, 0.05)]
+    "temperature, top_p, min_p",
+    [(1.0, 1, 0), (1.5, 1, 0), (1.2, 0.8, 0), (1.2, 1, 0.1), (0.8, 0.9, 0.05)],
 )
 def test_frequencies_match_the_distribution(temperature, top_p, min_p):
-    """Draws that are correlated between samples of one prompt, or from another distribution than the one reported."""
+    """Draws that are correlated between samples of one prompt, or from another distribution than
+    the one reported."""
     count, prompt = 6000, PROMPTS[4]
     params = SamplingParams(1, temperature, top_p, min_p, seed=1)
     drawn = Sampler(MODEL, max_batch=count).generate([prompt], count, params)[0]
     with torch.no_grad():
-        p = distribution(MODEL.logits(MODEL(torch.tensor([prompt])))[0, -1], temperature, top_p, min_p).exp()
-    seen = torch.bincount(torch.tensor([completion.tokens[0] for completion in drawn]), minlength=len(p)).double()
+        logits = MODEL.logits(MODEL(torch.tensor([prompt])))[0, -1]
+    p = distribution(logits, temperature, top_p, min_p).exp()
+    first = torch.tensor([completion.tokens[0] for completion in drawn])
+    seen = torch.bincount(first, minlength=len(p)).double()
     assert not seen[p == 0].any()
     likely = count * p >= 5
     chi_square = ((seen - count * p)[likely] ** 2 / (count * p)[likely]).sum()
@@ -149,14 +176,16 @@ def test_frequencies_match_the_distribution(temperature, top_p, min_p):
     assert chi_square < freedom + 5 * (2 * freedom) ** 0.5  # five standard deviations
 
 
-# ------------------------------------------------------------------------------- nobody else can change a completion
+# --- nobody else can change a completion ----------------------------------------------------------
 
 
 @settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_a_completion_does_not_depend_on_the_batch(reference, data):
-    """Refilling into a slot with old keys, a mask one short at a block boundary, rows mixed up when one is moved."""
-    order = data.draw(st.permutations(range(len(PROMPTS))))[: data.draw(st.integers(1, len(PROMPTS)))]
+    """Refilling into a slot with old keys, a mask one short at a block boundary, rows mixed up when
+    one is moved."""
+    order = data.draw(st.permutations(range(len(PROMPTS))))
+    order = order[: data.draw(st.integers(1, len(PROMPTS)))]
     n = data.draw(st.integers(1, 4))
     max_batch = data.draw(st.integers(1, 50))
     prefill_tokens = data.draw(st.sampled_from([1, 64, 130, 4096]))
@@ -171,22 +200,27 @@ def test_a_completion_does_not_depend_on_the_batch(reference, data):
 
 @pytest.mark.parametrize("max_tokens", [BLOCK - 1, BLOCK, BLOCK + 1])
 def test_block_boundaries(max_tokens):
-    """A completion whose last token needs the first position of a new block (a neighbour crashed there)."""
+    """A completion whose last token needs the first position of a new block (a neighbour crashed
+    there)."""
     params = SamplingParams(max_tokens, temperature=1.0)
     together = tokens_of(Sampler(MODEL).generate(PROMPTS, 1, params))
     assert all(len(row[0]) == max_tokens for row in together)
     for i in (0, 3, 4, 5):
-        assert tokens_of(Sampler(MODEL).generate([PROMPTS[i]], 1, params, keys=[i])) == [together[i]]
+        alone = Sampler(MODEL).generate([PROMPTS[i]], 1, params, keys=[i])
+        assert tokens_of(alone) == [together[i]]
 
 
 def test_a_longer_limit_only_continues(reference):
     """A draw that depends on max_tokens: the first tokens must not change when more are allowed."""
-    shorter = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 4, SamplingParams(9, 1.2, 0.95, 0.01, seed=3))
-    assert tokens_of(shorter) == [[tokens[:9] for tokens in row] for row in tokens_of(reference)]
+    params = dataclasses.replace(PARAMS, max_tokens=9)
+    shorter = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 4, params)
+    for short, whole in zip(flat(shorter), flat(reference)):
+        assert short.tokens == whole.tokens[:9]
 
 
 def test_samples_seeds_and_keys_differ():
-    """The same draws for all K samples of a prompt (K = 1 in disguise), for equal prompts, or for another seed."""
+    """The same draws for all K samples of a prompt (K = 1 in disguise), for equal prompts, or for
+    another seed."""
     sampler = Sampler(MODEL)
     completions = tokens_of(sampler.generate([PROMPTS[2]] * 2, 8, SamplingParams(20)))
     completions += tokens_of(sampler.generate([PROMPTS[2]], 8, SamplingParams(20, seed=1)))
@@ -200,20 +234,20 @@ def test_samples_seeds_and_keys_differ():
 def test_samples_can_be_drawn_in_parts():
     """Guards against ranks that share a prompt's K samples and draw the same ones twice."""
     whole = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS[:3], 4, SamplingParams(20))
-    part = Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS[1:3], 2, SamplingParams(20), keys=[1, 2], firsts=[2, 0])
-    assert [[c.tokens for c in row] for row in part] == [
-        [c.tokens for c in row] for row in (whole[1][2:4], whole[2][0:2])
-    ]
+    sampler = Sampler(MODEL, eos_ids=[EOS])
+    part = sampler.generate(PROMPTS[1:3], 2, SamplingParams(20), keys=[1, 2], firsts=[2, 0])
+    assert tokens_of(part) == tokens_of([whole[1][2:4], whole[2][0:2]])
 
 
 def test_stream_is_generate():
     """A chat that draws otherwise than the sampler that is tested."""
     sampler = Sampler(MODEL, eos_ids=[EOS])
     for prompt in PROMPTS[:6]:
-        assert list(sampler.stream(prompt, PARAMS)) == sampler.generate([prompt], 1, PARAMS)[0][0].tokens
+        completion = sampler.generate([prompt], 1, PARAMS)[0][0]
+        assert list(sampler.stream(prompt, PARAMS)) == completion.tokens
 
 
-# -------------------------------------------------------------------------------------------------------- how it ends
+# --- how it ends ----------------------------------------------------------------------------------
 
 
 def test_stop_token_ends_and_is_included(reference):
@@ -230,6 +264,18 @@ def test_stop_token_ends_and_is_included(reference):
     assert reasons == {"stop", "length"}
 
 
+def test_the_text_of_a_completion():
+    """The stop token read as text, or the last token of one that was cut short left out."""
+
+    class Numbers:
+        def decode(self, tokens, skip_special):
+            assert skip_special
+            return " ".join(map(str, tokens))
+
+    assert Completion([1, 2, EOS], [0.0] * 3, "stop").text(Numbers()) == "1 2"
+    assert Completion([1, 2, 3], [0.0] * 3, "length").text(Numbers()) == "1 2 3"
+
+
 def test_several_stop_tokens():
     """Only the first of several stop tokens (Llama 3 has three) being looked at."""
     eos = {3, 11, 30}
@@ -239,15 +285,18 @@ def test_several_stop_tokens():
 
 
 def test_one_token(reference):
-    """max_tokens = 1 drawing two, or a stop token as the very last allowed one reported as truncation."""
-    results = Sampler(MODEL, eos_ids=list(range(25))).generate(PROMPTS, 4, SamplingParams(1, 1.2, 0.95, 0.01, seed=3))
+    """max_tokens = 1 drawing two, or a stop token as the very last allowed one reported as
+    truncation."""
+    params = dataclasses.replace(PARAMS, max_tokens=1)
+    results = Sampler(MODEL, eos_ids=list(range(25))).generate(PROMPTS, 4, params)
     for completion, expected in zip(flat(results), flat(reference)):
         assert completion.tokens == expected.tokens[:1]
         assert completion.finish_reason == ("stop" if completion.tokens[0] < 25 else "length")
 
 
 def test_a_stop_token_in_the_prompt_ends_nothing():
-    """Ends found by looking for the stop token in the whole row: a chat's earlier turns are full of them."""
+    """Ends found by looking for the stop token in the whole row: a chat's earlier turns are full of
+    them."""
     prompt = [EOS, 1, EOS, EOS]
     completion = Sampler(MODEL, eos_ids=[EOS]).generate([prompt], 1, SamplingParams(12, 0.0))[0][0]
     tokens = torch.tensor([prompt + completion.tokens])
@@ -256,7 +305,8 @@ def test_a_stop_token_in_the_prompt_ends_nothing():
 
 
 def test_context_is_the_limit():
-    """Rotary positions beyond what the model was made for, or a buffer overrun, when max_tokens asks for more."""
+    """Rotary positions beyond what the model was made for, or a buffer overrun, when max_tokens
+    asks for more."""
     prompt = [1] * (CONTEXT - 3)
     completion = Sampler(MODEL).generate([prompt], 1, SamplingParams(50))[0][0]
     assert (len(completion.tokens), completion.finish_reason) == (3, "length")
@@ -269,21 +319,28 @@ def test_context_is_the_limit():
 @pytest.mark.parametrize(
     "bad",
     [
-        {"max_tokens": 0}, {"temperature": -1}, {"temperature": 1e-40}, {"temperature": 9e-4}, {"top_p": 0},
-        {"top_p": 1.1}, {"min_p": 2},
+        {"max_tokens": 0},
+        {"temperature": -1},
+        {"temperature": 1e-40},
+        {"temperature": 9e-4},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
     ],
-)  # fmt: skip
+)
 def test_bad_parameters(bad):
-    """A negative temperature or an empty nucleus that samples something all the same; NaN from logits / 1e-40."""
+    """A negative temperature or an empty nucleus that samples something all the same; NaN from
+    logits / 1e-40."""
     with pytest.raises(UserError, match=next(iter(bad))):
         SamplingParams(**({"max_tokens": 4} | bad))
 
 
-# ----------------------------------------------------------------------------------------------- what it holds and does
+# --- what it holds and does -----------------------------------------------------------------------
 
 
 def test_a_weight_update_takes_effect():
-    """Keys and values (or graphs) of the old weights serving the new ones: stale rollouts look almost right."""
+    """Keys and values (or graphs) of the old weights serving the new ones: stale rollouts look
+    almost right."""
     model = spread_out_model()
     sampler = Sampler(model, eos_ids=[EOS])
     before = sampler.generate(PROMPTS, 2, PARAMS)
@@ -291,17 +348,20 @@ def test_a_weight_update_takes_effect():
         for parameter, other in zip(model.parameters(), spread_out_model(seed=1).parameters()):
             parameter.copy_(other)
     after = sampler.generate(PROMPTS, 2, PARAMS)
-    assert tokens_of(after) == tokens_of(Sampler(spread_out_model(seed=1), eos_ids=[EOS]).generate(PROMPTS, 2, PARAMS))
+    fresh = Sampler(spread_out_model(seed=1), eos_ids=[EOS])
+    assert tokens_of(after) == tokens_of(fresh.generate(PROMPTS, 2, PARAMS))
     assert tokens_of(after) != tokens_of(before)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_draw_what_the_cpu_draws():
-    """A graph replayed with another shape's rows or length, a moved cache or old weights: all else here is eager."""
+    """A graph replayed with another shape's rows or length, a moved cache or old weights: all else
+    here is eager."""
     shape = dataclasses.replace(CONFIG, context=640)
     model = Transformer(shape)
-    prompts = [*PROMPTS, [RNG.randrange(50) for _ in range(250)], [RNG.randrange(50) for _ in range(300)]]
+    long = [RNG.randrange(50) for _ in range(300)]
+    prompts = [*PROMPTS, long[:250], long]
     params = SamplingParams(40, temperature=0.0)
     on_cuda = Transformer(shape, device="cuda")
     eos = None
@@ -317,8 +377,10 @@ def test_cuda_graphs_draw_what_the_cpu_draws():
 
 
 def test_free_memory_counts_what_the_page_cache_would_give_back(monkeypatch):
-    """After a large download nearly all memory is page cache: counted as taken, it left the sampler no rows."""
-    monkeypatch.setattr(sample.Path, "read_text", lambda path: "MemFree:  10 kB\nMemAvailable:   2000 kB\n")
+    """After a large download nearly all memory is page cache: counted as taken, it left the sampler
+    no rows."""
+    text = "MemFree:  10 kB\nMemAvailable:   2000 kB\n"
+    monkeypatch.setattr(sample.Path, "read_text", lambda path: text)
     assert sample.free_memory(torch.device("cpu")) == 2000 * 1024
     monkeypatch.setattr(sample.Path, "read_text", lambda path: Path("/absent").read_bytes())
     assert sample.free_memory(torch.device("cpu")) == 8 * 2**30
@@ -326,9 +388,13 @@ def test_free_memory_counts_what_the_page_cache_would_give_back(monkeypatch):
 
 @pytest.mark.parametrize("budget", [90_000, 130_000, 300_000])
 def test_memory_budget_is_respected(reference, monkeypatch, budget):
-    """A cache that grows past its budget (the crash comes hours into a run), counted where it is largest: in a move."""
-    peaks, prefixes, made = [], [], []
-    allocate, prefill = CPUDecoder.allocate, Sampler.prefill
+    """A cache that grows past its budget (the crash comes hours into a run), counted where it is
+    largest: in a move."""
+    peaks = []  # bytes of keys and values
+    prefixes = []  # bytes of the prompts' that are ready
+    made = []
+    allocate = CPUDecoder.allocate
+    prefill = sample.prefill
 
     def watched(decoder, rows, capacity):
         pair = allocate(decoder, rows, capacity)
@@ -337,14 +403,15 @@ def test_memory_budget_is_respected(reference, monkeypatch, budget):
         peaks.append(alive + (prefixes[-1] if prefixes else 0))
         return pair
 
-    def watched_prefill(sampler, jobs):
-        prefill(sampler, jobs)
+    def watched_prefill(model, jobs):
+        prefill(model, jobs)
         tensors = [tensor for job in jobs for pair in job.prefix for tensor in pair]
-        layers = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        prefixes.append(sum(storage.nbytes() for storage in layers.values()))
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        prefixes.append(sum(sizes.values()))
 
     monkeypatch.setattr(CPUDecoder, "allocate", watched)
-    monkeypatch.setattr(Sampler, "prefill", watched_prefill)
+    monkeypatch.setattr(sample, "prefill", watched_prefill)
     results = Sampler(MODEL, eos_ids=[EOS], cache_bytes=budget).generate(PROMPTS, 4, PARAMS)
     assert max(peaks) <= budget
     assert tokens_of(results) == tokens_of(reference)
@@ -355,19 +422,28 @@ def test_memory_budget_is_respected(reference, monkeypatch, budget):
     [(2, 40, 9, True), (1, 40, 9, False), (9, 8, 9, False), (2, 8, 9, True), (2, 40, 4, False)],
 )
 def test_weights_are_packed_only_where_it_pays(monkeypatch, slots, max_tokens, copies, packed):
-    """A copy of the weights made for one sequence or a few steps, or where memory is short (7B models are 28 GB)."""
+    """A copy of the weights made for one sequence or a few steps, or where memory is short (7B
+    models are 28 GB)."""
     if not can_pack(MODEL.head_weight):
         pytest.skip("this torch has no MKL")
-    asked, made = [], Batch.__init__
-    monkeypatch.setattr(Batch, "__init__", lambda batch, *args: asked.append(args[-1]) or made(batch, *args))
+    asked = []
+    initialise = Batch.__init__
+
+    def watched(batch, *args):
+        asked.append(args[-1])
+        initialise(batch, *args)
+
+    monkeypatch.setattr(Batch, "__init__", watched)
     weights = sum(parameter.nbytes for parameter in MODEL.parameters())
     monkeypatch.setattr(sample, "free_memory", lambda device: copies * weights)
-    Sampler(MODEL, max_batch=slots, cache_bytes=1 << 20).generate(PROMPTS[:2], 4, SamplingParams(max_tokens))
+    sampler = Sampler(MODEL, max_batch=slots, cache_bytes=1 << 20)
+    sampler.generate(PROMPTS[:2], 4, SamplingParams(max_tokens))
     assert asked == [packed]
 
 
 def test_bf16_on_a_cpu():
-    """The decode step that a GPU takes, in a batch on a CPU: its log-probs are the policy's, up to bf16's rounding."""
+    """The decode step that a GPU takes, in a batch on a CPU: its log-probs are the policy's, up to
+    bf16's rounding."""
     model, errors = spread_out_model().bfloat16(), []
     results = Sampler(model, max_batch=5, eos_ids=[EOS]).generate(PROMPTS, 2, SamplingParams(20))
     for prompt, row in zip(PROMPTS, results):
@@ -388,10 +464,17 @@ def test_a_sequence_that_cannot_fit_is_refused():
 
 def test_each_prompt_is_prefilled_once(monkeypatch):
     """Prefilling a prompt for each of its K samples: most of the work of short completions."""
-    prefilled, decoded, step = [], [], Batch.step
+    prefilled = []
+    decoded = []
+    step = Batch.step
     model = spread_out_model()
     model.register_forward_pre_hook(lambda module, args: prefilled.append(tuple(args[0].shape)))
-    monkeypatch.setattr(Batch, "step", lambda batch, rows: decoded.append(rows) or step(batch, rows))
+
+    def watched(batch, rows):
+        decoded.append(rows)
+        step(batch, rows)
+
+    monkeypatch.setattr(Batch, "step", watched)
     Sampler(model, max_batch=3).generate([[1, 2, 3, 4, 5], [5, 4, 3, 2, 1]], 7, SamplingParams(4))
     assert prefilled == [(2, 4)]
     assert sum(decoded) == 2 * 7 * 4  # and no decode step is spent on a finished or an empty row
@@ -400,8 +483,10 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
 
 @torch.inference_mode()
 def test_the_decode_step_never_asks_the_host(monkeypatch):
-    """A hidden .item() or nonzero in the step: a stall per token on CUDA, and nothing that a graph could capture."""
-    monkeypatch.setattr(kernels, "sample_token", lambda logits, *rest: (logits.argmax(-1), logits.amax(-1)))
+    """A hidden .item() or nonzero in the step: a stall per token on CUDA, and nothing that a graph
+    could capture."""
+    argmax = lambda logits, *rest: (logits.argmax(-1), logits.amax(-1))  # noqa: E731
+    monkeypatch.setattr(kernels, "sample_token", argmax)
     batch = Batch(Transformer(CONFIG, device="meta"), PARAMS, [EOS], slots=4, limit=64)
     batch.reserve(4, BLOCK)
     batch.live = 4
@@ -414,11 +499,12 @@ def test_nothing_to_do():
     assert Sampler(MODEL).generate([[1], [2]], 0, PARAMS) == [[], []]
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_show_prints_whole_characters(smollm2, capsys):
-    """Half of an emoji printed as a replacement character, or characters lost when the stream ends in one."""
+    """Half of an emoji printed as a replacement character, or characters lost when the stream ends
+    in one."""
     tokenizer = load_tokenizer(smollm2)
     text = "a🙂é汉字 done"
     assert sample.show(tokenizer, iter(tokenizer.encode(text) + [2])) == text
@@ -447,7 +533,8 @@ class Letters:
 
 
 def test_a_chat_forgets_to_leave_room_and_survives_a_question_that_is_too_long(monkeypatch, capsys):
-    """Answers that shrink to one token as the context fills; a question too long that ended the chat."""
+    """Answers that shrink to one token as the context fills; a question too long that ended the
+    chat."""
     questions, prompts = iter(["a" * 50, "b" * 49, "c" * 200, "d" * 30]), []
     stream = Sampler.stream
 
@@ -462,8 +549,10 @@ def test_a_chat_forgets_to_leave_room_and_survives_a_question_that_is_too_long(m
 
     monkeypatch.setattr(Sampler, "stream", watched)
     monkeypatch.setattr("builtins.input", ask)
-    sample.chat(Sampler(MODEL, eos_ids=[]), Letters(), SamplingParams(max_tokens=60, temperature=0.0))
-    assert prompts == [50, 49, 200, 30]  # 50 + 60 + 49 fit the context of 160, and leave room for one token
+    params = SamplingParams(max_tokens=60, temperature=0.0)
+    sample.chat(Sampler(MODEL, eos_ids=[]), Letters(), params)
+    # 50 + 60 + 49 fit the context of 160, but would leave room for one token.
+    assert prompts == [50, 49, 200, 30]
     answer, second, refusal, last = capsys.readouterr().out.splitlines()
     assert len(answer) == len(second) == len(last) == 60
     assert refusal == f"error: a prompt of 200 tokens fills the model's context of {CONTEXT}"
