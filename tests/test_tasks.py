@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import tasks
 import verify
 from cli import UserError
-from tasks import Problem, countdown_problem
+from tasks import Problem, Task, countdown_problem
+from verify import Verdict
 
 PROBLEM = countdown_problem([2, 3, 7], 8)
 
@@ -297,7 +298,7 @@ def test_no_answer_is_invented():
 def test_scores_keep_their_order_over_judges():
     """Guards against verdicts that change places when maths and countdown are mixed (maths goes through a pool)."""
     maths, responses = Problem("1+1?", "2"), ["\\boxed{7+3-2}", "\\boxed{2}", "\\boxed{7}", "\\boxed{3}", "\\boxed{2}"]
-    verdicts = tasks.score([PROBLEM, maths, PROBLEM, maths, maths], responses)
+    verdicts = tasks.judge_all([PROBLEM, maths, PROBLEM, maths, maths], responses)
     assert [verdict.correct for verdict in verdicts] == [True, True, False, False, True]
 
 
@@ -305,6 +306,42 @@ def test_only_maths_problems_are_told_of_the_box():
     """Guards against an instruction that the demo's small vocabulary would spell byte by byte."""
     assert tasks.messages(PROBLEM)[0]["content"] == PROBLEM.question
     assert "\\boxed{}" in tasks.messages(Problem("1+1?", "2"))[0]["content"]
+
+
+def half_right(problem: Problem, response: str) -> Verdict:
+    return Verdict("correct") if problem.answer in response else Verdict("wrong", score=0.5)
+
+
+def test_a_task_of_ones_own(monkeypatch, tmp_path):
+    """Guards against a task whose instruction, answers or failures are those of maths, and a graded
+    score that is lost on its way through the pool of judges."""
+    own = Task(
+        half_right,
+        instruction=" Say it.",
+        read_answer=str.upper,
+        diagnose=lambda problem, response: "too quiet",
+    )
+    monkeypatch.setitem(tasks.TASKS, "shout", own)
+    (problem,) = load(tmp_path, {"problem": "hello?", "answer": "yes", "task": "shout"})
+    assert problem == Problem("hello?", "YES", "shout")
+    assert tasks.messages(problem)[0]["content"] == "hello? Say it."
+    verdicts = tasks.judge_all([problem, problem], ["no", "YES"])
+    assert [verdict.score for verdict in verdicts] == [0.5, 1.0]
+    assert tasks.diagnose(problem, "no", verdicts[0]) == "too quiet"
+    monkeypatch.setitem(tasks.TASKS, "math", tasks.Task(half_right))
+    (verdict,) = tasks.judge_all([Problem("1+1?", "2")], ["3"])
+    assert verdict.score == 0.5  # another judge of maths is not passed over for the pool
+
+
+def test_failures_of_a_task_without_a_diagnosis():
+    """Guards against failures of maths named by countdown's reasons."""
+    assert tasks.diagnose(Problem("1+1?", "2"), "3", Verdict("no_answer")) == "no answer"
+
+
+def test_scores_follow_from_outcomes():
+    """Guards against a wrong answer that is worth something only because no score was given."""
+    assert [Verdict(name).score for name in ("correct", "wrong", "timeout")] == [1.0, 0.0, 0.0]
+    assert Verdict("correct", score=0.25).score == 0.25 and Verdict("correct", score=0.25).correct
 
 
 @settings(deadline=None)
