@@ -138,7 +138,7 @@ def sample_attempts(problems: list[Problem], models: list[str], n: int, params: 
     by_model = [ask(path, chats, n, params, "attempts") for path in models]
     texts = [[text for row in rows for text in row] for rows in zip(*by_model)]
     flat = [(problem, tasks.boxed(text)) for problem, row in zip(problems, texts) for text in row]
-    verdicts = tasks.score([problem for problem, _ in flat], [boxed for _, boxed in flat])
+    verdicts = tasks.judge_all([problem for problem, _ in flat], [boxed for _, boxed in flat])
     answers = [verify.last_boxed(boxed) for _, boxed in flat]
     judged = iter([(a and a.rstrip(". "), verdict.correct) for a, verdict in zip(answers, verdicts)])
     return [[Attempt(text, *next(judged)) for text in row] for row in texts]
@@ -212,7 +212,7 @@ def rewrite(path: str, rows: list[dict], params: SamplingParams) -> None:
     answers = ask(path, [[{"role": "user", "content": wish}] for wish in wishes], 1, params, "rewriting")
     texts = [answer[0] if answer else "" for answer in answers]
     problems = [Problem(row["problem"], row["answer"], row["task"]) for row in rows]
-    for row, text, verdict in zip(rows, texts, tasks.score(problems, texts)):
+    for row, text, verdict in zip(rows, texts, tasks.judge_all(problems, texts)):
         if verdict.correct:
             row["response"] = text
 

@@ -157,7 +157,7 @@ def budget_curve(
         greedy = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
         for key, [answer] in zip(forced, sampler.generate(prompts, 1, greedy, progress=progress)):
             texts[key] = close_box(texts[key], completion_text(tokenizer, answer))
-    verdicts = tasks.score([problems[i] for _, i, _ in texts], list(texts.values()))
+    verdicts = tasks.judge_all([problems[i] for _, i, _ in texts], list(texts.values()))
     curve = {budget: [0.0] * len(problems) for budget in budgets}
     for (budget, i, _), verdict in zip(texts, verdicts):
         curve[budget][i] += verdict.correct / len(completions[i])
@@ -248,9 +248,9 @@ def evaluate(
     if lenient:
         texts = [[tasks.boxed(text) for text in row] for row in texts]
     flat = [(problem, text) for problem, row in zip(problems, texts) for text in row]
-    verdicts = tasks.score([problem for problem, _ in flat], [text for _, text in flat])
+    verdicts = tasks.judge_all([problem for problem, _ in flat], [text for _, text in flat])
     kinds = Counter(
-        tasks.diagnose_countdown(problem, text) if problem.task == "countdown" else verdict.outcome.replace("_", " ")
+        tasks.diagnose(problem, text, verdict)
         for (problem, text), verdict in zip(flat, verdicts)
     )
     correct = [[v.correct for v in verdicts[i : i + samples]] for i in range(0, len(flat), samples)]

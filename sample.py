@@ -486,7 +486,7 @@ def show_verdicts(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams
     messages = tasks.messages(problem) if config.verify is not None else [{"role": "user", "content": config.question}]
     completions = sampler.generate([tokenizer.chat(messages)], config.n, params, progress=True)[0]
     answers = [tokenizer.decode(completion.tokens, skip_special=True) for completion in completions]
-    verdicts = tasks.score([problem] * config.n, answers) if config.verify is not None else [None] * config.n
+    verdicts = tasks.judge_all([problem] * config.n, answers) if config.verify is not None else [None] * config.n
     for number, (answer, completion, verdict) in enumerate(zip(answers, completions, verdicts), start=1):
         outcome = f", {verdict.outcome}" if verdict else ""
         print(f"--- {number}: {len(completion.tokens)} tokens{outcome}\n{answer.strip()}")

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal
@@ -72,7 +72,10 @@ def run_ours(config: Config, recipe: str) -> dict:
     import rl
     import runfolder
 
-    tasks.JUDGES["countdown"] = lambda _, response: Verdict("correct" if coin(response) else "wrong")
+    def judge(problem: tasks.Problem, response: str) -> Verdict:
+        return Verdict("correct" if coin(response) else "wrong")
+
+    tasks.TASKS["countdown"] = replace(tasks.TASKS["countdown"], judge=judge)
     flags = rl.Config(
         model=config.model, out="", task="countdown", recipe=recipe, steps=config.steps + 1,
         prompts=config.prompts, samples=config.samples, max_tokens=config.max_tokens,

@@ -125,7 +125,7 @@ def test_unsolvable_problems_are_named():
 def test_merged_chains_verify(failures, right, critique):
     """Guards against a box left in a failed attempt, or a merged chain whose answer is no longer the right one."""
     text = cot.merge([(attempt, critique) for attempt in failures], right, critique)
-    assert tasks.score([PROBLEM], [text])[0].correct and text.count("\\boxed") == 1 and text.endswith("\\boxed{9}")
+    assert tasks.judge_all([PROBLEM], [text])[0].correct and text.count("\\boxed") == 1 and text.endswith("\\boxed{9}")
     assert text.count("Wait") == text.count("try again") == len(failures)
     assert "Let me verify" in text and text.index("He buys 6") < text.index("Let me verify")
     assert all(text.index(cot.unboxed(attempt.text)) < text.index("He buys 6") for attempt in failures)
@@ -224,7 +224,7 @@ def test_attempts_become_training_data(tmp_path, monkeypatch, capsys):
     [row] = [json.loads(line) for line in out.read_text().splitlines()]
     assert row["response"].endswith("So the answer is \\boxed{9}")  # and not {9.}, as the sentence ends
     assert row["problem"] == PROBLEM.question and row["answer"] == "9"
-    assert tasks.score(tasks.load(out), [row["response"]])[0].correct
+    assert tasks.judge_all(tasks.load(out), [row["response"]])[0].correct
     assert "1 of 2 problems" in capsys.readouterr().out
 
 
@@ -277,4 +277,4 @@ def test_real_weights_attempt_and_criticise(smollm2, tmp_path):
     options = {"n": 2, "max_tokens": 40, "temperature": 0.5, "critic": model}
     cot.main(cot.Config(str(out), data=str(tmp_path / "problems.jsonl"), model=(model,), **options))
     made = [json.loads(line) for line in out.read_text().splitlines()]
-    assert made and all(v.correct for v in tasks.score(tasks.load(out), [row["response"] for row in made]))
+    assert made and all(v.correct for v in tasks.judge_all(tasks.load(out), [row["response"] for row in made]))
