@@ -70,7 +70,6 @@ def problems(config: Config) -> list[tasks.Problem]:
 def run_ours(config: Config, recipe: str) -> dict:
     import parallel
     import rl
-    import runfolder
 
     def judge(problem: tasks.Problem, response: str) -> Verdict:
         return Verdict("correct" if coin(response) else "wrong")
@@ -83,11 +82,10 @@ def run_ours(config: Config, recipe: str) -> dict:
     )  # fmt: skip
     seconds, lengths, dropped = [], [], []
     with parallel.session("auto") as world:
-        chosen, guard = rl.resolve(flags), runfolder.Guard()
-        learner, state = rl.make_learner(flags, chosen, world), {"cursor": 0, "entropy_coef": chosen.entropy_coef}
+        learner = rl.make_learner(flags, rl.resolve(flags), problems(config), world)
         for step in range(1, config.steps + 2):
             began = time.perf_counter()
-            metrics, _ = rl.train_step(step, learner, problems(config), state, flags, guard)
+            metrics, _ = rl.run_step(learner, step)
             seconds.append(time.perf_counter() - began)
             lengths.append(metrics["length"])
             dropped.append(metrics["dropped"])

@@ -62,7 +62,7 @@ def test_tests_exist(name: str):
 def test_flags_exist():
     """Commands are copied from the README: a flag that is gone makes the first try fail."""
     for script, rest in re.findall(r"^(?:\$ )?(?:python|torchrun [^\n]*?) ?(\w+\.py)([^\n#]*)", README, flags=re.M):
-        known = {name.replace("_", "-") for source in (script, "recipes.py") for name in fields(ROOT / source)}
+        known = {name.replace("_", "-") for name in fields(ROOT / script)}
         for flag in re.findall(r"--([a-z-]+)", rest):
             assert flag in known, f"README.md: {script} has no --{flag}"
 
