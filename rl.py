@@ -8,7 +8,7 @@
 One step: sample K responses to each prompt at a high temperature; judge them; turn outcomes into
 rewards (penalties, KL to the anchor), rewards into advantages (leave-one-out); take PPO steps on
 them with an entropy bonus; move the anchor. Each of these is one pure function below, in that
-order, and `train_step` calls them in that order (the two of the loss through `policy_gradient`).
+order, and `train_step` calls them in that order (the two of the loss by `policy_gradient`).
 
 With r_i the reward of the i-th of K responses y_i to a prompt x, pi the policy at temperature tau,
 ref the anchor, M the number of tokens of the update:
@@ -171,17 +171,73 @@ def update_anchor(anchor: nn.Module, policy: nn.Module, decay: float) -> None:
         parallel.local(reference).lerp_(parallel.local(parameter), 1 - decay)
 
 
-def adapt_entropy_coef(coef: float, entropy: float, target: float, rate: float = 0.05) -> float:
-    """Adaptive entropy: the coefficient rises while entropy is below `target`, falls above it."""
-    return coef * math.exp(rate * max(-1.0, min(1.0, (target - entropy) / target)))
+# --- one step of T1 -------------------------------------------------------------------------------
 
 
-def truncated_importance(old: Tensor, sampled: Tensor, most: float = 2.0) -> Tensor:
-    """Weights of tokens that a slightly different policy sampled (in bf16, say). [M] -> [M].
+def train_step(learner: "Learner", responses: list[Response], step: int) -> dict[str, float]:
+    """One step of T1 on P * K judged responses, prompt after prompt; its metrics.
 
-    min(pi_old / pi_sampler, most)
+    `recipe` has the pieces in which algorithms differ. T1's are `outcome`, `leave_one_out`, and no
+    KL in the loss.
     """
-    return (old - sampled).exp().clamp(max=most)
+    config, recipe = learner.config, learner.recipe
+
+    # What each response is worth, and which groups leave before any forward pass.
+    penalty, _ = PENALTIES[recipe.penalty]
+    rewards = rewards_of(responses, config, recipe)
+    rewards = penalise(rewards, patterns_of(responses), penalty)
+    for response, reward in zip(responses, rewards.tolist()):
+        response.reward = reward
+    metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
+    teaching = teaching_groups(responses, rewards, config, recipe)
+    metrics["dropped"] = 1 - teaching.double().mean().item()
+    groups = torch.arange(len(responses)).view(-1, config.samples)
+    kept = groups[teaching][: config.prompts].flatten()
+    batch = [responses[i] for i in kept.tolist()]
+
+    if batch:
+        # From rewards to advantages, which all tokens of a response share.
+        metrics |= score_tokens(learner, batch)
+        sizes = lengths(batch)
+        rewards = rewards[kept]
+        if learner.anchor and not recipe.kl_loss:
+            kl = centred_kl(flat(batch, "old"), flat(batch, "anchor"), sizes)
+            rewards = rewards - recipe.kl_coef * kl
+        advantages = advantages_of(rewards, patterns_of(batch), config, recipe)
+        give(batch, "advantage", advantages.repeat_interleave(sizes))
+
+        # The PPO loop: one update for each minibatch.
+        tally = Tally()
+        for rows in minibatches(len(batch), config, step):
+            policy_gradient(learner, [batch[i] for i in rows], tally)
+            descend(learner, tally)
+        metrics |= tally.metrics(learner.exact)
+
+    if learner.anchor:
+        update_anchor(learner.anchor, learner.policy, recipe.anchor_decay)
+    return metrics
+
+
+def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally") -> None:
+    """The loss of one minibatch, micro-batch by micro-batch; its gradient is left in the policy."""
+    recipe = learner.recipe
+    like = next(learner.policy.parameters())  # its device, its type
+    old = flat(responses, "old").to(like.device, like.dtype)
+    anchor = flat(responses, "anchor").to(like.device, like.dtype)
+    advantage = flat(responses, "advantage").to(like.device, like.dtype)
+    weight = flat(responses, "weight").to(like.device, like.dtype)
+    count = len(old)
+    for at, packed in learner.micro_batches(responses):
+        logprob, entropy = parallel.score(learner.policy, packed, recipe.temperature)
+        loss = ppo_clip_loss(
+            logprob, old[at], advantage[at], weight[at], recipe.clip_low, recipe.clip_high, count
+        )
+        loss = loss - recipe.entropy_coef * entropy_bonus(entropy, weight[at], count)
+        if recipe.kl_loss and learner.anchor:
+            kl = recipe.kl_loss(logprob, anchor[at])
+            loss = loss + recipe.kl_coef * (kl * weight[at]).sum() / count
+        loss.backward()
+        tally.add(loss, logprob, entropy, old[at], recipe)
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -192,7 +248,7 @@ PENALTIES = {"set": (-1.0, None), "advantage": (0.0, -1.0), "none": (None, None)
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an algorithm is made of. Its numbers can be overridden by the flags of the same names."""
+    """What an algorithm is made of. Its numbers are overridden by the flags of the same names."""
 
     reward: Callable[[list[Response], "Config"], Tensor] = outcome
     """(judged responses, flags) -> [N], before penalties. Every rank calls it, on all responses."""
@@ -261,12 +317,8 @@ class Learner:
     models: dict[str, nn.Module]  # that are trained: "policy", and what a fork adds
     optimizers: dict[str, torch.optim.Optimizer]
     anchor: Scorer | None = None  # None: the recipe has no KL
-    start: Scorer | None = (
-        None  # the policy that the run began with, if the KL to it is to be logged
-    )
-    exact: bool = (
-        True  # sampler and trainer compute in fp32 on the same weights: they agree to 1e-5
-    )
+    start: Scorer | None = None  # the first policy of the run, if the KL to it is to be logged
+    exact: bool = True  # sampler and trainer compute in fp32: their log-probs agree to 1e-5
     guard: runfolder.Guard = field(default_factory=runfolder.Guard)
     cursor: int = 0  # how many problems have been drawn
 
@@ -312,8 +364,9 @@ def unequal_groups(values: Tensor, samples: int) -> Tensor:
 
 
 def rewards_of(responses: list[Response], config: "Config", recipe: Recipe) -> Tensor:
-    """The recipe's reward of each response, [N]. In float64, in which equal rewards stay equal to
-    their mean: so advantages that are zero can be told.
+    """The recipe's reward of each response, [N].
+
+    In float64, where the mean of equal rewards is what they are: so zero advantages can be told.
     """
     rewards = torch.as_tensor(recipe.reward(responses, config)).double()
     if rewards.shape != (len(responses),):
@@ -349,9 +402,10 @@ def teaching_groups(
     does teach something.
     """
     advantages = advantages_of(rewards, patterns_of(responses), config, recipe)
-    rounding = 1e-9 * rewards.abs().max()
-    zero = advantages.abs() <= rounding  # of a NaN this is false: the guard is to see it
-    teaching = ~zero.view(-1, config.samples).all(dim=1)
+    shape = (-1, config.samples)
+    rounding = 1e-9 * rewards.view(shape).abs().amax(dim=1, keepdim=True)
+    zero = advantages.view(shape).abs() <= rounding  # not of a NaN: the guard is to see it
+    teaching = ~zero.all(dim=1)
     if recipe.resample:
         teaching = teaching & unequal_groups(outcome(responses), config.samples)
     return teaching
@@ -399,10 +453,16 @@ def score_tokens(learner: Learner, responses: list[Response]) -> dict[str, float
     return metrics
 
 
-def minibatches(size: int, config: "Config", step: int) -> Iterator[list[int]]:
-    """The PPO loop: `epochs` passes over the batch, each shuffled anew and cut into `minibatches`
-    parts.
+def truncated_importance(old: Tensor, sampled: Tensor, most: float = 2.0) -> Tensor:
+    """Weights of tokens that a slightly different policy sampled (in bf16, say). [M] -> [M].
+
+    min(pi_old / pi_sampler, most)
     """
+    return (old - sampled).exp().clamp(max=most)
+
+
+def minibatches(size: int, config: "Config", step: int) -> Iterator[list[int]]:
+    """The PPO loop: `epochs` passes over the batch, each shuffled and cut into `minibatches`."""
     for epoch in range(config.epochs):
         order = list(range(size))
         random.Random(f"minibatches {config.seed} {step} {epoch}").shuffle(order)
@@ -411,9 +471,7 @@ def minibatches(size: int, config: "Config", step: int) -> Iterator[list[int]]:
 
 
 class Tally:
-    """The metrics of a step's updates. What they sum up are the tokens of this rank's
-    micro-batches; `metrics` adds up the ranks.
-    """
+    """The metrics of a step's updates: summed over this rank's tokens, in the end over all."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []  # of the updates that are done
@@ -457,28 +515,6 @@ def zero_grad(learner: Learner) -> None:
         optimizer.zero_grad()
 
 
-def policy_gradient(learner: Learner, responses: list[Response], tally: Tally) -> None:
-    """The loss of one minibatch, micro-batch by micro-batch; its gradient is left in the policy."""
-    recipe = learner.recipe
-    like = next(learner.policy.parameters())  # its device, its type
-    old = flat(responses, "old").to(like.device, like.dtype)
-    anchor = flat(responses, "anchor").to(like.device, like.dtype)
-    advantage = flat(responses, "advantage").to(like.device, like.dtype)
-    weight = flat(responses, "weight").to(like.device, like.dtype)
-    count = len(old)
-    for at, packed in learner.micro_batches(responses):
-        logprob, entropy = parallel.score(learner.policy, packed, recipe.temperature)
-        loss = ppo_clip_loss(
-            logprob, old[at], advantage[at], weight[at], recipe.clip_low, recipe.clip_high, count
-        )
-        loss = loss - recipe.entropy_coef * entropy_bonus(entropy, weight[at], count)
-        if recipe.kl_loss and learner.anchor:
-            kl = recipe.kl_loss(logprob, anchor[at])
-            loss = loss + recipe.kl_coef * (kl * weight[at]).sum() / count
-        loss.backward()
-        tally.add(loss, logprob, entropy, old[at], recipe)
-
-
 def descend(learner: Learner, tally: Tally) -> None:
     """One optimizer step with the gradients that stand in the models, unless the guard objects."""
     loss = parallel.sum_over_ranks(tally.loss)
@@ -492,47 +528,6 @@ def descend(learner: Learner, tally: Tally) -> None:
         for optimizer in learner.optimizers.values():
             optimizer.step()
     zero_grad(learner)  # the sampler can use the room
-
-
-# --- one step of T1 -------------------------------------------------------------------------------
-
-
-def train_step(learner: Learner, responses: list[Response], step: int) -> dict[str, float]:
-    """One step of T1 on P * K judged responses, prompt after prompt. Returns its metrics."""
-    config, recipe = learner.config, learner.recipe
-
-    # What each response is worth, and which groups leave before any forward pass.
-    penalty, _ = PENALTIES[recipe.penalty]
-    rewards = rewards_of(responses, config, recipe)
-    rewards = penalise(rewards, patterns_of(responses), penalty)
-    metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
-    teaching = teaching_groups(responses, rewards, config, recipe)
-    metrics["dropped"] = 1 - teaching.double().mean().item()
-    groups = torch.arange(len(responses)).view(-1, config.samples)
-    kept = groups[teaching][: config.prompts].flatten()
-    batch = [responses[i] for i in kept.tolist()]
-
-    if batch:
-        # From rewards to advantages, which all tokens of a response share.
-        metrics |= score_tokens(learner, batch)
-        sizes = lengths(batch)
-        rewards = rewards[kept]
-        if learner.anchor and not recipe.kl_loss:
-            kl = centred_kl(flat(batch, "old"), flat(batch, "anchor"), sizes)
-            rewards = rewards - recipe.kl_coef * kl
-        advantages = advantages_of(rewards, patterns_of(batch), config, recipe)
-        give(batch, "advantage", advantages.repeat_interleave(sizes))
-
-        # The PPO loop: one update for each minibatch.
-        tally = Tally()
-        for rows in minibatches(len(batch), config, step):
-            policy_gradient(learner, [batch[i] for i in rows], tally)
-            descend(learner, tally)
-        metrics |= tally.metrics(learner.exact)
-
-    if learner.anchor:
-        update_anchor(learner.anchor, learner.policy, recipe.anchor_decay)
-    return metrics
 
 
 # --- around a step --------------------------------------------------------------------------------
@@ -557,19 +552,14 @@ def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
     By dynamic sampling new prompts are drawn until `prompts` groups have unequal outcomes, but at
     most 3 times as many.
     """
-    config, world = learner.config, learner.world
+    config, tokenizer, world = learner.config, learner.tokenizer, learner.world
     params = SamplingParams(config.max_tokens, learner.recipe.temperature, seed=config.seed)
     responses: list[Response] = []
     for _ in range(3 if learner.recipe.resample else 1):
-        numbers = range(learner.cursor, learner.cursor + config.prompts)
-        learner.cursor = numbers.stop
-        if config.task:  # by program: as they were made, so a longer run begins as a shorter one
-            problems = [learner.problems[number] for number in numbers]
-        else:
-            shuffle = rollout.nth_problem
-            problems = [shuffle(learner.problems, number, config.seed) for number in numbers]
-        prompts = [tasks.prompt_ids(problem, learner.tokenizer) for problem in problems]
-        keys = list(numbers)
+        keys = list(range(learner.cursor, learner.cursor + config.prompts))
+        learner.cursor += config.prompts
+        problems = [nth_problem(learner, number) for number in keys]
+        prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
         with watch("sampling"):
             completions = rollout.draw(
                 learner.sampler, prompts, keys, config.samples, params, world
@@ -577,10 +567,17 @@ def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
         with watch("verifying"):
             asked = repeated(problems, config.samples)
             given = repeated(prompts, config.samples)
-            responses += rollout.judge(asked, given, completions, learner.tokenizer, config, world)
+            responses += rollout.judge(asked, given, completions, tokenizer, config, world)
         if unequal_groups(outcome(responses), config.samples).sum() >= config.prompts:
             break
     return responses
+
+
+def nth_problem(learner: Learner, number: int) -> Problem:
+    """The number-th problem that the run draws, counted over all steps."""
+    if learner.config.task:  # as they were made, so that a longer run begins as a shorter one
+        return learner.problems[number]
+    return rollout.nth_problem(learner.problems, number, learner.config.seed)
 
 
 def repeated(items: list, times: int) -> list:
@@ -599,6 +596,11 @@ def run_step(
         metrics = train_step(learner, responses, step)
     end_step(learner, responses, metrics, watch)
     return metrics, responses
+
+
+def adapt_entropy_coef(coef: float, entropy: float, target: float, rate: float = 0.05) -> float:
+    """Adaptive entropy: the coefficient rises while entropy is below `target`, falls above it."""
+    return coef * math.exp(rate * max(-1.0, min(1.0, (target - entropy) / target)))
 
 
 def end_step(
@@ -1028,7 +1030,7 @@ def train(
 
 
 def room_for_responses(config: Config, problems: list[Problem]) -> int:
-    """--max-tokens, or what it is where it is left out. UserError if a prompt has no room for it."""
+    """--max-tokens, or what that is where it is left out. UserError if a prompt has no room."""
     context = read_config(model_folder(config.model)).context
     tokenizer = load_tokenizer(config.model)
     prompts = (tasks.prompt_ids(problem, tokenizer) for problem in problems)

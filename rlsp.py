@@ -199,9 +199,7 @@ class RLSPLearner(Learner):
         return self.models["critic"]
 
 
-def train_step(
-    learner: RLSPLearner, responses: list[Response], step: int
-) -> dict[str, float]:
+def train_step(learner: RLSPLearner, responses: list[Response], step: int) -> dict[str, float]:
     """One step of RLSP on judged responses. Returns its metrics."""
     config, recipe = learner.config, learner.recipe
     rewards = rl.rewards_of(responses, config, recipe)
@@ -210,6 +208,8 @@ def train_step(
         rewards = 0.8 * correctness(responses) + 0.2 * opinion
     penalty, _ = rl.PENALTIES[recipe.penalty]
     rewards = rl.penalise(rewards, rl.patterns_of(responses), penalty)
+    for response, reward in zip(responses, rewards.tolist()):
+        response.reward = reward
     metrics = rl.describe(responses, rewards, config.samples)
     metrics |= rl.score_tokens(learner, responses)
 

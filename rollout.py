@@ -7,6 +7,7 @@ rank computes the same rewards and advantages, so nothing about the algorithm kn
 """
 
 import contextlib
+import math
 import random
 import time
 from collections.abc import Iterable, Iterator
@@ -41,7 +42,8 @@ class Response:
     verdict: Verdict
     pattern: str | None  # the unexpected pattern that it shows
 
-    # What the step adds: one value for each of its tokens, see `flat` and `give`.
+    # What the step adds. But for the reward, one value for each of its tokens: `flat` and `give`.
+    reward: float = math.nan  # after penalties, before the KL
     old: Tensor = field(default_factory=lambda: torch.zeros(0))  # log-probs of the policy before it
     anchor: Tensor = field(default_factory=lambda: torch.zeros(0))  # log-probs of the anchor
     weight: Tensor = field(default_factory=lambda: torch.zeros(0))  # how much the loss counts it
@@ -56,7 +58,7 @@ class Response:
 
     def __str__(self) -> str:
         outcome = self.pattern or self.verdict.outcome
-        return f"--- {self.problem.question}\n{self.text}\n--- {outcome}"
+        return f"--- {self.problem.question}\n{self.text}\n--- {outcome}: {self.reward:g}"
 
 
 def outcome(responses: list[Response], config: Any = None) -> Tensor:

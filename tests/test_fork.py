@@ -65,9 +65,17 @@ if __name__ == "__main__":
     rl.command(Config)
 '''
 FLAGS = {
-    "recipe": "mine", "task": "reverse", "longest": 5, "prompts": 3, "samples": 4, "lr": 1e-3, "device": "cpu",
-    "max-tokens": 16, "checkpoint-every": 1, "show-every": 0,
-}  # fmt: skip
+    "recipe": "mine",
+    "task": "reverse",
+    "longest": 5,
+    "prompts": 3,
+    "samples": 4,
+    "lr": 1e-3,
+    "device": "cpu",
+    "max-tokens": 16,
+    "checkpoint-every": 1,
+    "show-every": 0,
+}
 
 
 @pytest.fixture(scope="module")

@@ -431,9 +431,12 @@ def test_packing_loses_and_repeats_nothing(lengths, row_length, prompts, dim):
 
 
 @given(
-    lengths=st.lists(st.one_of(st.integers(2, 60), st.just(400)), max_size=40), prompts=st.integers(1, 50),
-    budget=st.integers(1, 900), dim=st.integers(0, 900), size=st.integers(1, 5),
-)  # fmt: skip
+    lengths=st.lists(st.one_of(st.integers(2, 60), st.just(400)), max_size=40),
+    prompts=st.integers(1, 50),
+    budget=st.integers(1, 900),
+    dim=st.integers(0, 900),
+    size=st.integers(1, 5),
+)
 @settings(max_examples=100, deadline=None)
 def test_every_rank_gets_as_many_micro_batches(lengths, prompts, budget, dim, size):
     """Bug: ranks that run different numbers of micro-batches wait for each other for ever; a
@@ -695,8 +698,7 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
 
 
 def test_guard_skips_then_stops():
-    """Bug: one NaN step ruins the weights for good; or a run of nothing but NaN goes on for days.
-    """
+    """Bug: one NaN step ruins the weights for good; or a run of nothing but NaN goes on for days."""
     guard = runfolder.Guard(limit=3)
     assert guard.allows(loss=1.0, gradient=2.0)
     assert not guard.allows(loss=math.nan, gradient=2.0)

@@ -24,7 +24,6 @@ import parallel
 import relatives
 import rl
 import rollout
-import runfolder
 import sample
 import tasks
 from cli import UserError
@@ -43,9 +42,17 @@ ALONE = World(0, 1, torch.device("cpu"))
 TOKENIZER = demo_tokenizer(cot.WORDS)
 STOP = min(TOKENIZER.eos_ids)
 SHAPE = ModelConfig(
-    vocab_size=TOKENIZER.vocab_size, dim=24, layers=2, heads=3, kv_heads=1, head_dim=8, mlp_dim=40, tied=True,
-    context=128, eos_ids=(STOP,),
-)  # fmt: skip
+    vocab_size=TOKENIZER.vocab_size,
+    dim=24,
+    layers=2,
+    heads=3,
+    kv_heads=1,
+    head_dim=8,
+    mlp_dim=40,
+    tied=True,
+    context=128,
+    eos_ids=(STOP,),
+)
 
 
 def tensor(*values: float) -> Tensor:
@@ -62,8 +69,7 @@ def same(got: Tensor, *wanted: float, tolerance: float = 1e-6) -> None:
 
 
 def test_penalise_overrides_the_answer():
-    """Bug: a penalty added to the reward, so that a right answer at the end of garbage still pays.
-    """
+    """Bug: a penalty added to the reward, so that a right answer at the end of garbage still pays."""
     rewards = rl.penalise(tensor(1, 0, 1, 0), [None, "repeated", "garbled", None])
     same(rewards, 1, -1, -1, 0)
     same(rl.penalise(tensor(1, 0, 1, 0), [None, "repeated", "garbled", None], to=0.0), 1, 0, 0, 0)
@@ -357,9 +363,16 @@ def make_learner(
     anchor = parallel.shard(random_init(SHAPE, 1, dtype), world)
     config, recipe = step_config()
     return rl.Learner(
-        config, recipe, [], world, TOKENIZER, sample.Sampler(policy.model, TOKENIZER), {"policy": policy},
-        {"sgd": torch.optim.SGD(policy.parameters(), lr)}, anchor,
-    )  # fmt: skip
+        config,
+        recipe,
+        [],
+        world,
+        TOKENIZER,
+        sample.Sampler(policy.model, TOKENIZER),
+        {"policy": policy},
+        {"sgd": torch.optim.SGD(policy.parameters(), lr)},
+        anchor,
+    )
 
 
 LENGTHS = (3, 9, 1, 5, 12, 2, 7, 4, 6, 8, 3, 10)  # of 3 prompts * 4 responses

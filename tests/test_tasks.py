@@ -219,7 +219,10 @@ def test_attempts_are_counted_by_what_they_came_to():
     """Guards against a check, a box, or half an attempt counted as an attempt: `beyond_shown` rests
     on the count.
     """
-    response = "7+3=10, 10+2=12 not 8\n7*2=14, 14-3=11 not 8\n7+3=10, 10-2=8 is 8\ncheck (7+3)-2=10-2=8 ok\n"
+    response = (
+        "7+3=10, 10+2=12 not 8\n7*2=14, 14-3=11 not 8\n7+3=10, 10-2=8 is 8\n"
+        "check (7+3)-2=10-2=8 ok\n"
+    )
     assert tasks.attempts(response + "\\boxed{(7+3)-2}") == ["12", "11", "8"]
     assert tasks.attempts("7+3=10, 10+2=12 not 8\n7+3=10, 10-") == ["12"]
     assert tasks.attempts("so x = 3 is 8 less than 11") == []
