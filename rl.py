@@ -565,9 +565,7 @@ def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
                 learner.sampler, prompts, keys, config.samples, params, world
             )
         with watch("verifying"):
-            asked = repeated(problems, config.samples)
-            given = repeated(prompts, config.samples)
-            responses += rollout.judge(asked, given, completions, tokenizer, config, world)
+            responses += rollout.judge(problems, prompts, completions, tokenizer, config, world)
         if unequal_groups(outcome(responses), config.samples).sum() >= config.prompts:
             break
     return responses
@@ -578,11 +576,6 @@ def nth_problem(learner: Learner, number: int) -> Problem:
     if learner.config.task:  # as they were made, so that a longer run begins as a shorter one
         return learner.problems[number]
     return rollout.nth_problem(learner.problems, number, learner.config.seed)
-
-
-def repeated(items: list, times: int) -> list:
-    """Each item `times` times in a row."""
-    return [item for item in items for _ in range(times)]
 
 
 def run_step(

@@ -11,7 +11,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any
@@ -30,6 +30,8 @@ from tasks import Problem
 from tokenizer import Tokenizer
 from verify import Verdict
 
+NOTHING = torch.zeros(0)
+
 
 @dataclass
 class Response:
@@ -44,10 +46,10 @@ class Response:
 
     # What the step adds. But for the reward, one value for each of its tokens: `flat` and `give`.
     reward: float = math.nan  # after penalties, before the KL
-    old: Tensor = field(default_factory=lambda: torch.zeros(0))  # log-probs of the policy before it
-    anchor: Tensor = field(default_factory=lambda: torch.zeros(0))  # log-probs of the anchor
-    weight: Tensor = field(default_factory=lambda: torch.zeros(0))  # how much the loss counts it
-    advantage: Tensor = field(default_factory=lambda: torch.zeros(0))
+    old: Tensor = NOTHING  # log-probs of the policy before the step
+    anchor: Tensor = NOTHING  # log-probs of the anchor
+    weight: Tensor = NOTHING  # how much the loss counts a token
+    advantage: Tensor = NOTHING
 
     @property
     def example(self) -> Example:
@@ -134,17 +136,23 @@ def judge(
     config: Any,
     world: World,
 ) -> list[Response]:
-    """Verdict and unexpected pattern of each completion; all lists have one entry for each."""
+    """Verdict and unexpected pattern of each completion: of K for each problem, one after another.
+
+    config: its flags --patterns, --repeat-ngram and --repeat-times.
+    """
+    samples = len(completions) // len(problems)
+    asked = [problem for problem in problems for _ in range(samples)]
+    given = [prompt for prompt in prompts for _ in range(samples)]
 
     def judge_mine(mine: list[int]) -> list[tuple[str, Verdict, str | None]]:
         texts = [text_of(completions[i], tokenizer) for i in mine]
-        verdicts = tasks.judge_all([problems[i] for i in mine], texts)
+        verdicts = tasks.judge_all([asked[i] for i in mine], texts)
         patterns = []
         for i, text in zip(mine, texts):
             pattern = unexpected_pattern(
                 completions[i],
                 text,
-                problems[i].question,
+                asked[i].question,
                 config.patterns,
                 config.repeat_ngram,
                 config.repeat_times,
@@ -154,7 +162,7 @@ def judge(
 
     work = [len(completion.tokens) for completion in completions]
     judged = parallel.share_out(judge_mine, list(range(len(work))), work, world)
-    rows = zip(problems, prompts, completions, judged, strict=True)
+    rows = zip(asked, given, completions, judged, strict=True)
     return [Response(problem, prompt, done, *found) for problem, prompt, done, found in rows]
 
 

@@ -698,7 +698,7 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
 
 
 def test_guard_skips_then_stops():
-    """Bug: one NaN step ruins the weights for good; or a run of nothing but NaN goes on for days."""
+    """Bug: one NaN step ruins the weights for good; or a run of only NaN goes on for days."""
     guard = runfolder.Guard(limit=3)
     assert guard.allows(loss=1.0, gradient=2.0)
     assert not guard.allows(loss=math.nan, gradient=2.0)

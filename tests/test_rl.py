@@ -69,7 +69,7 @@ def same(got: Tensor, *wanted: float, tolerance: float = 1e-6) -> None:
 
 
 def test_penalise_overrides_the_answer():
-    """Bug: a penalty added to the reward, so that a right answer at the end of garbage still pays."""
+    """Bug: a penalty added to the reward, so that a right answer behind garbage still pays."""
     rewards = rl.penalise(tensor(1, 0, 1, 0), [None, "repeated", "garbled", None])
     same(rewards, 1, -1, -1, 0)
     same(rl.penalise(tensor(1, 0, 1, 0), [None, "repeated", "garbled", None], to=0.0), 1, 0, 0, 0)

@@ -222,7 +222,7 @@ def drawn(model: Path, world: World) -> list[list[int]]:
 
 
 def test_ranks_share_one_prompt(ranks, model):
-    """Bug: ranks without a prompt of their own wait, or draw the samples that another rank draws."""
+    """Bug: ranks without a prompt of their own wait, or draw samples that another rank draws."""
     assert ranks["drawn"] == drawn(model, ALONE) and len(set(map(tuple, ranks["drawn"]))) > 3
 
 

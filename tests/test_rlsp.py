@@ -64,7 +64,7 @@ def test_exploration_reward_by_hand():
 
 
 def test_opinions_stand_in_for_the_length(monkeypatch):
-    """Bug: opinion and correctness weighed the wrong way, or the length charged beside the opinion."""
+    """Bug: opinion and correctness weighed the wrong way, or the length charged beside it."""
     monkeypatch.setattr(rlsp, "opinions", lambda *_: tensor(*[0.5] * 12))
     learner = make_learner()
     learner.judge = (None, None)
