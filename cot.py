@@ -209,7 +209,7 @@ def sample_attempts(
         for number, texts in enumerate(ask(path, chats, n, params, "attempts")):
             said += [(number, text) for text in texts]
     boxed = [tasks.boxed(text) for _, text in said]
-    verdicts = tasks.score([problems[number] for number, _ in said], boxed)
+    verdicts = tasks.judge_all([problems[number] for number, _ in said], boxed)
     attempts: list[list[Attempt]] = [[] for _ in problems]
     for (number, text), response, verdict in zip(said, boxed, verdicts):
         answer = verify.last_boxed(response)
@@ -343,7 +343,7 @@ def rewrite(path: str, rows: list[dict], params: SamplingParams) -> None:
     answers = ask(path, chats, 1, params, "rewriting")
     texts = [answer[0] if answer else "" for answer in answers]
     problems = [Problem(row["problem"], row["answer"], row["task"]) for row in rows]
-    for row, text, verdict in zip(rows, texts, tasks.score(problems, texts)):
+    for row, text, verdict in zip(rows, texts, tasks.judge_all(problems, texts)):
         if verdict.correct:
             row["response"] = text
 

@@ -43,7 +43,6 @@ from cot import load_sampler
 from sample import Completion, Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer
-from verify import Verdict
 
 # --- estimators -----------------------------------------------------------------------------------
 
@@ -211,7 +210,7 @@ def budget_curve(
         for cut, [answer] in zip(open_ended, answers):
             cut.text = close_box(cut.text, completion_text(tokenizer, answer))
 
-    verdicts = tasks.score([problems[cut.problem] for cut in cuts], [cut.text for cut in cuts])
+    verdicts = tasks.judge_all([problems[cut.problem] for cut in cuts], [cut.text for cut in cuts])
     curve = {budget: [0.0] * len(problems) for budget in budgets}
     for cut, verdict in zip(cuts, verdicts):
         curve[cut.budget][cut.problem] += verdict.correct / len(completions[cut.problem])
@@ -354,25 +353,18 @@ def judge_chains(
     if lenient:
         texts = [tasks.boxed(text) for text in texts]
     responses = []
-    verdicts = tasks.score(problems, texts)
+    verdicts = tasks.judge_all(problems, texts)
     for problem, chain, text, verdict in zip(problems, chains, texts, verdicts):
         response = Response(
             text=text,
             length=len(chain.tokens),
             ended=chain.finish_reason == "stop",
             correct=verdict.correct,
-            kind=kind_of(problem, text, verdict),
+            kind=tasks.diagnose(problem, text, verdict),
             tried=tasks.attempts(text),
         )
         responses.append(response)
     return responses
-
-
-def kind_of(problem: Problem, text: str, verdict: Verdict) -> str:
-    """ "correct", or by what a response fails."""
-    if problem.task == "countdown":
-        return tasks.diagnose_countdown(problem, text)
-    return verdict.outcome.replace("_", " ")
 
 
 def result_of(

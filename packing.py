@@ -1,21 +1,32 @@
-"""Sequences of any length into rows of one length, and per-token values into the same places and back.
+"""Sequences of any length into rows of one length, with one value for every trained token.
 
-    packed = pack([Example(prompt + response, [(len(prompt), len(prompt) + len(response))]), ...])
-    logprob, entropy = parallel.score(scorer, packed)                    # [R, T] each
-    old = packed.place(log_probs_by_sequence)                            # [R, T], to compare them with
-    by_sequence = packed.extract(logprob)
+    for places, packed in parallel.micro_batches(examples, ...):
+        logprob, entropy = parallel.score(scorer, packed)       # [M] each, M trained tokens
+        ratio = (logprob - old[places]).exp()                   # `old`: one value for each of them
 
-Padding each sequence to the longest would waste most of the work where lengths vary as chains of thought do. Here short
-ones share a row; attention and positions stay within a sequence: see `positions_and_mask`, which the model calls.
+The tokens that a loss is computed on are counted through, example after example. A list with one
+number for each of them is a flat tensor, here and everywhere in nanoT1; nobody has to know where in
+a row a token stands.
 
-K responses to one prompt share more: what precedes the prompt's last token, their `stem`, stands in a row once, and
-each response continues it (`parents`). Only the work is less: log-probs and gradients are those of K whole sequences.
-(Each response has the last token of the prompt for itself, because that is the position that predicts its first one.)
+Padding each sequence to the longest would waste most of the work where lengths vary as chains of
+thought do. Here short ones share a row; attention and positions stay within a sequence: see
+`positions_and_mask`, which the model calls.
+
+K responses to one prompt share more. What precedes the prompt's last token, their *stem*, stands in
+a row once, and each response continues it:
+
+    tokens      p p p | q a a a . | q b b . | other sequence . | padding     q: the prompt's last
+    documents   0 0 0 | 1 1 1 1 1 | 2 2 2 2 | 3 3 3 3 3 3 3 3  | 4 4 4 4
+    parents     - - - | 0 0 0 0 0 | 0 0 0 0 | - - - - - - - -  | - - - -
+
+Only the work is less: log-probs and gradients are those of K whole sequences. (Each response has
+the last token of the prompt for itself, because that position predicts its first own token.)
 """
 
 import dataclasses
 import math
 import sys
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +35,11 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A sequence to train on: `spans` are the [start, end) token ranges to be predicted (responses, stop included).
+    """A sequence to train on: `spans` are the [start, end) token ranges to be predicted (responses,
+    stop included).
 
-    A mask made from token values (`token != pad`) breaks as soon as the stop token is the padding, or stands in the
-    prompt; spans are counted when prompt and response are put together.
+    They are counted when prompt and response are put together. A mask made from token values
+    (`token != pad`) breaks as soon as the stop token is the padding, or stands in the prompt.
     """
 
     tokens: list[int]
@@ -35,8 +47,19 @@ class Example:
     positions: list[int] | None = None  # of each token; None: 0, 1, 2, ...
 
     @property
+    def trained(self) -> list[int]:
+        """Where the trained tokens stand. (Nothing comes before the first to predict it from.)"""
+        return [t for start, end in self.spans for t in range(max(start, 1), end)]
+
+    @property
+    def targets(self) -> int:
+        """How many tokens are trained on."""
+        return sum(end - max(start, 1) for start, end in self.spans)
+
+    @property
     def stem(self) -> tuple[int, ...]:
-        """What sequences with the same prompt can share: the tokens before the one that predicts the first target.
+        """What sequences with the same prompt can share: the tokens before the one that predicts
+        the first target.
 
         Nothing where the positions are its own: the same tokens at other positions have other keys.
         """
@@ -44,50 +67,28 @@ class Example:
             return ()
         return tuple(self.tokens[: max(self.spans[0][0] - 1, 0)])
 
-    @property
-    def targets(self) -> int:
-        """How many tokens are trained on. The first token of a sequence cannot be predicted from anything."""
-        return sum(end - max(start, 1) for start, end in self.spans)
-
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Sequences packed into R rows of T tokens. Position t of a document predicts its token t + 1.
+    """Sequences packed into R rows of T tokens, with M trained tokens in them."""
 
-    tokens[R, T] int64; documents[R, T] int64, the number of the document in its row (padding: one more document), or
-    None where every row holds one document; parents[R, T] int64, the document that this one continues (-1: none), or
-    None where none does; positions[R, T] int64, of each token, or None where all count from 0 in their document;
-    targets[R, T] int64, the next token of the document (0 where there is none); mask[R, T] bool, true where the target
-    is trained on; index[N] int64, the same positions in flattened form, sequence after sequence in the order in which
-    they were given; counts[i], how many of them are sequence i's.
-    """
-
-    tokens: Tensor
-    documents: Tensor | None
-    parents: Tensor | None
-    positions: Tensor | None
-    targets: Tensor
-    mask: Tensor
-    index: Tensor
-    counts: list[int]
-
-    def place(self, values: list[float | Tensor]) -> Tensor:
-        """fp32[R, T] from one entry per sequence: a number (its advantage), or one per trained token."""
-        grid = torch.zeros(self.mask.shape, device=self.index.device)
-        if len(self.index):
-            flat = [torch.as_tensor(v, dtype=torch.float32).expand(n) for v, n in zip(values, self.counts, strict=True)]
-            grid.view(-1)[self.index] = torch.cat(flat).to(grid.device)
-        return grid
-
-    def extract(self, grid: Tensor) -> list[Tensor]:
-        """The inverse of `place`: from [R, T], each sequence's values at its trained tokens."""
-        return list(grid.flatten()[self.index].split(self.counts))
+    tokens: Tensor  # [R, T]
+    documents: Tensor | None  # [R, T] the number of a run of tokens in its row; None: one run each
+    parents: Tensor | None  # [R, T] the run that this one continues (-1: none); None: none does
+    positions: Tensor | None  # [R, T] of each token; None: all count from 0 in their sequence
+    index: Tensor  # [M] where a trained token is predicted *from*, in the flattened rows
+    targets: Tensor  # [M] the trained tokens, sequence after sequence as they were given
 
     def to(self, device: torch.device) -> "Packed":
-        tensors = {
-            f.name: v.to(device) for f in dataclasses.fields(self) if isinstance(v := getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **tensors)
+        """The same on another device."""
+        moved = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            moved[field.name] = None if value is None else value.to(device)
+        return Packed(**moved)
+
+
+# --- which sequences stand together ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,32 +99,62 @@ class Unit:
     length: int  # tokens, the stem counted once
 
 
-def share_stems(examples: list[Example], dim: int, most: int = sys.maxsize) -> tuple[list[Unit], int]:
-    """(units, how long a row should be): sequences with one stem, as many together as a row holds, or their longest.
-
-    The row's length, `most` at most, is s + sqrt(s (3 dim + s)): s the mean length of a shared stem, dim the model's
-    width. In rows of T tokens a stem is repeated the less often the longer they are: T / (T - s) times the tokens of
-    the responses. But attention goes over the whole row, and is taken to cost T / (3 dim) of the matrix products (half
-    of their speed). The product of the two is least there.
+def share_stems(
+    examples: list[Example], dim: int, most: int = sys.maxsize
+) -> tuple[list[Unit], int]:
+    """(units, how long a row should be): sequences with one stem stand together, as many as a row
+    holds. A row is `cheapest_row` long, `most` at most. dim: the model's width.
     """
     families: dict[tuple[int, ...], list[int]] = {}
     for i, example in enumerate(examples):
         families.setdefault(example.stem, []).append(i)
-    shared = [(len(stem), members) for stem, members in families.items() if stem and len(members) > 1]
-    mean = sum(stem * len(members) for stem, members in shared) / max(1, sum(len(members) for _, members in shared))
-    row_length = min(round(mean + math.sqrt(mean * (3 * dim + mean))), most)
-    units, together = [], {i for _, members in shared for i in members}
-    for stem, members in shared:
-        unit, length, room = [], stem, max(row_length, *(len(examples[i].tokens) for i in members))
-        for i in sorted(members, key=lambda i: (-len(examples[i].tokens), i)):
-            own = len(examples[i].tokens) - stem
-            if length + own > room:
-                units.append(Unit(unit, length))
-                unit, length = [], stem
-            unit, length = [*unit, i], length + own
-        units.append(Unit(unit, length))
-    units += [Unit([i], len(example.tokens)) for i, example in enumerate(examples) if i not in together]
+    shared, alone = [], []
+    for stem, members in families.items():
+        if stem and len(members) > 1:
+            shared.append(members)
+        else:
+            alone += members
+
+    stems = [len(examples[i].stem) for members in shared for i in members]
+    row_length = cheapest_row(sum(stems) / max(1, len(stems)), dim)
+    row_length = min(row_length, most)
+    units = []
+    for members in shared:
+        units += split_family(members, examples, row_length)
+    units += [Unit([i], len(examples[i].tokens)) for i in sorted(alone)]
     return units, row_length
+
+
+def cheapest_row(stem: float, dim: int) -> int:
+    """How long rows should be in which stems of `stem` tokens are shared: s + sqrt(s (3 dim + s)).
+
+    A row of T tokens has room for T - s tokens of responses, so the matrix products cost
+    T / (T - s) per token of a response: the less, the longer the row. But attention goes over the
+    whole row, and is taken to cost T / (3 dim) of the matrix products (at half of their speed).
+
+        cost(T) = T / (T - s) * (1 + T / (3 dim))
+        d log cost / dT = 1/T - 1/(T - s) + 1/(3 dim + T) = 0
+        T (T - s) = s (3 dim + T), or T^2 - 2 s T - 3 dim s = 0, whose root above s is the above.
+    """
+    return round(stem + math.sqrt(stem * (3 * dim + stem)))
+
+
+def split_family(members: list[int], examples: list[Example], row_length: int) -> list[Unit]:
+    """Sequences with one stem, the longest first, cut into units that fit into a row."""
+    stem = len(examples[members[0]].stem)
+    room = max(row_length, *(len(examples[i].tokens) for i in members))
+    units = []
+    unit: list[int] = []
+    length = stem
+    for i in sorted(members, key=lambda i: (-len(examples[i].tokens), i)):
+        own = len(examples[i].tokens) - stem
+        if length + own > room:
+            units.append(Unit(unit, length))
+            unit = []
+            length = stem
+        unit.append(i)
+        length += own
+    return [*units, Unit(unit, length)]
 
 
 def fill_rows(lengths: list[int], row_length: int = 0) -> tuple[list[list[int]], int]:
@@ -135,7 +166,8 @@ def fill_rows(lengths: list[int], row_length: int = 0) -> tuple[list[list[int]],
     rows: list[list[int]] = []
     filled: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, used in enumerate(filled) if used + lengths[i] <= capacity), len(rows))
+        fitting = (r for r, used in enumerate(filled) if used + lengths[i] <= capacity)
+        row = next(fitting, len(rows))
         if row == len(rows):
             rows.append([])
             filled.append(0)
@@ -144,70 +176,116 @@ def fill_rows(lengths: list[int], row_length: int = 0) -> tuple[list[list[int]],
     return rows, max(filled, default=1)
 
 
+# --- the rows -------------------------------------------------------------------------------------
+
+
+class Row:
+    """A row as it is filled, run after run."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.documents: list[int] = []
+        self.parents: list[int] = []
+        self.positions: list[int] = []
+        self.runs = 0
+
+    def add(self, tokens: Sequence[int], positions: Sequence[int], parent: int = -1) -> int:
+        """Append a run of tokens, which continues the run `parent` if there is one; its number."""
+        number = self.runs
+        self.tokens += tokens
+        self.documents += [number] * len(tokens)
+        self.parents += [parent] * len(tokens)
+        self.positions += positions
+        self.runs += 1
+        return number
+
+    def add_unit(self, members: list[Example]) -> list[int]:
+        """Append a unit: its stem, if it has one to share, and what is each member's own.
+
+        Returns for each member where in the row its first token stands; or would stand, if the
+        stem's copy were right before what is its own.
+        """
+        stem = 0
+        parent = -1
+        if len(members) > 1:
+            shared = members[0].stem
+            stem = len(shared)
+            parent = self.add(shared, range(stem))
+        starts = []
+        for example in members:
+            starts.append(len(self.tokens) - stem)
+            positions = example.positions or range(len(example.tokens))
+            self.add(example.tokens[stem:], positions[stem:], parent)
+        return starts
+
+
 def pack(examples: list[Example], row_length: int = 0, units: list[Unit] | None = None) -> Packed:
-    """Rows of about `row_length` tokens, see `fill_rows`. units: of all the examples; by default each stands alone."""
-    units = [Unit([i], len(example.tokens)) for i, example in enumerate(examples)] if units is None else units
-    rows, width = fill_rows([unit.length for unit in units], row_length)
-    height = max(len(rows), 1)
-    tokens = torch.zeros(height, width, dtype=torch.long)
-    targets = torch.zeros_like(tokens)
-    documents = torch.zeros_like(tokens)
-    own_positions = any(example.positions is not None for example in examples)
-    positions = torch.zeros_like(tokens) if own_positions else None
-    parents = torch.full_like(tokens, -1)
-    trained: list[list[int]] = [[]] * len(examples)  # flat indices of the places that predict a target
-    for r, row in enumerate(rows):
-        runs: list[tuple[list[int], int]] = []  # tokens, and the number of the run that they continue
-        column = 0
-        for unit in (units[u] for u in row):
-            parent, cut = -1, 0
-            if len(unit.members) > 1:
-                stem = examples[unit.members[0]].stem
-                parent, cut = len(runs), len(stem)
-                runs.append((list(stem), -1))
-                if own_positions:
-                    positions[r, column : column + cut] = torch.arange(cut)
-                column += cut
-            for i in unit.members:
-                origin = r * width + column - cut - 1  # the position before a token is the one that predicts it
-                trained[i] = [origin + t for start, stop in examples[i].spans for t in range(max(start, 1), stop)]
-                runs.append((examples[i].tokens[cut:], parent))
-                begin, column = column, column + len(examples[i].tokens) - cut
-                if own_positions:
-                    own = examples[i].positions or list(range(len(examples[i].tokens)))
-                    positions[r, begin:column] = torch.tensor(own[cut:])
-        tokens[r, :column] = torch.tensor([token for run, _ in runs for token in run])
-        targets[r, :column] = torch.tensor([token for run, _ in runs for token in (*run[1:], 0)])
-        documents[r] = len(runs)
-        documents[r, :column] = torch.tensor([number for number, (run, _) in enumerate(runs) for _ in run])
-        parents[r, :column] = torch.tensor([parent for run, parent in runs for _ in run])
-    index = torch.tensor([p for sequence in trained for p in sequence], dtype=torch.long)
-    mask = torch.zeros(height * width, dtype=torch.bool)
-    mask[index] = True
-    # One document per row: causal attention alone keeps it from the padding, which comes after it. No mask to build.
-    alone = all(len(row) == 1 for row in rows) and all(len(unit.members) == 1 for unit in units)
-    counts = [len(sequence) for sequence in trained]
-    parents = parents if (parents >= 0).any() else None
-    documents = None if alone else documents
-    return Packed(tokens, documents, parents, positions, targets, mask.view(height, width), index, counts)
+    """Rows of about `row_length` tokens, see `fill_rows`.
+
+    units: of all the examples; by default each stands alone.
+    """
+    if units is None:
+        units = [Unit([i], len(example.tokens)) for i, example in enumerate(examples)]
+    filled, width = fill_rows([unit.length for unit in units], row_length)
+    rows = []
+    starts = [0] * len(examples)  # of each example, in the flattened rows
+    for r, chosen in enumerate(filled):
+        row = Row()
+        for unit in (units[u] for u in chosen):
+            columns = row.add_unit([examples[i] for i in unit.members])
+            for i, column in zip(unit.members, columns):
+                starts[i] = r * width + column
+        rows.append(row)
+    rows = rows or [Row()]
+
+    def grid(name: str, padding: int | None = 0) -> Tensor:
+        """[R, T] of that attribute of the rows. padding None: one run more."""
+        padded = []
+        for row in rows:
+            values = getattr(row, name)
+            fill = row.runs if padding is None else padding
+            padded.append(values + [fill] * (width - len(values)))
+        return torch.tensor(padded)
+
+    index = []
+    targets = []
+    for example, start in zip(examples, starts):
+        index += [start + t - 1 for t in example.trained]  # the place before a token predicts it
+        targets += [example.tokens[t] for t in example.trained]
+    # One run per row: causal attention alone keeps it from the padding, which comes after it.
+    one_each = all(row.runs <= 1 for row in rows)
+    shared = any(len(unit.members) > 1 for unit in units)
+    moved = any(example.positions is not None for example in examples)
+    return Packed(
+        tokens=grid("tokens"),
+        documents=None if one_each else grid("documents", padding=None),
+        parents=grid("parents", padding=-1) if shared else None,
+        positions=grid("positions") if moved else None,
+        index=torch.tensor(index, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long),
+    )
 
 
 def positions_and_mask(
     tokens: Tensor, documents: Tensor | None, parents: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What packing means to a model: each token's position [B or 1, T], and which keys each query sees [B, 1, T, T].
+    """What packing means to a model: (each token's position [B or 1, T], which keys each query sees
+    [B, 1, T, T]). None for the keys: all up to the query itself.
 
-    Documents are runs of equal numbers; where some have parents, they are numbered 0, 1, ... in their row. None for the
-    keys: all up to the query itself.
+    Documents are runs of equal numbers; where some have parents, they are numbered 0, 1, ... in
+    their row.
     """
     place = torch.arange(tokens.shape[1], device=tokens.device)
     if documents is None:
         return place[None], None
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=False)
     start = torch.where(begins, place, 0).cummax(dim=1).values
-    positions, visible = place - start, place >= start[..., None]
+    positions = place - start
+    visible = place >= start[..., None]
     if parents is not None:
-        lengths = torch.zeros_like(documents).scatter_add_(1, documents, torch.ones_like(documents))  # by number
-        positions = positions + torch.where(parents < 0, 0, lengths.gather(1, parents.clamp(min=0)))
+        ones = torch.ones_like(documents)
+        lengths = torch.zeros_like(documents).scatter_add_(1, documents, ones)  # of each run
+        before = lengths.gather(1, parents.clamp(min=0))
+        positions = positions + torch.where(parents < 0, 0, before)
         visible = visible | (documents[:, None] == parents[..., None])
     return positions, (visible & (place <= place[:, None]))[:, None]

@@ -1,19 +1,21 @@
 """What `sft.py` and `rl.py` share, so that one process and many run the same code.
 
-    python sft.py ...                                               # a World of one: no process group, a plain module
-    torchrun --standalone --nproc_per_node=4 sft.py ...             # gloo on CPU, NCCL on GPUs; several nodes: --nnodes
+    python sft.py ...                                       # a World of one: no process group
+    torchrun --standalone --nproc_per_node=4 sft.py ...     # gloo on CPU, NCCL on GPUs
 
-Read in this order: the ranks and what they tell each other; the `Scorer` (the model and the head's log-probs as one
-module that FSDP2 can shard); how work is spread; checkpoints. The run's folder and its metrics are `runfolder.py`'s.
+Read in this order: the ranks and what they tell each other; the `Scorer` (the model and the head's
+log-probs as one module that FSDP2 can shard); how work is spread; checkpoints. The run's folder and
+its metrics are `runfolder.py`'s.
 
-One rule makes every number independent of how the work was cut: *a step's loss is divided once, by the number of
-tokens of the whole step*. So gradients are summed (never averaged) over micro-batches and over ranks, and a rank with
-nothing to train on adds zeros.
+One rule makes every number independent of how the work was cut: *a step's loss is divided once, by
+the number of tokens of the whole step*. So gradients are summed (never averaged) over micro-batches
+and over ranks, and a rank with nothing to train on adds zeros.
 """
 
 import contextlib
 import dataclasses
 import heapq
+import itertools
 import json
 import math
 import os
@@ -42,9 +44,10 @@ from model import Transformer, save_pretrained
 from packing import Example, Packed, Unit, fill_rows, pack, share_stems
 from tokenizer import Tokenizer
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said of every save by one process alone
+# Said of every save by one process alone.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-# --- ranks ------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,7 @@ class World:
 
 
 def start(device: str = "auto") -> World:
-    """Join the ranks that torchrun started; without torchrun, a World of one with no process group at all."""
+    """Join the ranks that torchrun started; without it, a World of one, with no process group."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -82,10 +85,11 @@ def start(device: str = "auto") -> World:
 
 @contextlib.contextmanager
 def session(device: str = "auto") -> Iterator[World]:
-    """`with session() as world:` around a command. A UserError on any rank ends all of them, and is printed once.
+    """`with session() as world:` around a command. A UserError on any rank ends all, printed once.
 
-    The first rank to fail leaves a note in the store that torchrun keeps, outside of all ranks, and exits; the others
-    find out when their next collective breaks (or torchrun ends them), see the note and leave without a word.
+    The first rank to fail leaves a note in the store that torchrun keeps, outside of all ranks, and
+    exits; the others find out when their next collective breaks (or torchrun ends them), see the
+    note and leave without a word.
     """
     world = start(device)
     try:
@@ -93,8 +97,9 @@ def session(device: str = "auto") -> Iterator[World]:
     except Exception as error:
         if world.size == 1:
             raise
-        # Leaving without a goodbye (destroy_process_group), which could wait for ranks that are stuck.
-        notes = dist.distributed_c10d._get_default_store()  # the one private call: rendezvous hands out no store
+        # Leaving without a goodbye (destroy_process_group), which could wait for stuck ranks.
+        # The store is our one private call to torch: rendezvous hands out none.
+        notes = dist.distributed_c10d._get_default_store()
         if isinstance(error, UserError):
             if notes.add("failed", 1) == 1:
                 raise
@@ -111,21 +116,44 @@ def barrier() -> None:
 
 
 def sum_over_ranks(value: float | Tensor) -> float | Tensor:
-    """The sum over all ranks: a float for a number (added in fp64), a new tensor for a tensor. Every rank calls it."""
+    """The sum over all ranks, each of which calls it: a float for a number (added in fp64), a new
+    tensor for a tensor.
+    """
     if not dist.is_initialized():
         return value
-    total = value.detach().clone() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if isinstance(value, Tensor):
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
+    total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
-    return total if isinstance(value, Tensor) else total.item()
+    return total.item()
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """`value` of every rank, in the order of the ranks, on every rank (pickled: for small things)."""
+    """`value` of every rank, in the ranks' order, on every rank (pickled: for small things)."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def share_out(
+    work: Callable[[list[Any]], list[Any]], items: list[Any], costs: list[int], world: World
+) -> list[Any]:
+    """`work(items)`, one result for each item in their order, done by all ranks together.
+
+    Each rank works on some of the items, by their costs as many as the others; then all of them get
+    all results (pickled). Every rank calls it, with the same items.
+    """
+    mine = balance(costs, world.size)[world.rank]
+    done = work([items[i] for i in mine])
+    results: list[Any] = [None] * len(items)
+    for share in gather_objects(list(zip(mine, done, strict=True))):
+        for i, result in share:
+            results[i] = result
+    return results
 
 
 def same_on_all_ranks(config: dict[str, Any]) -> None:
@@ -134,38 +162,48 @@ def same_on_all_ranks(config: dict[str, Any]) -> None:
     for rank, other in enumerate(others, start=1):
         for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
-                raise UserError(f"ranks disagree on {name}: {first.get(name)} on 0, {other.get(name)} on {rank}")
+                raise UserError(
+                    f"ranks disagree on {name}: {first.get(name)} on 0, {other.get(name)} on {rank}"
+                )
 
 
-# --- the model over ranks ---------------------------------------------------------------------------------------------
+# --- the model over ranks -------------------------------------------------------------------------
 
 
 class Scorer(nn.Module):
-    """The transformer and the log-probs of its head as *one* module, so that FSDP2 can shard all of it.
+    """The transformer and its head's log-probs as *one* module, so that FSDP2 can shard all of it.
 
-    The head's weight is used outside `Transformer.forward` (`kernels.linear_logprob_entropy` needs no logits). A
-    sharded parameter is whole only inside the forward of the module that holds it, and its gradient is only reduced if
-    it was used there: hence the loss's expensive half lives in here.
+    The head's weight is used outside `Transformer.forward` (`kernels.linear_logprob_entropy` needs
+    no logits). A sharded parameter is whole only inside the forward of the module that holds it,
+    and its gradient is only reduced if it was used there: hence the loss's expensive half lives in
+    here.
     """
 
     def __init__(self, model: Transformer):
         super().__init__()
         self.model = model
 
-    def forward(self, packed: Packed, temperature: float):
-        index = packed.index
-        hidden = self.model(packed.tokens, packed.documents, packed.positions, parents=packed.parents)
-        # A micro-batch with nothing to train on still runs the whole graph, on one position times zero: the other ranks
-        # are waiting in the same collectives.
-        where = index if len(index) else index.new_zeros(1)
+    def forward(self, packed: Packed, temperature: float) -> tuple[Tensor, Tensor]:
+        hidden, targets = trained_places(self.model, packed)
         weight = self.model.head_weight
-        rows = hidden.flatten(0, 1)[where].to(weight.dtype)
-        logprob, entropy = linear_logprob_entropy(rows, weight, packed.targets.flatten()[where], temperature)
-        if not len(index):
-            logprob, entropy = 0 * logprob, 0 * entropy
-        blank = logprob.new_zeros(packed.tokens.shape)
-        where = (where // blank.shape[1], where % blank.shape[1])
-        return blank.index_put(where, logprob), blank.index_put(where, entropy)
+        hidden = hidden.to(weight.dtype)
+        logprob, entropy = linear_logprob_entropy(hidden, weight, targets, temperature)
+        if len(packed.index) == 0:
+            return logprob[:0].clone(), entropy[:0].clone()  # FSDP warns of outputs that are views
+        return logprob, entropy
+
+
+def trained_places(model: Transformer, packed: Packed) -> tuple[Tensor, Tensor]:
+    """(hidden [M, D], targets [M]): the stream where a trained token is predicted, and that token.
+
+    Where nothing is trained on, one place all the same, to be cut off behind the head: the other
+    ranks wait in the collectives of the same forward and backward, so all of the graph has to run.
+    """
+    hidden = model(packed.tokens, packed.documents, packed.positions, parents=packed.parents)
+    hidden = hidden.flatten(0, 1)
+    if len(packed.index):
+        return hidden[packed.index], packed.targets
+    return hidden[:1], packed.targets.new_zeros(1)
 
 
 def shard(
@@ -175,43 +213,74 @@ def shard(
     checkpoint_activations: bool = False,
     wrap: Callable[[Transformer], nn.Module] = Scorer,
 ) -> Any:
-    """Wrap `model` (fp32 master weights, the same on every rank) for training on `world`, in place; returns `wrap`'s.
+    """`wrap(model)`, ready to be trained on `world`: in place.
 
-    More than one rank: FSDP2, one group of parameters per block and one for the rest; parameters become DTensors, and
-    gradients come out as the SUM over ranks, sharded alike. `dtype` (bf16) is what the matrix products run in; the
-    masters, the gradients' sum and AdamW stay fp32, because an Adam step of 1e-5 vanishes in a bf16 weight.
+    model: fp32 master weights, the same on every rank. checkpoint_activations: recompute them.
+    More than one rank: FSDP2, one group of parameters per block and one for the rest; parameters
+    become DTensors, and gradients come out as the SUM over ranks, sharded alike. `dtype` (bf16) is
+    what the matrix products run in; the masters, the gradients' sum and AdamW stay fp32, because an
+    Adam step of 1e-5 vanishes in a bf16 weight.
     """
     scorer = wrap(model)
     model.checkpoint_blocks = checkpoint_activations
     mixed = dtype is not None and dtype != model.embed.weight.dtype
     if world.size == 1 and not mixed:
         return scorer.to(world.device)
-    if not dist.is_initialized():  # mixed precision is FSDP's, so that a process alone needs a group of one
+    if not dist.is_initialized():  # mixed precision is FSDP's: a process alone is a group of one
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(world.device.type, (world.size,))
     # cast_forward_inputs=False: the stream between blocks stays fp32, and so do the rotary angles
-    policy = MixedPrecisionPolicy(dtype if mixed else None, torch.float32 if mixed else None, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if mixed:
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
     for module in [*model.blocks, scorer]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)  # a sum, not FSDP's mean: see the rule at the top of this file
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the rule at the top
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
     return scorer
 
 
 def score(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(logprob[R, T], entropy[R, T]), fp32: of the next token, and of the whole distribution it came from.
-
-    Zero wherever `packed.mask` is false: only response positions ever meet the vocabulary.
+    """(logprob [M], entropy [M]), fp32: of each trained token, and of the whole distribution that
+    it came from. Only these places ever meet the vocabulary.
     """
-    packed = packed.to(next(scorer.parameters()).device)
-    result = scorer(packed, temperature)
-    if isinstance(scorer, FSDPModule) and not torch.is_grad_enabled():
-        scorer.reshard()  # FSDP keeps the root whole for a backward that will not come
+    return forward(scorer, packed, temperature)
+
+
+def forward(module: nn.Module, packed: Packed, *more: Any) -> Any:
+    """`module(packed, *more)` on the module's device."""
+    result = module(packed.to(next(module.parameters()).device), *more)
+    if isinstance(module, FSDPModule) and not torch.is_grad_enabled():
+        module.reshard()  # FSDP keeps the root whole for a backward that will not come
     return result
 
 
-def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0) -> torch.optim.AdamW:
-    """AdamW; matrices decay, vectors (norms, biases) do not: shrinking a norm's gain rescales a whole layer."""
+@torch.no_grad()
+def values_of_all(
+    function: Callable[[Packed], Tensor],
+    examples: list[Example],
+    tokens: int | None,
+    dim: int,
+    world: World,
+) -> Tensor:
+    """What `function`, packed rows -> [M], says of every trained token of `examples`: on all ranks.
+
+    tokens, dim: see `micro_batches`.
+    """
+    count = sum(example.targets for example in examples)
+    values = torch.zeros(0)
+    for places, packed in micro_batches(examples, tokens, dim, world):
+        found = function(packed).cpu()
+        if not len(values):
+            values = found.new_zeros(count)
+        values[places] = found
+    return sum_over_ranks(values)  # each token is some rank's, and 0 on the others
+
+
+def adamw(
+    parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0
+) -> torch.optim.AdamW:
+    """AdamW. Matrices decay, vectors (norms, biases) do not: a norm's gain rescales a layer."""
     parameters = list(parameters)
     matrices = {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}
@@ -219,7 +288,7 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0
 
 
 def clip_grad_norm(scorer: nn.Module, max_norm: float) -> float:
-    """Scale the gradients down to the global norm `max_norm` (math.inf: leave them); returns the norm they had."""
+    """Scale the gradients down to the global norm `max_norm`; the norm that they had."""
     return whole(nn.utils.clip_grad_norm_(scorer.parameters(), max_norm)).item()
 
 
@@ -234,14 +303,14 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def whole_parameters(scorer: Scorer) -> Iterator[tuple[str, Tensor]]:
-    """The transformer's parameters, gathered one at a time. Every rank has to walk through all of them."""
+    """The transformer's parameters, gathered one at a time. Every rank has to walk through all."""
     for name, parameter in scorer.model.named_parameters():
         yield name, whole(parameter).detach()
 
 
 @torch.no_grad()
 def copy_weights(source: Scorer, target: Transformer) -> None:
-    """Copy the policy into a plain model of any dtype or device (the sampler's). Every rank calls it."""
+    """Copy the policy into a plain model of any dtype or device (the sampler's), on every rank."""
     for name, whole in whole_parameters(source):
         target.get_parameter(name).copy_(whole)
 
@@ -254,11 +323,11 @@ def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -
     barrier()
 
 
-# --- work over ranks --------------------------------------------------------------------------------------------------
+# --- work over ranks ------------------------------------------------------------------------------
 
 
 def balance(lengths: list[int], bins: int) -> list[list[int]]:
-    """Spread items over `bins` by length, the longest first, each to the bin with the least so far. Deterministic."""
+    """Spread items over `bins`: the longest first, each to the bin that has the least so far."""
     heap = [(0, b) for b in range(bins)]
     filled: list[list[int]] = [[] for _ in range(bins)]
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -268,67 +337,94 @@ def balance(lengths: list[int], bins: int) -> list[list[int]]:
     return filled
 
 
-MICRO_TOKENS = {"cpu": 2_048, "cuda": 8_192}  # a CPU is fastest while a layer's temporaries fit into its caches
+MICRO_TOKENS = {"cpu": 2_048, "cuda": 8_192}
+"""Of a micro-batch. A CPU is fastest while a layer's temporaries fit into its caches."""
 
 
 def micro_batches(
     examples: list[Example], tokens: int | None, dim: int, world: World
-) -> Iterator[tuple[list[int], Packed]]:
-    """This rank's micro-batches: which of `examples` (of the whole step, the same on every rank) each holds, packed.
+) -> Iterator[tuple[Tensor, Packed]]:
+    """This rank's part of a step: `examples`, the same on every rank, in micro-batches.
 
-    What is spread are the units of `packing.share_stems`, so that responses to one prompt stay together; dim: the
-    model's width. A micro-batch is no larger, padding included, than `tokens` tokens (None: what suits the device) or
-    the longest sequence. Every rank gets the same number of them, because FSDP's collectives must match;
-    some may be empty.
+    Yields (places [M], packed): `packed` has M trained tokens, and the m-th of them is number
+    `places[m]` of all trained tokens of `examples`. A micro-batch is no larger, padding included,
+    than `tokens` tokens (None: what suits the device) or the longest sequence. dim: the model's
+    width. Every rank gets as many micro-batches as the others, because FSDP's collectives must
+    match; some may be empty.
     """
     tokens = MICRO_TOKENS[world.device.type] if tokens is None else tokens
     units, row_length = share_stems(examples, dim, tokens)
-    lengths = [unit.length for unit in units]
+    first = [0, *itertools.accumulate(example.targets for example in examples)]
+    for part in spread([unit.length for unit in units], row_length, tokens, world):
+        chosen: list[int] = []  # the examples of this micro-batch
+        renumbered = []
+        for unit in (units[u] for u in part):
+            members = range(len(chosen), len(chosen) + len(unit.members))
+            renumbered.append(Unit(list(members), unit.length))
+            chosen += unit.members
+        places = [place for i in chosen for place in range(first[i], first[i + 1])]
+        packed = pack([examples[i] for i in chosen], row_length, renumbered)
+        yield torch.tensor(places, dtype=torch.long), packed
 
-    def size(part: list[int]) -> int:
+
+def spread(lengths: list[int], row_length: int, tokens: int, world: World) -> list[list[int]]:
+    """Which units each micro-batch of this rank holds: as few and as even as fit into `tokens`.
+
+    The units that share a stem stay whole, so that responses to one prompt stay together.
+    """
+
+    def fits(part: list[int]) -> bool:
         rows, width = fill_rows([lengths[u] for u in part], row_length)
-        return len(rows) * width
+        return len(rows) * width <= tokens or len(part) <= 1
 
-    count = max(1, math.ceil(sum(lengths) / (tokens * world.size)))
-    while True:
-        bins = balance(lengths, count * world.size)
-        if all(len(part) <= 1 or size(part) <= tokens for part in bins):
-            break
-        count += 1 + count // 16  # not by ones: where two units never fit together, it has to double
-    for part in bins[world.rank :: world.size]:
-        chosen = [i for u in part for i in units[u].members]
-        number = {i: n for n, i in enumerate(chosen)}
-        renumbered = [Unit([number[i] for i in units[u].members], lengths[u]) for u in part]
-        yield chosen, pack([examples[i] for i in chosen], row_length, renumbered)
+    count = max(1, math.ceil(sum(lengths) / (tokens * world.size)))  # of each rank, at least
+    parts = balance(lengths, count * world.size)
+    while not all(fits(part) for part in parts):
+        count += 1 + count // 16  # not by ones: it may have to double, if no two units fit together
+        parts = balance(lengths, count * world.size)
+    return parts[world.rank :: world.size]
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
-def named_tensors(parts: dict[str, nn.Module | torch.optim.Optimizer | Tensor]) -> dict[str, Tensor]:
-    """Everything in `parts` under one flat naming, whole or sharded; the tensors share the parts' memory.
+def named_tensors(
+    parts: dict[str, nn.Module | torch.optim.Optimizer | Tensor],
+) -> dict[str, Tensor]:
+    """Everything in `parts` under one flat naming, whole or sharded, sharing the parts' memory.
 
-    Of an optimizer, its moments by parameter number (one that AdamW has not touched yet gets the zeros it starts from).
-    Its learning rates are not state here: they follow from the step.
+    Of an optimizer, its moments by parameter number (one that AdamW has not touched yet gets the
+    zeros it starts from). Its learning rates are not state here: they follow from the step.
     """
     tensors = {}
     for name, part in parts.items():
         if isinstance(part, nn.Module):
-            tensors |= {f"{name}.{key}": value for key, value in part.state_dict().items()}
+            found = part.state_dict()
         elif isinstance(part, torch.optim.Optimizer):
-            for number, parameter in enumerate(p for group in part.param_groups for p in group["params"]):
-                moments = part.state[parameter]
-                if not moments:
-                    moments["step"] = torch.zeros((), device=parameter.device)
-                    moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-                tensors |= {f"{name}.{number}.{key}": value.detach() for key, value in moments.items()}
+            found = moments_of(part)
         else:
             tensors[name] = part
+            continue
+        tensors |= {f"{name}.{key}": value for key, value in found.items()}
     return tensors
 
 
+def moments_of(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state, by number of the parameter and name."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    found = {}
+    for number, parameter in enumerate(parameters):
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        found |= {f"{number}.{key}": value.detach() for key, value in state.items()}
+    return found
+
+
 def random_state(world: World) -> dict[str, Tensor]:
-    """This rank's generators. (Only torch's: everything else in nanoT1 draws from seeds, not from global state.)"""
+    """This rank's generators. (Only torch's: all else in nanoT1 draws from seeds of its own.)"""
     states = {f"random.cpu.{world.rank}": torch.get_rng_state()}
     if world.device.type == "cuda":
         states[f"random.cuda.{world.rank}"] = torch.cuda.get_rng_state(world.device)
@@ -336,25 +432,33 @@ def random_state(world: World) -> dict[str, Tensor]:
 
 
 class Checkpoints:
-    """Writes a run's checkpoints, `folder`/step-NNNNNN: all of one or nothing, whenever the process is killed.
+    """Writes a run's checkpoints, `folder`/step-NNNNNN: whole or not at all, whenever it is killed.
 
-    `save` waits for the checkpoint before it and returns when everything is copied to the host's memory (for policy,
-    anchor and AdamW 16 bytes per parameter, over all ranks). The copy is written under another name, flushed to the
-    disk and renamed while training goes on. Then all but the last `keep` are removed, and but those whose step is a
-    multiple of `keep_every`, if that is not 0.
+    `save` waits for the checkpoint before it and returns when everything is copied to the host's
+    memory (for policy, anchor and AdamW 16 bytes per parameter, over all ranks). The copy is
+    written under another name, flushed to the disk and renamed while training goes on. Then all but
+    the last `keep` are removed, and but those whose step is a multiple of `keep_every`, if that is
+    not 0.
     """
 
     def __init__(self, folder: Path, world: World, keep: int = 2, keep_every: int = 0):
-        self.folder, self.world, self.keep, self.keep_every = folder, world, keep, keep_every
-        self.thread, self.written = ThreadPoolExecutor(1), None
-        for partial in folder.glob("step-*.partial") if world.main else ():
-            shutil.rmtree(partial)  # a killed process left it
-        # Collectives of their own: in a group that two threads use, one would get the other's messages.
+        self.folder = folder
+        self.world = world
+        self.keep = keep
+        self.keep_every = keep_every
+        self.thread = ThreadPoolExecutor(1)
+        self.written: Future | None = None  # ends when the last checkpoint is complete
+        if world.main:
+            for partial in folder.glob("step-*.partial"):
+                shutil.rmtree(partial)  # a killed process left it
+        # Collectives of their own: of a group that two threads use, each gets the other's messages.
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, step: int, parts: dict[str, Any], state: dict[str, Any]) -> None:
-        """Every rank calls it. parts: modules, optimizers and tensors, see `named_tensors`. state: what JSON can hold
-        (data position, counters)."""
+        """Every rank calls it. parts: modules, optimizers and tensors, see `named_tensors`.
+
+        state: what JSON can hold (data position, counters).
+        """
         self.finish()
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
@@ -362,33 +466,40 @@ class Checkpoints:
             partial.mkdir(parents=True)
         barrier()
         written = dcp.async_save(
-            named_tensors(parts) | random_state(self.world), process_group=self.group, no_dist=self.group is None,
+            named_tensors(parts) | random_state(self.world),
+            process_group=self.group,
+            no_dist=self.group is None,
             storage_writer=FileSystemWriter(partial),  # flushes every file to the disk (sync_files)
-        )  # fmt: skip
+        )
         text = json.dumps({"step": step, "ranks": self.world.size} | state)
         self.written = self.thread.submit(self.publish, written, partial, final, text)
 
     def publish(self, written: Future, partial: Path, final: Path, state: str) -> None:
-        """Rename what is whole. On rank 0 `written` ends when all ranks have written their parts."""
+        """Rename what is whole. On rank 0 `written` ends when all ranks' parts are written."""
         written.result()
-        if self.world.main:
-            write_text(partial / "state.json", state)
-            sync_folder(partial)
-            partial.rename(final)
-            sync_folder(self.folder)
-            for old in complete_checkpoints(self.folder)[: -self.keep]:
-                if self.keep_every and step_of(old) % self.keep_every == 0:
-                    continue
-                shutil.rmtree(old.rename(old.with_suffix(".partial")))  # a half-removed one must not look complete
+        if not self.world.main:
+            return
+        write_text(partial / "state.json", state)
+        sync_folder(partial)
+        partial.rename(final)
+        sync_folder(self.folder)
+        for old in complete_checkpoints(self.folder)[: -self.keep]:
+            if self.keep_every and step_of(old) % self.keep_every == 0:
+                continue
+            removed = old.rename(old.with_suffix(".partial"))  # half of one must not look complete
+            shutil.rmtree(removed)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is complete; what went wrong with it is raised here."""
-        written, self.written = self.written, None
+        written = self.written
+        self.written = None
         try:
             if written:
                 written.result()
-        except (CheckpointException, OSError) as error:  # a full disk, most likely; torch's own would be pages
-            raise UserError(f"cannot write a checkpoint into {self.folder} ({type(error).__name__})") from None
+        except (CheckpointException, OSError) as error:  # a full disk, most likely
+            raise UserError(
+                f"cannot write a checkpoint into {self.folder} ({type(error).__name__})"
+            ) from None
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -402,26 +513,46 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-DAMAGE = (CheckpointException, LookupError, TypeError, OSError, ValueError, RuntimeError, EOFError, pickle.PickleError)
+DAMAGE = (
+    *(CheckpointException, LookupError, TypeError, OSError),
+    *(ValueError, RuntimeError, EOFError, pickle.PickleError),
+)
+"""What torch raises when it reads a damaged checkpoint."""
 
 
-def load_checkpoint(path: Path, parts: dict[str, Any], world: World, needed: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Fill `parts` in place from a checkpoint of any number of ranks, and the generators where this rank had one.
-    Returns its state, which holds `step` and what is `needed`."""
+def load_checkpoint(
+    path: Path, parts: dict[str, Any], world: World, needed: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Fill `parts` in place from a checkpoint of any number of ranks; its state.
+
+    The generators too, where this rank had one. The state holds `step` and what is `needed`.
+    UserError if the checkpoint is damaged, or of another model.
+    """
     tensors = named_tensors(parts)
     try:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        [state[name] for name in ("step", *needed)]  # missing: as damaged as the rest
+        for name in ("step", *needed):
+            state[name]  # missing: as damaged as the rest
         for name, tensor in tensors.items():
             if name not in stored:
                 raise UserError(f"checkpoint {path} does not hold {name}")
-            if (size := stored[name].size) != tensor.shape:
-                raise UserError(f"checkpoint {path}: {name} has shape {[*size]}, expected {[*tensor.shape]}")
+            size = stored[name].size
+            if size != tensor.shape:
+                raise UserError(
+                    f"checkpoint {path}: {name} has shape {[*size]}, expected {[*tensor.shape]}"
+                )
         generators = {name: value for name, value in random_state(world).items() if name in stored}
-        dcp.load(tensors | generators, storage_reader=FileSystemReader(path), no_dist=not dist.is_initialized())
+        dcp.load(
+            tensors | generators,
+            storage_reader=FileSystemReader(path),
+            no_dist=not dist.is_initialized(),
+        )
     except DAMAGE as error:  # torch's own would be pages, one for every tensor
         raise UserError(f"checkpoint {path} is damaged ({type(error).__name__})") from None
     for name, value in generators.items():
-        torch.set_rng_state(value) if ".cpu." in name else torch.cuda.set_rng_state(value, world.device)
+        if ".cpu." in name:
+            torch.set_rng_state(value)
+        else:
+            torch.cuda.set_rng_state(value, world.device)
     return state

@@ -1,81 +1,109 @@
-"""T1 stage 2: reinforcement learning that rewards thinking further (arXiv 2501.11651), and its relatives.
+"""T1 stage 2: reinforcement learning that rewards thinking further (arXiv 2501.11651).
 
-    python rl.py --model DIR --task countdown --steps 100 --out runs/rl
-    torchrun --standalone --nproc_per_node=8 rl.py --recipe t1 --model DIR --data problems.jsonl --out runs/rl
-    python rl.py ... --out runs/rl --resume                                  # goes on where it was killed, bit for bit
-    python rl.py --model DIR --out runs/rl --export DIR2 [--step 30]         # a checkpoint as a model folder
+    python rl.py --model DIR --task countdown --out runs/rl
+    torchrun --standalone --nproc_per_node=8 rl.py --model DIR --data problems.jsonl --out runs/rl
+    python rl.py ... --out runs/rl --resume                     # goes on, bit for bit
+    python rl.py --model DIR --out runs/rl --export DIR2        # a checkpoint as a model folder
 
-One step: sample K responses to each prompt at a high temperature; judge them; turn outcomes into rewards (penalties, KL
-to the anchor), rewards into advantages (leave-one-out); take PPO steps on them with an entropy bonus; move the anchor.
-Each of these is one pure function below, in that order, and `train_step` calls them in that order.
+One step: sample K responses to each prompt at a high temperature; judge them; turn outcomes into
+rewards (penalties, KL to the anchor), rewards into advantages (leave-one-out); take PPO steps on
+them with an entropy bonus; move the anchor. Each of these is one pure function below, in that
+order, and `train_step` calls them in that order (the two of the loss by `policy_gradient`).
 
-With r_i the reward of the i-th of K responses y_i to a prompt x, pi the policy at temperature tau, ref the anchor:
+With r_i the reward of the i-th of K responses y_i to a prompt x, pi the policy at temperature tau,
+ref the anchor, M the number of tokens of the update:
 
-    penalties         r'_i = -1 if y_i repeats itself, never ends, or is garbled; else r_i              `penalise`
-    centred KL        k_i = sum_t log pi(y_it)/ref(y_it);  r''_i = r'_i - beta * (k_i - mean k)         `centred_kl`
-    leave-one-out     A_i = r''_i - mean of the other K-1 rewards of the same prompt                     `leave_one_out`
-    PPO               L = -1/M sum_it min(w_it A_i, clip(w_it, 1-e, 1+e') A_i),  w = pi / pi_old         `ppo_clip_loss`
-    entropy bonus     L - alpha/M sum_it H(pi(. | x, y_<t)), H of the whole next-token distribution      `entropy_bonus`
-    dynamic anchor    ref <- a * ref + (1 - a) * pi                                                      `update_anchor`
+    penalties       r'_i = -1 if y_i repeats itself, never ends, or is garbled; else r_i `penalise`
+    centred KL      k_i = sum_t log pi(y_it) / ref(y_it);
+                    r''_i = r'_i - beta * (k_i - mean k)                               `centred_kl`
+    leave-one-out   A_i = r''_i - mean of the other K-1 rewards of the same prompt  `leave_one_out`
+    PPO             L = -1/M sum_it min(w_it A_i, clip(w_it, 1-e, 1+e') A_i),
+                    w = pi / pi_old                                                 `ppo_clip_loss`
+    entropy bonus   L - alpha/M sum_it H(pi(. | x, y_<t)),
+                    H of the whole next-token distribution                          `entropy_bonus`
+    dynamic anchor  ref <- a * ref + (1 - a) * pi                                   `update_anchor`
+
+Rewards and advantages are one number for each response, [N]; log-probs, and all that the loss is
+made of, one number for each trained token, [M], response after response.
 
 What we do differently from the paper, and why:
 
-1. The update is a PPO loop (minibatches, epochs, clipped ratios). With one of each, its default, the ratio is 1 and the
-   gradient is T1's on-policy gradient exactly (a test shows it).
-2. The loss is divided once by the number of tokens M of the update, so a token weighs the same however the batch is
-   split over minibatches, micro-batches and GPUs. The paper does not say how it normalises.
-3. Groups whose K rewards are all equal are dropped before any forward pass: they carry no gradient but the
-   regularisers'. Their share is logged (`dropped`).
-4. Neither coefficient that the paper calls alpha is published. Ours (`entropy_coef`, `anchor_decay`) were chosen on the
-   demo; see the README.
-5. The temperature divides the logits in the trainer just as in the sampler. Otherwise the ratio compares two different
-   policies. Sampling in training never truncates (no top-p, no min-p): the ratio would be biased by what was cut.
-6. The KL is estimated on the sampled tokens (the sum of log-ratios), which needs one pass of the anchor and no more.
-7. The learning rate may rise at the start (--warmup) and fall at the end (--cooldown). Neither is the default, for
-   the demo ends no better with them (benchmarks/RESULTS.md). With a cool-down the number of steps is part of
-   the run: --resume then refuses another.
-8. Centring the KL matters only to a baseline that does not subtract it anyway; leave-one-out does, see `centred_kl`.
+1. The update is a PPO loop (minibatches, epochs, clipped ratios). With one of each, its default,
+   the ratio is 1 and the gradient is T1's on-policy gradient exactly (a test shows it).
+2. The loss is divided once by the number of tokens M of the update, so a token weighs the same
+   however the batch is split over minibatches, micro-batches and GPUs. The paper does not say how
+   it normalises.
+3. Groups of K responses whose advantages are all zero (all right, or all wrong) are dropped before
+   any forward pass. All that they could add is the pull of the regularisers. Their share is logged
+   (`dropped`).
+4. Neither coefficient that the paper calls alpha is published. Ours (`entropy_coef`,
+   `anchor_decay`) were chosen on the demo; see the README.
+5. The temperature divides the logits in the trainer just as in the sampler. Otherwise the ratio
+   compares two different policies. Sampling in training never truncates (no top-p, no min-p): the
+   ratio would be biased by what was cut.
+6. The KL is estimated on the sampled tokens (the sum of log-ratios), which needs one pass of the
+   anchor and no more.
+7. The learning rate may rise at the start (--warmup) and fall at the end (--cooldown). Neither is
+   the default, for the demo ends no better with them (benchmarks/RESULTS.md). With a cool-down the
+   number of steps is part of the run: --resume then refuses another.
 
-GRPO, Dr. GRPO, DAPO, REINFORCE and RLSP are the same loop with other pieces: relatives.py; what each takes: recipes.py.
+Other algorithms are the same loop with other pieces, see `RECIPES` and relatives.py. To add one,
+write a file of your own; it takes all flags, torchrun and --resume:
+
+    import dataclasses, rl
+
+    def reward(responses, config):      # a list of judged responses -> [N], any real numbers
+        return rl.outcome(responses, config) - 0.001 * rl.lengths(responses)
+
+    rl.RECIPES["mine"] = dataclasses.replace(rl.RECIPES["t1"], reward=reward)
+
+    if __name__ == "__main__":
+        rl.command()                    # python my_recipe.py --recipe mine --model DIR ...
+
+rlsp.py goes further: flags, models and a `train_step` of its own.
 """
 
 import math
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import cli
 import parallel
 import relatives
+import rollout
 import runfolder
+import tasks
 from cli import UserError
-from model import load_pretrained
+from model import load_pretrained, model_folder, read_config
 from muon import make_optimizers
-from packing import Example, Packed
+from packing import Packed
 from parallel import Scorer, World
-from recipes import MAY_CHANGE, Config, Recipe, check, resolve
-from relatives import Critic
-from rollout import Rollouts, Stopwatch, nth_problem, read_problems, roll_out, unexpected_pattern
+from rollout import Response, Stopwatch, flat, give, lengths, outcome
 from sample import Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
 
-# --- T1, one idea per function ----------------------------------------------------------------------------------------
+# --- T1, one idea per function --------------------------------------------------------------------
 
 
-def penalise(values: Tensor, patterns: list[str | None], to: float = -1.0) -> Tensor:
-    """T1's penalty: -1 (or `to`) for every response that shows an unexpected pattern, whatever its answer. [N] -> [N].
+def penalise(values: Tensor, patterns: list[str | None], to: float | None = -1.0) -> Tensor:
+    """T1's penalty: -1 (or `to`; None: nothing) for every response that shows an unexpected
+    pattern, whatever its answer. [N] -> [N].
 
-    By --penalty set, as T1, the values are the rewards: a group in which all K responses run away is then a group of
-    equal rewards, and is not pushed back. By --penalty advantage, as the code that T1's authors published later, the
-    rewards are set to 0, and then the *advantages* to -1: now it is.
+    By --penalty set, as T1, the values are the rewards: a group in which all K responses run away
+    is then a group of equal rewards, and is not pushed back. By --penalty advantage, as the code
+    that T1's authors published later, the rewards are set to 0, and then the *advantages* to -1:
+    now it is.
     """
+    if to is None:
+        return values
     return torch.where(unexpected(patterns), to, values)
 
 
@@ -84,21 +112,26 @@ def unexpected(patterns: list[str | None]) -> Tensor:
     return torch.tensor([pattern is not None for pattern in patterns])
 
 
-def centred_kl(logprob: Tensor, anchor_logprob: Tensor, mask: Tensor) -> Tensor:
-    """On-policy KL of each response to the anchor, in nats, less its mean over the batch. Inputs [N, T], output [N].
+def centred_kl(logprob: Tensor, anchor_logprob: Tensor, lengths: Tensor) -> Tensor:
+    """On-policy KL of each response to the anchor, in nats, less its mean. [M], [M], [N] -> [N].
 
-    Centred, it cannot push all responses up or down at once; it only prefers those nearer to the anchor. As in the
-    paper; with leave-one-out, or any baseline that subtracts a constant from all, the mean cancels: it changes nothing.
+    Centred, it cannot push all responses up or down at once; it only prefers those nearer to the
+    anchor. Under leave-one-out nothing depends on which mean it is: any constant cancels, and what
+    is left of each KL is by how much it exceeds those of the other K-1 responses to its prompt.
     """
-    kl = ((logprob - anchor_logprob) * mask).sum(dim=1)
+    log_ratios = (logprob - anchor_logprob).double().split(lengths.tolist())
+    kl = torch.stack([log_ratio.sum() for log_ratio in log_ratios])
     return kl - kl.mean()
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """RLOO: each reward less the mean of the other K-1 of its prompt, an unbiased baseline. [P, K] -> [P, K]."""
+    """RLOO: each reward less the mean of the other K-1 of its prompt. [P, K] -> [P, K].
+
+    An unbiased baseline: one's own reward is not in it. As a formula, (K r_i - sum r) / (K - 1).
+    """
     samples = rewards.shape[1]
     if samples < 2:
-        raise UserError("leave-one-out needs at least 2 samples per prompt: with 1 there is no other to compare with")
+        raise UserError("leave-one-out needs at least 2 samples per prompt, to compare them")
     return (rewards - rewards.mean(dim=1, keepdim=True)) * (samples / (samples - 1))
 
 
@@ -106,218 +139,375 @@ def ppo_clip_loss(
     logprob: Tensor,
     old_logprob: Tensor,
     advantage: Tensor,
-    mask: Tensor,
+    weight: Tensor,
     clip_low: float,
     clip_high: float,
     token_count: float,
 ) -> Tensor:
-    """PPO's clipped surrogate, summed over the tokens of the mask and divided once by the update's `token_count`.
+    """PPO's clipped surrogate: summed over tokens, divided once by the update's `token_count`.
 
-    All tensors are [N, T] (`advantage` may be [N, 1]). At ratio 1 its gradient is -A * grad log pi: REINFORCE's.
+    All tensors are [M]; weight: 1, unless a recipe averages otherwise. At ratio 1 its gradient is
+    -A * grad log pi: REINFORCE's.
     """
     ratio = (logprob - old_logprob).exp()
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
-    return -(surrogate * mask).sum() / token_count
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.minimum(ratio * advantage, clipped * advantage)
+    return -(surrogate * weight).sum() / token_count
 
 
-def entropy_bonus(entropy: Tensor, mask: Tensor, token_count: float) -> Tensor:
-    """Mean entropy, in nats, of the whole next-token distribution at the response's positions. [N, T] -> scalar."""
-    return (entropy * mask).sum() / token_count
+def entropy_bonus(entropy: Tensor, weight: Tensor, token_count: float) -> Tensor:
+    """Mean entropy, in nats, of the whole distribution that a token came from. [M] -> scalar."""
+    return (entropy * weight).sum() / token_count
 
 
 @torch.no_grad()
-def update_anchor(anchor: torch.nn.Module, policy: torch.nn.Module, decay: float) -> None:
-    """The dynamic anchor: ref <- decay * ref + (1 - decay) * policy. After n steps towards a fixed policy p:
-    ref_n = decay^n ref_0 + (1 - decay^n) p. Shards move where they lie, so no rank talks to another."""
+def update_anchor(anchor: nn.Module, policy: nn.Module, decay: float) -> None:
+    """The dynamic anchor: ref <- decay * ref + (1 - decay) * policy.
+
+    After n steps towards a fixed policy p: ref_n = decay^n ref_0 + (1 - decay^n) p. Shards move
+    where they lie, so no rank talks to another.
+    """
     for reference, parameter in zip(anchor.parameters(), policy.parameters()):
         parallel.local(reference).lerp_(parallel.local(parameter), 1 - decay)
 
 
-def adapt_entropy_coef(coef: float, entropy: float, target: float, rate: float = 0.05) -> float:
-    """Adaptive entropy: the coefficient rises while entropy is below `target` and falls above it, in log space."""
-    return coef * math.exp(rate * max(-1.0, min(1.0, (target - entropy) / target)))
+# --- one step of T1 -------------------------------------------------------------------------------
 
 
-def truncated_importance(old: Tensor, sampled: Tensor, most: float = 2.0) -> Tensor:
-    """Weights of tokens that a slightly different policy sampled (in bf16, say): min(pi_old / pi_sampler, most)."""
-    return (old - sampled).exp().clamp(max=most)
+def train_step(learner: "Learner", responses: list[Response], step: int) -> dict[str, float]:
+    """One step of T1 on P * K judged responses, prompt after prompt; its metrics.
+
+    `recipe` has the pieces in which algorithms differ. T1's are `outcome`, `leave_one_out`, and no
+    KL in the loss.
+    """
+    config, recipe = learner.config, learner.recipe
+
+    # What each response is worth, and which groups leave before any forward pass.
+    penalty, _ = PENALTIES[recipe.penalty]
+    rewards = rewards_of(responses, config, recipe)
+    rewards = penalise(rewards, patterns_of(responses), penalty)
+    for response, reward in zip(responses, rewards.tolist()):
+        response.reward = reward
+    metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
+    teaching = teaching_groups(responses, rewards, config, recipe)
+    metrics["dropped"] = 1 - teaching.double().mean().item()
+    groups = torch.arange(len(responses)).view(-1, config.samples)
+    kept = groups[teaching][: config.prompts].flatten()
+    batch = [responses[i] for i in kept.tolist()]
+
+    if batch:
+        # From rewards to advantages, which all tokens of a response share.
+        metrics |= score_tokens(learner, batch)
+        sizes = lengths(batch)
+        rewards = rewards[kept]
+        if learner.anchor and not recipe.kl_loss:
+            kl = centred_kl(flat(batch, "old"), flat(batch, "anchor"), sizes)
+            rewards = rewards - recipe.kl_coef * kl
+        advantages = advantages_of(rewards, patterns_of(batch), config, recipe)
+        give(batch, "advantage", advantages.repeat_interleave(sizes))
+
+        # The PPO loop: one update for each minibatch.
+        tally = Tally()
+        for rows in minibatches(len(batch), config, step):
+            policy_gradient(learner, [batch[i] for i in rows], tally)
+            descend(learner, tally)
+        metrics |= tally.metrics(learner.exact)
+
+    if learner.anchor:
+        update_anchor(learner.anchor, learner.policy, recipe.anchor_decay)
+    return metrics
 
 
-# --- one step ---------------------------------------------------------------------------------------------------------
+def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally") -> None:
+    """The loss of one minibatch, micro-batch by micro-batch; its gradient is left in the policy."""
+    recipe = learner.recipe
+    like = next(learner.policy.parameters())  # its device, its type
+    old = flat(responses, "old").to(like.device, like.dtype)
+    anchor = flat(responses, "anchor").to(like.device, like.dtype)
+    advantage = flat(responses, "advantage").to(like.device, like.dtype)
+    weight = flat(responses, "weight").to(like.device, like.dtype)
+    count = len(old)
+    for at, packed in learner.micro_batches(responses):
+        logprob, entropy = parallel.score(learner.policy, packed, recipe.temperature)
+        loss = ppo_clip_loss(
+            logprob, old[at], advantage[at], weight[at], recipe.clip_low, recipe.clip_high, count
+        )
+        loss = loss - recipe.entropy_coef * entropy_bonus(entropy, weight[at], count)
+        if recipe.kl_loss and learner.anchor:
+            kl = recipe.kl_loss(logprob, anchor[at])
+            loss = loss + recipe.kl_coef * (kl * weight[at]).sum() / count
+        loss.backward()
+        tally.add(loss, logprob, entropy, old[at], recipe)
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+PENALTIES = {"set": (-1.0, None), "advantage": (0.0, -1.0), "none": (None, None)}
+"""By --penalty: what an unexpected pattern sets the reward to, and the advantage. None: nothing."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an algorithm is made of. Its numbers are overridden by the flags of the same names."""
+
+    reward: Callable[[list[Response], "Config"], Tensor] = outcome
+    """(judged responses, flags) -> [N], before penalties. Every rank calls it, on all responses."""
+    advantage: Callable[[Tensor], Tensor] | None = leave_one_out
+    """Rewards [P, K] -> advantages [P, K]. None: a train_step of one's own makes them (rlsp.py)."""
+    average: Callable[[Tensor, int], Tensor] = relatives.every_token
+    """(lengths [N], max_tokens) -> [N]: how much the loss counts a token of each response."""
+    kl_loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(log-probs [M], the anchor's [M]) -> [M], a term of the loss. None: in the reward, as T1."""
+    resample: bool = False
+    """Dynamic sampling: only groups with unequal outcomes, drawn until there are enough of them."""
+    penalty: str = "none"
+    """What an unexpected pattern costs: see `PENALTIES`."""
+    lr: float = 1e-6
+    temperature: float = 1.0
+    kl_coef: float = 0.0
+    entropy_coef: float = 0.0
+    anchor_decay: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.penalty not in PENALTIES:
+            raise UserError(f"penalty {self.penalty!r} is none of {', '.join(PENALTIES)}")
+
+
+RECIPES = {
+    "t1": Recipe(
+        penalty="set",
+        lr=1.5e-6,
+        temperature=1.2,
+        kl_coef=2e-4,
+        entropy_coef=1e-3,
+        anchor_decay=0.99,
+    ),
+    "grpo": Recipe(
+        advantage=relatives.group_normalised,
+        average=relatives.every_response,
+        kl_loss=relatives.k3_kl,
+        kl_coef=0.04,
+    ),
+    "dr_grpo": Recipe(advantage=relatives.group_mean, average=relatives.by_the_limit),
+    "dapo": Recipe(
+        reward=relatives.outcome_and_length,
+        advantage=relatives.group_normalised,
+        resample=True,
+        clip_high=0.28,
+    ),
+    "reinforce": Recipe(advantage=relatives.batch_mean),
+}
+
+
+# --- the pieces of a step -------------------------------------------------------------------------
 
 
 @dataclass
 class Learner:
-    """The policy and everything that moves with it, or is asked about its responses."""
+    """The policy, everything that moves with it, and what it is asked."""
 
-    policy: Scorer
-    anchor: Scorer | None  # None: the recipe has no KL
-    optimizers: dict[str, torch.optim.Optimizer]  # by name; "adamw" has the critic's parameters too, if there is one
-    sampler: Sampler
-    tokenizer: Tokenizer
+    config: "Config"  # the flags, with `max_tokens` resolved
+    recipe: Recipe  # with the numbers that flags override
+    problems: list[Problem]
     world: World
-    exact: bool  # sampler and trainer both compute in fp32 on the same weights: their log-probs agree to 1e-5
-    critic: Critic | None = None
-    start: Scorer | None = None  # the policy that the run began with, if the KL to it is to be logged
-    judge: tuple[Sampler, Tokenizer] | None = None
+    tokenizer: Tokenizer
+    sampler: Sampler
+    models: dict[str, nn.Module]  # that are trained: "policy", and what a fork adds
+    optimizers: dict[str, torch.optim.Optimizer]
+    anchor: Scorer | None = None  # None: the recipe has no KL
+    start: Scorer | None = None  # the first policy of the run, if the KL to it is to be logged
+    exact: bool = True  # sampler and trainer compute in fp32: their log-probs agree to 1e-5
+    guard: runfolder.Guard = field(default_factory=runfolder.Guard)
+    cursor: int = 0  # how many problems have been drawn
 
-    def cut(self, config: Config) -> tuple[int | None, int, World]:
-        """How to cut work into micro-batches: the arguments of `parallel.micro_batches` after the examples."""
-        return config.micro_tokens, self.policy.model.config.dim, self.world
+    def __post_init__(self) -> None:
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
 
+    @property
+    def policy(self) -> Scorer:
+        return self.models["policy"]
 
-def collect(learner: Learner, problems: list[Problem], cursor: int, config: Config, recipe: Recipe, watch: Stopwatch):
-    """(rollouts, new cursor). Dynamic sampling draws prompts until `prompts` groups are mixed, or 3 times as many."""
-    params = SamplingParams(config.max_tokens, recipe.temperature, seed=config.seed)
-    rollouts = Rollouts([], [], [], [], [], [])
-    find_pattern = partial(
-        unexpected_pattern, patterns=config.patterns, ngram=config.repeat_ngram, times=config.repeat_times
-    )
-    for _ in range(3 if recipe.resample else 1):
-        numbers = range(cursor, cursor + config.prompts)
-        # Problems made by program come as they were made, so that a longer run begins as a shorter one.
-        numbered = [(n, problems[n] if config.task else nth_problem(problems, n, config.seed)) for n in numbers]
-        rollouts += roll_out(
-            learner.sampler, learner.tokenizer, numbered, config.samples, params, learner.world, watch, find_pattern
+    def micro_batches(self, responses: list[Response]) -> Iterator[tuple[Tensor, Packed]]:
+        """This rank's part of the responses, see `parallel.micro_batches`."""
+        examples = [response.example for response in responses]
+        tokens = self.config.micro_tokens
+        return parallel.micro_batches(examples, tokens, self.policy.model.config.dim, self.world)
+
+    def logprobs(self, scorer: Scorer, responses: list[Response]) -> Tensor:
+        """Of each token of the responses, [M], on every rank."""
+        temperature = self.recipe.temperature
+        return self.token_values(
+            lambda packed: parallel.score(scorer, packed, temperature)[0], responses
         )
-        cursor = numbers.stop
-        if mixed_groups(rollouts.outcomes(), config.samples).sum() >= config.prompts:
-            break
-    return rollouts, cursor
+
+    def token_values(
+        self, function: Callable[[Packed], Tensor], responses: list[Response]
+    ) -> Tensor:
+        """What `function` says of each token of the responses, see `parallel.values_of_all`."""
+        examples = [response.example for response in responses]
+        dim = self.policy.model.config.dim
+        return parallel.values_of_all(function, examples, self.config.micro_tokens, dim, self.world)
 
 
-def shape_rewards(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe) -> Tensor:
-    """What each response earns before the KL, [N]."""
-    rewards, lengths = rollouts.outcomes(), rollouts.lengths()
-    if recipe.reward == "soft_overlong":
-        rewards = rewards + relatives.soft_overlong(lengths, config.max_tokens, config.max_tokens // 5)
-    if recipe.reward == "exploration":
-        judged = (
-            relatives.judge(*learner.judge, rollouts.problems, rollouts.texts, learner.world) if learner.judge else None
-        )
-        rewards = relatives.exploration_reward(rollouts.verdicts, lengths, config.length_cost, judged)
-    if recipe.penalty == "none":
-        return rewards
-    return penalise(rewards, rollouts.patterns, to=-1.0 if recipe.penalty == "set" else 0.0)
+def patterns_of(responses: list[Response]) -> list[str | None]:
+    return [response.pattern for response in responses]
 
 
-def mixed_groups(rewards: Tensor, samples: int) -> Tensor:
-    """Which groups hold different rewards; the others have no gradient under a group's baseline. [N] -> bool [P]."""
-    groups = rewards.view(-1, samples)
+def unequal_groups(values: Tensor, samples: int) -> Tensor:
+    """Which groups of `samples` hold different values. [N] -> bool [P]."""
+    groups = values.view(-1, samples)
     return (groups != groups[:, :1]).any(dim=1)
 
 
-@torch.no_grad()
-def per_token(function: Callable[[Packed], Tensor], examples: list[Example], cut: tuple) -> list[Tensor]:
-    """What `function` (packed rows -> [R, T]) says of every response token: a tensor per example, on every rank.
+def rewards_of(responses: list[Response], config: "Config", recipe: Recipe) -> Tensor:
+    """The recipe's reward of each response, [N].
 
-    cut: see `Learner.cut`.
+    In float64, where the mean of equal rewards is what they are: so zero advantages can be told.
     """
-    found = {}
-    for rows, packed in parallel.micro_batches(examples, *cut):
-        values = packed.extract(function(packed).cpu())
-        found |= dict(zip(rows, (value.clone() for value in values)))  # a view is pickled with all that it views
-    merged = {i: values for share in parallel.gather_objects(found) for i, values in share.items()}
-    return [merged[i] for i in range(len(examples))]
+    rewards = torch.as_tensor(recipe.reward(responses, config)).double()
+    if rewards.shape != (len(responses),):
+        raise UserError(
+            f"recipe {config.recipe}: its reward must be of shape [{len(responses)}], "
+            f"one number for each response, and not of {list(rewards.shape)}"
+        )
+    return rewards
 
 
-def minibatches(size: int, config: Config, step: int) -> Iterator[list[int]]:
-    """The PPO loop: `epochs` passes over the batch, each shuffled anew and cut into `minibatches` parts."""
+def advantages_of(
+    rewards: Tensor, patterns: list[str | None], config: "Config", recipe: Recipe
+) -> Tensor:
+    """The recipe's advantage of each response, with --penalty advantage. [N] -> [N]."""
+    groups = rewards.view(-1, config.samples)
+    advantages = recipe.advantage(groups)
+    if advantages.shape != groups.shape:
+        raise UserError(
+            f"recipe {config.recipe}: its advantage must be of the rewards' shape "
+            f"{list(groups.shape)}, and not of {list(advantages.shape)}"
+        )
+    _, penalty = PENALTIES[recipe.penalty]
+    return penalise(advantages.flatten(), patterns, penalty)
+
+
+def teaching_groups(
+    responses: list[Response], rewards: Tensor, config: "Config", recipe: Recipe
+) -> Tensor:
+    """Which groups have an advantage that is not zero, bool [P].
+
+    The other groups have no gradient but the regularisers'. This is asked of the advantages
+    themselves, so it holds for any recipe: by a mean over the batch, say, a group of equal rewards
+    does teach something.
+    """
+    advantages = advantages_of(rewards, patterns_of(responses), config, recipe)
+    shape = (-1, config.samples)
+    rounding = 1e-9 * rewards.view(shape).abs().amax(dim=1, keepdim=True)
+    zero = advantages.view(shape).abs() <= rounding  # not of a NaN: the guard is to see it
+    teaching = ~zero.all(dim=1)
+    if recipe.resample:
+        teaching = teaching & unequal_groups(outcome(responses), config.samples)
+    return teaching
+
+
+def describe(responses: list[Response], rewards: Tensor, samples: int) -> dict[str, float]:
+    """Metrics of all responses of a step."""
+    correct = torch.tensor([float(response.verdict.correct) for response in responses])
+    reasons = [response.completion.finish_reason for response in responses]
+    return {
+        "reward": rewards.mean().item(),
+        "accuracy": correct.mean().item(),
+        "pass_at_k": correct.view(-1, samples).amax(dim=1).mean().item(),
+        "length": lengths(responses).double().mean().item(),
+        "unexpected": unexpected(patterns_of(responses)).double().mean().item(),
+        "truncated": reasons.count("length") / len(reasons),
+    }
+
+
+def score_tokens(learner: Learner, responses: list[Response]) -> dict[str, float]:
+    """Give each response its tokens' `old` and `anchor` log-probs and their `weight`; metrics."""
+    config, recipe = learner.config, learner.recipe
+    sizes = lengths(responses)
+    weight = recipe.average(sizes, config.max_tokens).repeat_interleave(sizes)
+    drawn = [response.completion.logprobs for response in responses]
+    sampled = torch.cat([torch.tensor(logprobs, dtype=torch.float64) for logprobs in drawn])
+    metrics = {}
+    if learner.exact:
+        old = sampled
+    else:
+        old = learner.logprobs(learner.policy, responses)
+        weight = weight * truncated_importance(old, sampled)
+        gap = (old - sampled).abs()
+        metrics["mismatch"] = gap.mean().item()
+        metrics["mismatch_max"] = gap.max().item()
+    if learner.anchor:
+        anchor = learner.logprobs(learner.anchor, responses)
+        give(responses, "anchor", anchor)
+        metrics["kl"] = (old - anchor).double().sum().item() / len(responses)
+    if learner.start:
+        start = learner.logprobs(learner.start, responses)
+        metrics["kl_start"] = (old - start).double().sum().item() / len(responses)
+    give(responses, "old", old)
+    give(responses, "weight", weight)
+    return metrics
+
+
+def truncated_importance(old: Tensor, sampled: Tensor, most: float = 2.0) -> Tensor:
+    """Weights of tokens that a slightly different policy sampled (in bf16, say). [M] -> [M].
+
+    min(pi_old / pi_sampler, most)
+    """
+    return (old - sampled).exp().clamp(max=most)
+
+
+def minibatches(size: int, config: "Config", step: int) -> Iterator[list[int]]:
+    """The PPO loop: `epochs` passes over the batch, each shuffled and cut into `minibatches`."""
     for epoch in range(config.epochs):
         order = list(range(size))
         random.Random(f"minibatches {config.seed} {step} {epoch}").shuffle(order)
-        yield from (order[part :: config.minibatches] for part in range(min(config.minibatches, size)))
+        parts = min(config.minibatches, size)
+        yield from (order[part::parts] for part in range(parts))
 
 
-ADVANTAGES = {
-    "leave_one_out": leave_one_out,
-    "group_mean": relatives.group_mean,
-    "group_normalised": relatives.group_normalised,
-    "batch_mean": relatives.batch_mean,
-}
+class Tally:
+    """The metrics of a step's updates: summed over this rank's tokens, in the end over all."""
 
+    def __init__(self) -> None:
+        self.losses: list[float] = []  # of the updates that are done
+        self.norms: list[float] = []
+        self.loss = 0.0  # of the update that is under way
+        names = ("tokens", "entropy", "clipped", "gap", "gap_tokens")
+        self.sums = dict.fromkeys(names, 0.0)
+        self.widest_gap = 0.0
 
-@dataclass
-class Batch:
-    """What the PPO loop trains on: one entry per response in each list, a number or a tensor with one per token."""
+    @torch.no_grad()
+    def add(self, loss: Tensor, logprob: Tensor, entropy: Tensor, old: Tensor, recipe: Recipe):
+        """Count a micro-batch."""
+        self.loss += loss.item()
+        gap = logprob - old
+        ratio = gap.exp()
+        outside = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
+        self.sums["tokens"] += len(gap)
+        self.sums["entropy"] += entropy.sum().item()
+        self.sums["clipped"] += outside.sum().item()
+        if not self.losses and len(gap):  # the policy is still the one that has sampled
+            self.sums["gap"] += gap.abs().sum().item()
+            self.sums["gap_tokens"] += len(gap)
+            self.widest_gap = max(self.widest_gap, gap.abs().max().item())
 
-    examples: list[Example]
-    old: list[Tensor]  # log-probs of the policy that sampled
-    anchor: list[Tensor]  # log-probs of the anchor; empty if nothing weighs them
-    advantages: list[float] | list[Tensor]
-    weights: list[Tensor]  # per token, see `token_weights`; times the truncated importance weights
-    returns: list[Tensor] = field(default_factory=list)  # the critic's targets; empty without one
-
-
-def prepare(learner: Learner, rollouts: Rollouts, config: Config, recipe: Recipe) -> tuple[Batch, dict[str, float]]:
-    """Rewards to advantages. Groups that carry no gradient are dropped first, before any forward pass."""
-    rewards, outcomes = shape_rewards(learner, rollouts, config, recipe), rollouts.outcomes()
-    mixed = mixed_groups(outcomes if recipe.resample else rewards, config.samples)
-    shown = unexpected(rollouts.patterns)
-    if recipe.penalty == "advantage":
-        mixed = mixed | shown.view(-1, config.samples).any(dim=1)
-    metrics = {
-        "reward": rewards.mean().item(),
-        "accuracy": outcomes.mean().item(),
-        "pass_at_k": outcomes.view(-1, config.samples).amax(dim=1).mean().item(),
-        "length": rollouts.lengths().mean().item(),
-        "dropped": 1 - mixed.float().mean().item(),
-        "unexpected": shown.float().mean().item(),
-        "truncated": rollouts.unended().mean().item(),
-    }
-    groups = mixed.nonzero().flatten().tolist()[: config.prompts] if recipe.by_group else range(len(mixed))
-    if not groups:
-        return Batch([], [], [], [], []), metrics
-    rows = [group * config.samples + i for group in groups for i in range(config.samples)]
-    kept, rewards = rollouts.select(rows), rewards[rows]
-    lengths = kept.lengths()
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).float()
-
-    def padded(values: list[Tensor]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
-
-    def ragged(grid: Tensor) -> list[Tensor]:
-        return [row[: int(length)] for row, length in zip(grid, lengths)]
-
-    def logprobs(scorer: Scorer) -> list[Tensor]:
-        return per_token(lambda packed: parallel.score(scorer, packed, recipe.temperature)[0], *passes)
-
-    passes = (kept.examples, learner.cut(config))
-    sampled = [torch.tensor(c.logprobs) for c in kept.completions]
-    old = sampled if learner.exact else logprobs(learner.policy)
-    anchor, kl = [], torch.zeros_like(mask)
-    if learner.anchor:
-        anchor = logprobs(learner.anchor)
-        kl = (padded(old) - padded(anchor)) * mask
-        metrics["kl"] = kl.sum(dim=1).mean().item()
-    if learner.start:
-        moved = (padded(old) - padded(logprobs(learner.start))) * mask
-        metrics["kl_start"] = moved.sum(dim=1).mean().item()
-
-    weights = relatives.token_weights(lengths, mask, recipe.mean, config.max_tokens)
-    if not learner.exact:
-        weights = weights * truncated_importance(padded(old), padded(sampled))
-        gap = (padded(old) - padded(sampled)).abs() * mask
-        metrics |= {"mismatch": (gap.sum() / mask.sum()).item(), "mismatch_max": gap.max().item()}
-    batch = Batch(kept.examples, old, anchor, [], ragged(weights))
-
-    if recipe.advantage == "critic":
-        values = padded(per_token(lambda packed: relatives.values_of(learner.critic, packed), *passes))
-        advantages, returns = relatives.critic_advantages(rewards, recipe.kl_coef * kl, values, mask, config.trace)
-        batch.advantages, batch.returns = ragged(advantages), ragged(returns)
-    else:
-        if anchor and recipe.kl == "reward":
-            rewards = rewards - recipe.kl_coef * centred_kl(padded(old), padded(anchor), mask)
-        advantages = ADVANTAGES[recipe.advantage](rewards.view(-1, config.samples)).flatten()
-        if recipe.penalty == "advantage":
-            advantages = penalise(advantages, kept.patterns)
-        batch.advantages = advantages.tolist()
-    return batch, metrics
-
-
-def parameter_groups(learner: Learner) -> list[dict]:
-    """Of all optimizers; each group has a learning rate."""
-    return [group for optimizer in learner.optimizers.values() for group in optimizer.param_groups]
+    def metrics(self, exact: bool) -> dict[str, float]:
+        sums = {name: parallel.sum_over_ranks(value) for name, value in self.sums.items()}
+        found = {
+            "loss": sum(self.losses) / len(self.losses),
+            "grad_norm": sum(self.norms) / len(self.norms),
+            "entropy": sums["entropy"] / sums["tokens"],
+            "clip_fraction": sums["clipped"] / sums["tokens"],
+        }
+        if exact:  # otherwise `score_tokens` has compared all of the tokens
+            found["mismatch"] = sums["gap"] / sums["gap_tokens"]
+            found["mismatch_max"] = max(parallel.gather_objects(self.widest_gap))
+        return found
 
 
 def zero_grad(learner: Learner) -> None:
@@ -325,158 +515,403 @@ def zero_grad(learner: Learner) -> None:
         optimizer.zero_grad()
 
 
-def update(learner: Learner, batch: Batch, config: Config, recipe: Recipe, step: int, guard: runfolder.Guard) -> dict:
-    """The PPO loop over one batch: one optimizer step per minibatch."""
-    sums = dict.fromkeys(("tokens", "entropy", "clipped", "value_loss", "gap", "gap_tokens"), 0.0)
-    losses, norms = [], []
-    widest = 0.0  # largest |log pi - log pi_old| of the first update, before the policy has moved
-    for number, rows in enumerate(minibatches(len(batch.examples), config, step)):
-        zero_grad(learner)
-        token_count = sum(batch.examples[i].targets for i in rows)
-        total = 0.0
-        for part, packed in parallel.micro_batches([batch.examples[i] for i in rows], *learner.cut(config)):
-            chosen, packed = [rows[j] for j in part], packed.to(learner.world.device)
-            old, advantage, weight = (
-                packed.place([values[i] for i in chosen]) for values in (batch.old, batch.advantages, batch.weights)
-            )
-            logprob, entropy = parallel.score(learner.policy, packed, recipe.temperature)
-            loss = ppo_clip_loss(logprob, old, advantage, weight, recipe.clip_low, recipe.clip_high, token_count)
-            loss = loss - recipe.entropy_coef * entropy_bonus(entropy, weight, token_count)
-            if batch.anchor and recipe.kl == "loss":
-                anchor = packed.place([batch.anchor[i] for i in chosen])
-                loss = loss + recipe.kl_coef * relatives.k3_kl(logprob, anchor, weight, token_count)
-            loss.backward()
-            total += loss.item()
-            if batch.returns:
-                returns = packed.place([batch.returns[i] for i in chosen])
-                values = relatives.values_of(learner.critic, packed)
-                missed = relatives.value_loss(values, returns, packed.mask, token_count)
-                missed.backward()
-                sums["value_loss"] += missed.item() * token_count
-            with torch.no_grad():
-                gap = (logprob - old)[packed.mask]
-                outside = (gap.exp() < 1 - recipe.clip_low) | (gap.exp() > 1 + recipe.clip_high)
-                sums["tokens"] += len(gap)
-                sums["entropy"] += entropy.sum().item()
-                sums["clipped"] += outside.sum().item()
-                if number == 0:
-                    sums["gap"] += gap.abs().sum().item()
-                    sums["gap_tokens"] += len(gap)
-                    widest = max(widest, gap.abs().max().item() if len(gap) else 0.0)
-        losses.append(parallel.sum_over_ranks(total))
-        norms.append(parallel.clip_grad_norm(learner.policy, config.max_grad_norm))
-        critic_norm = parallel.clip_grad_norm(learner.critic, config.max_grad_norm) if learner.critic else 0.0
-        if guard.allows(loss=losses[-1], gradient=norms[-1], critic=critic_norm):
-            for optimizer in learner.optimizers.values():
-                optimizer.step()
+def descend(learner: Learner, tally: Tally) -> None:
+    """One optimizer step with the gradients that stand in the models, unless the guard objects."""
+    loss = parallel.sum_over_ranks(tally.loss)
+    limit = learner.config.max_grad_norm
+    norms = {name: parallel.clip_grad_norm(m, limit) for name, m in learner.models.items()}
+    tally.losses.append(loss)
+    tally.norms.append(norms["policy"])
+    tally.loss = 0.0
+    gradients = {f"gradient of the {name}": norm for name, norm in norms.items()}
+    if learner.guard.allows(loss=loss, **gradients):
+        for optimizer in learner.optimizers.values():
+            optimizer.step()
     zero_grad(learner)  # the sampler can use the room
-    sums = {name: parallel.sum_over_ranks(value) for name, value in sums.items()}
-    metrics = {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
-    metrics |= {"entropy": sums["entropy"] / sums["tokens"], "clip_fraction": sums["clipped"] / sums["tokens"]}
-    if learner.critic:
-        metrics["value_loss"] = sums["value_loss"] / sums["tokens"]
-    if learner.exact:
-        metrics["mismatch"] = sums["gap"] / sums["gap_tokens"]
-        metrics["mismatch_max"] = max(parallel.gather_objects(widest))
-    return metrics
 
 
-def train_step(
-    step: int, learner: Learner, problems: list[Problem], state: dict, config: Config, guard: runfolder.Guard
-):
-    """(metrics, rollouts) of one step of T1; `state` (the data position, the entropy coefficient) moves on."""
-    recipe, watch = replace(resolve(config), entropy_coef=state["entropy_coef"]), Stopwatch()
-    rise, fall = step / max(config.warmup, 1), (config.steps + 1 - step) / (config.cooldown + 1)
-    for group in parameter_groups(learner):
-        group["lr"] = group["initial_lr"] * min(1.0, rise, fall)
+# --- around a step --------------------------------------------------------------------------------
+
+
+def begin_step(learner: Learner, step: int) -> None:
+    """The learning rate of this step, and the newest weights for the sampler."""
+    config = learner.config
+    rise = step / max(config.warmup, 1)
+    fall = (config.steps + 1 - step) / (config.cooldown + 1)
+    for optimizer in learner.optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * min(1.0, rise, fall)
     if learner.sampler.model is not learner.policy.model:
-        parallel.copy_weights(learner.policy, learner.sampler.model)  # before the rollout: a resumed run has new ones
-    rollouts, state["cursor"] = collect(learner, problems, state["cursor"], config, recipe, watch)
+        # Before the rollout, not after the update: a resumed run has new weights, too.
+        parallel.copy_weights(learner.policy, learner.sampler.model)
+
+
+def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
+    """K judged responses to each of the next prompts, prompt after prompt, the same on every rank.
+
+    By dynamic sampling new prompts are drawn until `prompts` groups have unequal outcomes, but at
+    most 3 times as many.
+    """
+    config, tokenizer, world = learner.config, learner.tokenizer, learner.world
+    params = SamplingParams(config.max_tokens, learner.recipe.temperature, seed=config.seed)
+    responses: list[Response] = []
+    for _ in range(3 if learner.recipe.resample else 1):
+        keys = list(range(learner.cursor, learner.cursor + config.prompts))
+        learner.cursor += config.prompts
+        problems = [nth_problem(learner, number) for number in keys]
+        prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
+        with watch("sampling"):
+            completions = rollout.draw(
+                learner.sampler, prompts, keys, config.samples, params, world
+            )
+        with watch("verifying"):
+            responses += rollout.judge(problems, prompts, completions, tokenizer, config, world)
+        if unequal_groups(outcome(responses), config.samples).sum() >= config.prompts:
+            break
+    return responses
+
+
+def nth_problem(learner: Learner, number: int) -> Problem:
+    """The number-th problem that the run draws, counted over all steps."""
+    if learner.config.task:  # as they were made, so that a longer run begins as a shorter one
+        return learner.problems[number]
+    return rollout.nth_problem(learner.problems, number, learner.config.seed)
+
+
+def run_step(
+    learner: Learner, step: int, train_step: Callable[..., dict[str, float]] = train_step
+) -> tuple[dict[str, float], list[Response]]:
+    """Sample, judge and train: (metrics, all responses). The learner moves on."""
+    watch = Stopwatch()
+    begin_step(learner, step)
+    responses = collect(learner, watch)
     with watch("training"):
-        batch, metrics = prepare(learner, rollouts, config, recipe)
-        metrics |= update(learner, batch, config, recipe, step, guard) if batch.examples else {"loss": 0.0}
-        if learner.anchor:
-            update_anchor(learner.anchor, learner.policy, recipe.anchor_decay)
+        metrics = train_step(learner, responses, step)
+    end_step(learner, responses, metrics, watch)
+    return metrics, responses
+
+
+def adapt_entropy_coef(coef: float, entropy: float, target: float, rate: float = 0.05) -> float:
+    """Adaptive entropy: the coefficient rises while entropy is below `target`, falls above it."""
+    return coef * math.exp(rate * max(-1.0, min(1.0, (target - entropy) / target)))
+
+
+def end_step(
+    learner: Learner, responses: list[Response], metrics: dict[str, float], watch: Stopwatch
+) -> None:
+    """Adapt the entropy coefficient, and complete the metrics of the step."""
+    config, recipe = learner.config, learner.recipe
     if config.entropy_target and "entropy" in metrics:
-        metrics["entropy_coef"] = recipe.entropy_coef
-        state["entropy_coef"] = adapt_entropy_coef(recipe.entropy_coef, metrics["entropy"], config.entropy_target)
-    tokens = sum(len(c.tokens) for c in rollouts.completions)
-    seconds = {f"seconds_{name}": value for name, value in watch.seconds.items()}
-    metrics |= {"skipped": guard.skipped, "tokens_per_second": tokens / sum(watch.seconds.values())} | seconds
-    return metrics, rollouts
+        coef = recipe.entropy_coef
+        metrics["entropy_coef"] = coef
+        coef = adapt_entropy_coef(coef, metrics["entropy"], config.entropy_target)
+        learner.recipe = replace(recipe, entropy_coef=coef)
+    metrics["max_tokens"] = config.max_tokens
+    metrics["skipped"] = learner.guard.skipped
+    metrics["tokens_per_second"] = lengths(responses).sum().item() / sum(watch.seconds.values())
+    metrics |= {f"seconds_{name}": value for name, value in watch.seconds.items()}
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
+# --- the flags ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    model: str
+    """Hugging Face folder, or run folder, of the policy to start from (T1: the SFT model)."""
+    out: str
+    """Run folder: config.json, metrics.jsonl, checkpoints/, a figure, and in the end OUT/model."""
+    task: str = ""
+    """Problems made by program, instead of --data: countdown."""
+    data: str = ""
+    """Problem file, JSONL: `problem` (or `question`) and `answer`."""
+    recipe: str = "t1"
+    """The algorithm: t1, grpo, dr_grpo, dapo or reinforce. The README has the table of what each
+    switches."""
+    steps: int = 100
+    """Rollout batches, each followed by epochs * minibatches updates."""
+    seed: int = 0
+    """Seed of the problems' order and of every sampled token."""
+    prompts: int = 32
+    """Prompts per step (T1: 32)."""
+    samples: int = 64
+    """K, responses per prompt: oversampling (T1: 64; more is better, and buys more reward per KL).
+    """
+    max_tokens: int | None = None
+    """Length at which a response is cut off, and counts as overlong (T1: 10,240; 16,384 for 32B).
+    None: what the model's context has room for behind the longest prompt, 10,240 at most."""
+    epochs: int = 1
+    """Passes of the PPO loop over each rollout batch (1, with 1 minibatch, is exactly on-policy).
+    """
+    minibatches: int = 1
+    """Updates per pass."""
+    lr: float | None = None
+    """Learning rate (T1: 1.5e-6; a small model wants more)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """What moves the blocks' matrices; muon is for small models, see muon.py."""
+    temperature: float | None = None
+    """Sampling temperature; it divides the logits in training too (T1: 1.2; at or below 1 training
+    may collapse)."""
+    kl_coef: float | None = None
+    """Weight of the KL to the anchor (T1: 2e-4)."""
+    penalty: Literal["set", "advantage", "none"] | None = None
+    """What an unexpected pattern costs: set: reward -1 (T1). advantage: reward 0, then advantage
+    -1, even where all K show one. none: nothing."""
+    patterns: tuple[Literal["overlong", "repeated", "garbled"], ...] = tasks.PATTERNS
+    """Which patterns are unexpected; T1 ablates them."""
+    repeat_ngram: int = 20
+    """A response repeats itself if some n-gram of so many tokens ..."""
+    repeat_times: int = 4
+    """... stands in it so many times. (T1 names no numbers; short chains want smaller ones.)"""
+    entropy_coef: float | None = None
+    """Weight of the token-level entropy bonus: raise it if entropy collapses, lower it if responses
+    turn garbled."""
+    entropy_target: float | None = None
+    """Entropy in nats per token to be held by adapting --entropy-coef at every step (none: it stays
+    as it is)."""
+    anchor_decay: float | None = None
+    """Decay of the anchor's moving average: 1 keeps it where the run began, 0 makes it the policy
+    itself."""
+    clip_low: float | None = None
+    """PPO: the ratio's lower bound is 1 - clip_low."""
+    clip_high: float | None = None
+    """PPO: the ratio's upper bound is 1 + clip_high (DAPO raises it, so that rare tokens can grow).
+    """
+    numbers: int = 3
+    """Countdown: how many numbers."""
+    largest: int = tasks.LARGEST_GIVEN
+    """Countdown: the numbers are drawn from 1 to this."""
+    operators: str = "+-*"
+    """Countdown: which operators; / divides exactly."""
+    warmup: int = 0
+    """Steps over which the learning rate rises to its value: Adam's first steps are its wildest."""
+    cooldown: int = 0
+    """Steps at the end over which it falls again: at a constant rate a small policy jitters around
+    its own average."""
+    max_grad_norm: float = 1.0
+    """Longer gradients are scaled down to this."""
+    micro_tokens: int | None = None
+    """Tokens per forward pass of a rank (None: 8,192 on a GPU, 2,048 on a CPU): bounds memory,
+    changes no result."""
+    recompute: bool = False
+    """Recompute activations in the backward pass: a third more time for far less memory."""
+    checkpoint_every: int = 10
+    """Steps between checkpoints; the last two are kept."""
+    keep_every: int = 0
+    """Also keep, for good, the checkpoint of every so many steps (0: none): to measure how RL went,
+    see --step."""
+    start_kl: bool = False
+    """Also log the KL to the policy that the run began with: one more copy of the weights, and one
+    more pass."""
+    show_every: int = 10
+    """Steps between responses shown on the terminal (0: none)."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out."""
+    export: str = ""
+    """Do not train: write the policy of a checkpoint in --out to this Hugging Face folder."""
+    step: int | None = None
+    """With --export: the checkpoint of this step (none: the newest)."""
+    max_batch: int = 1024
+    """Sequences decoded at once, at most."""
+    log: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the metrics go besides metrics.jsonl."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the matrix products and of the sampler's copy; the master weights are float32 in any
+    case."""
+
+
+OVERRIDES = (
+    *("lr", "temperature", "penalty", "kl_coef"),
+    *("entropy_coef", "anchor_decay", "clip_low", "clip_high"),
+)
+"""Flags that override what the recipe has of the same name."""
+
+MAY_CHANGE = (
+    *("out", "steps", "resume", "export", "step", "log", "show_every", "device"),
+    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute"),
+)
+"""Flags that --resume accepts with another value (a folder may have moved). All others would make
+it another run."""
+
+
+def resolve(config: Config) -> Recipe:
+    """The recipe with the numbers that flags override."""
+    if config.recipe not in RECIPES:
+        raise UserError(f"--recipe {config.recipe} is none of {', '.join(RECIPES)}")
+    flags = {name: getattr(config, name) for name in OVERRIDES}
+    given = {name: value for name, value in flags.items() if value is not None}
+    return replace(RECIPES[config.recipe], **given)
+
+
+def check_flags(config: Config, recipe: Recipe) -> None:
+    """What can be known to be wrong before anything is loaded."""
+    check_problems(config)
+    check_numbers(config, recipe)
+    if config.step is not None and not config.export:
+        raise UserError(
+            f"--step {config.step} says which checkpoint to --export; "
+            "for the length of a run, see --steps"
+        )
+    if config.keep_every % config.checkpoint_every:
+        raise UserError(
+            f"--keep-every {config.keep_every} must be a multiple of --checkpoint-every"
+        )
+    if config.samples == 1 and recipe.advantage:
+        check_one_sample(config, recipe)
+    if config.entropy_target is not None and min(config.entropy_target, recipe.entropy_coef) <= 0:
+        raise UserError(
+            "--entropy-target must be above 0, and so must --entropy-coef, from which it starts"
+        )
+
+
+def check_problems(config: Config) -> None:
+    """Where problems come from: a file, or a task that makes them."""
+    if bool(config.task) == bool(config.data):
+        raise UserError("exactly one of --task and --data says where the problems come from")
+    made = [name for name, task in tasks.TASKS.items() if task.problems]
+    if config.task and config.task not in made:
+        raise UserError(f"--task {config.task} is none of {', '.join(made)}")
+    tasks.check_numbers(config.numbers)
+    tasks.check_largest(config.largest)
+    tasks.check_operators(config.operators)
+
+
+def check_numbers(config: Config, recipe: Recipe) -> None:
+    """Every number in its range."""
+
+    def require(holds: bool, name: str, wanted: str, value: float) -> None:
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} must {wanted}, but is {value}")
+
+    counts = ("steps", "prompts", "samples", "epochs", "minibatches", "checkpoint_every")
+    for name in (*counts, "max_tokens", "micro_tokens", "max_batch", "repeat_ngram"):
+        value = getattr(config, name)
+        require(value is None or value >= 1, name, "be at least 1", value)
+    require(config.repeat_times >= 2, "repeat_times", "be at least 2", config.repeat_times)
+    require(config.max_grad_norm > 0, "max_grad_norm", "be above 0", config.max_grad_norm)
+    for name in ("warmup", "cooldown", "show_every", "keep_every"):
+        value = getattr(config, name)
+        require(value >= 0, name, "not be below 0", value)
+    for name in ("lr", "temperature"):
+        value = getattr(recipe, name)
+        require(0 < value < math.inf, name, "be above 0 in training", value)
+    for name in ("kl_coef", "entropy_coef", "clip_low", "clip_high"):
+        value = getattr(recipe, name)
+        require(value >= 0, name, "not be below 0", value)
+    decay = recipe.anchor_decay
+    require(0 <= decay <= 1, "anchor_decay", "lie between 0 and 1", decay)
+
+
+def check_one_sample(config: Config, recipe: Recipe) -> None:
+    """--samples 1 makes sense only if a response need not be compared with others of its prompt."""
+    try:
+        advantages = recipe.advantage(torch.tensor([[0.0], [1.0]], dtype=torch.float64))
+    except UserError as error:
+        raise UserError(f"--samples 1: {error}") from None
+    if not advantages.isfinite().all() or not advantages.any():
+        raise UserError(
+            f"--samples 1: the recipe {config.recipe} compares the responses to one prompt"
+        )
+
+
+# --- the run --------------------------------------------------------------------------------------
 
 
 def alarms(history: list[dict], window: int = 5) -> list[str]:
-    """What is going wrong, each with the knob that the paper turns: the last `window` steps against the rest."""
+    """What is going wrong, each with the knob that the paper turns: the last `window` steps against
+    the rest.
+    """
 
     def means(name: str) -> list[float]:
         values = [row[name] for row in history if name in row]
-        return [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)] or [math.nan]
+        spans = [values[i : i + window] for i in range(len(values) - window + 1)]
+        return [sum(span) / window for span in spans] or [math.nan]
 
-    accuracy, entropy, truncated = means("accuracy"), means("entropy"), means("truncated")
+    accuracy = means("accuracy")
+    entropy = means("entropy")
+    truncated = means("truncated")
     found = []
     if accuracy[-1] < 2 / 3 * max(accuracy):
         found.append(
-            "reward collapse: accuracy fell by a third; raise --temperature (T1: 1.2) or --kl-coef, lower --lr"
+            "reward collapse: accuracy fell by a third; "
+            "raise --temperature (T1: 1.2) or --kl-coef, lower --lr"
         )
     if entropy[-1] < entropy[0] / 5:
-        found.append("entropy collapse: a fifth of what it was; raise --entropy-coef or --temperature (T1: 1.2)")
+        found.append(
+            "entropy collapse: a fifth of what it was; "
+            "raise --entropy-coef or --temperature (T1: 1.2)"
+        )
     if truncated[-1] > max(0.2, 2 * truncated[0]):
-        found.append("length run-away: too many responses never end; T1 penalises them; lower --entropy-coef")
+        found.append(
+            "length run-away: too many responses never end; T1 penalises them; lower --entropy-coef"
+        )
     if len(history) > 1 and history[-1]["skipped"] > history[-2]["skipped"]:
-        found.append("not finite: an update was skipped; lower --lr or --max-grad-norm, or use --dtype float32")
+        found.append(
+            "not finite: an update was skipped; "
+            "lower --lr or --max-grad-norm, or use --dtype float32"
+        )
     return found
 
 
-def make_learner(config: Config, recipe: Recipe, world: World) -> Learner:
+def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world: World) -> Learner:
+    """Load the models. config: with `max_tokens` resolved."""
     dtype = getattr(torch, config.dtype)
-
-    def trained(wrap: type = Scorer) -> Scorer | Critic:
-        return parallel.shard(load_pretrained(config.model), world, dtype, config.recompute, wrap)
-
-    policy = trained()
+    policy = load_trained(config, world)
     exact = dtype == torch.float32
-    # One process in fp32 samples from the policy itself; otherwise the sampler has a copy of its own.
+    # One process in fp32 samples from the policy itself; otherwise the sampler has its own copy.
     alone = exact and world.size == 1
     actor = policy.model if alone else load_pretrained(config.model, dtype, world.device)
     tokenizer = load_tokenizer(config.model)
-    optimizers = make_optimizers(policy, config.optimizer, recipe.lr)
-    sampler = Sampler(actor, tokenizer, max_batch=config.max_batch)
-    anchor = trained() if recipe.kl_coef else None
-    learner = Learner(policy, anchor, optimizers, sampler, tokenizer, world, exact)
+    anchor = load_trained(config, world) if recipe.kl_coef else None
+    start = None
     if config.start_kl:
-        learner.start = anchor if anchor and recipe.anchor_decay == 1 else trained()
-    if recipe.advantage == "critic":
-        learner.critic = trained(Critic)
-        for group in parallel.adamw(learner.critic.parameters(), 10 * recipe.lr).param_groups:
-            optimizers["adamw"].add_param_group(group)
-    if config.judge:
-        reader = load_tokenizer(config.judge)
-        learner.judge = Sampler(load_pretrained(config.judge, dtype, world.device), reader, config.max_batch), reader
-    for group in parameter_groups(learner):
-        group["initial_lr"] = group["lr"]
-    return learner
+        stays = anchor and recipe.anchor_decay == 1
+        start = anchor if stays else load_trained(config, world)
+    return Learner(
+        config=config,
+        recipe=recipe,
+        problems=problems,
+        world=world,
+        tokenizer=tokenizer,
+        sampler=Sampler(actor, tokenizer, max_batch=config.max_batch),
+        models={"policy": policy},
+        optimizers=make_optimizers(policy, config.optimizer, recipe.lr),
+        anchor=anchor,
+        start=start,
+        exact=exact,
+    )
+
+
+def load_trained(config: Config, world: World, wrap: Callable = Scorer) -> Any:
+    """The model of --model in a `wrap`, sharded over the ranks."""
+    dtype = getattr(torch, config.dtype)
+    return parallel.shard(load_pretrained(config.model), world, dtype, config.recompute, wrap)
 
 
 def export(config: Config, world: World) -> None:
-    """The policy of a checkpoint in --out as a Hugging Face folder: of a run that is not finished, or of --step."""
+    """The policy of a checkpoint in --out as a Hugging Face folder: of a run that is not finished,
+    or of --step.
+    """
     saved = parallel.complete_checkpoints(Path(config.out) / "checkpoints")
     if not saved:
         raise UserError(f"--export: there is no whole checkpoint in {config.out}")
+    newest = saved[-1]
     if config.step is not None:
-        steps = [parallel.step_of(path) for path in saved]
-        if config.step not in steps:
-            held = ", ".join(map(str, steps))
-            raise UserError(f"--export --step {config.step}: {config.out} holds the steps {held} (see --keep-every)")
-        saved = [saved[steps.index(config.step)]]
+        by_step = {parallel.step_of(path): path for path in saved}
+        if config.step not in by_step:
+            held = ", ".join(map(str, by_step))
+            raise UserError(
+                f"--export --step {config.step}: {config.out} holds the steps {held} "
+                "(see --keep-every)"
+            )
+        newest = by_step[config.step]
     if Path(config.export).exists():
         raise UserError(f"--export: {config.export} exists already")
     cli.check_parent(config.export)
     policy = parallel.shard(load_pretrained(config.model), world)
-    parallel.load_checkpoint(saved[-1], {"policy": policy}, world)
+    parallel.load_checkpoint(newest, {"policy": policy}, world)
     parallel.save_model(policy, Path(config.export), load_tokenizer(config.model), world)
 
 
@@ -490,53 +925,147 @@ PANELS = {
 }
 
 
-def train(config: Config, world: World) -> None:
+def tensors_of(learner: Learner) -> dict[str, Any]:
+    """What a checkpoint holds, by name."""
+    anchor = {"anchor": learner.anchor} if learner.anchor else {}
+    return learner.models | anchor | learner.optimizers
+
+
+def state_of(learner: Learner) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors."""
+    return {
+        "cursor": learner.cursor,
+        "entropy_coef": learner.recipe.entropy_coef,
+        "max_tokens": learner.config.max_tokens,
+        "skipped": learner.guard.skipped,
+        "in_a_row": learner.guard.in_a_row,
+    }
+
+
+def written(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON holds it: numbers as they are, functions by their names."""
+    found = {}
+    for spec in fields(recipe):
+        value = getattr(recipe, spec.name)
+        if callable(value):  # not by their module: that is __main__ or not, by how rl.py is started
+            value = getattr(value, "__qualname__", type(value).__name__)
+        found[spec.name] = value
+    return found
+
+
+def restore(learner: Learner, checkpoints: Path) -> int:
+    """Load the newest checkpoint, if there is one; the step that it was written after."""
+    saved = parallel.complete_checkpoints(checkpoints)
+    if not saved:
+        return 0
+    needed = ("recipe", *state_of(learner))
+    state = parallel.load_checkpoint(saved[-1], tensors_of(learner), learner.world, needed)
+    recipe = written(learner.recipe)
+    for name, value in recipe.items():
+        if state["recipe"].get(name) != value:
+            raise UserError(
+                f"--resume: the run was started with another recipe {learner.config.recipe}: "
+                f"{name} was {state['recipe'].get(name)}, and is {value}"
+            )
+    learner.cursor = state["cursor"]
+    learner.recipe = replace(learner.recipe, entropy_coef=state["entropy_coef"])
+    # As the run began: more --steps may bring a longer prompt, behind which there is less room.
+    learner.config = replace(learner.config, max_tokens=state["max_tokens"])
+    learner.guard.skipped = state["skipped"]
+    learner.guard.in_a_row = state["in_a_row"]
+    return state["step"]
+
+
+def train(
+    config: Config,
+    world: World,
+    make_learner: Callable[..., Learner] = make_learner,
+    train_step: Callable[..., dict[str, float]] = train_step,
+) -> None:
+    """A run from its first step, or from its last checkpoint, to its end."""
     recipe = resolve(config)
-    check(config, recipe)
-    # The cool-down is counted from the end: with another number of steps, the steps already taken had the wrong rate.
-    may_change = tuple(name for name in MAY_CHANGE if name != "steps" or not config.cooldown)
+    check_flags(config, recipe)
+    may_change = MAY_CHANGE
+    if config.cooldown:  # it is counted from the end: the steps already taken had the wrong rate
+        may_change = tuple(name for name in MAY_CHANGE if name != "steps")
     runfolder.check_run(config.out, config, config.resume, may_change)
-    problems = read_problems(config, recipe)
-    learner = make_learner(config, recipe, world)
+    draws = config.steps * config.prompts * (3 if recipe.resample else 1)
+    problems = rollout.read_problems(config, draws)
+    room = room_for_responses(config, problems)
+    learner = make_learner(replace(config, max_tokens=room), recipe, problems, world)
     out = runfolder.open_run(config.out, config, config.resume, may_change, world)
-    parts = {"policy": learner.policy, "anchor": learner.anchor, "critic": learner.critic}
-    parts = {name: part for name, part in parts.items() if part is not None} | learner.optimizers
-    state, guard, done = {"cursor": 0, "entropy_coef": recipe.entropy_coef}, runfolder.Guard(), 0
-    if saved := parallel.complete_checkpoints(out / "checkpoints"):
-        found = parallel.load_checkpoint(saved[-1], parts, world, (*state, "skipped", "in_a_row"))
-        done, state = found["step"], {name: found[name] for name in state}
-        guard.skipped, guard.in_a_row = found["skipped"], found["in_a_row"]
+    done = restore(learner, out / "checkpoints")
+
     log = runfolder.MetricsLog(out, done, world, config.log)
     history = runfolder.read_metrics(log.path)
     checkpoints = parallel.Checkpoints(out / "checkpoints", world, keep_every=config.keep_every)
-    steps = range(done + 1, config.steps + 1)
-    bar = tqdm(steps, initial=done, total=config.steps, desc="rl", unit="step", disable=not world.main)
+    bar = tqdm(
+        range(done + 1, config.steps + 1),
+        initial=done,
+        total=config.steps,
+        desc="rl",
+        unit="step",
+        disable=not world.main,
+    )
     for step in bar:
-        metrics, rollouts = train_step(step, learner, problems, state, config, guard)
+        metrics, responses = run_step(learner, step, train_step)
         log.write(step, metrics)
         history.append(metrics)
         if world.main:
-            shown = ("reward", "accuracy", "length", "entropy", "tokens_per_second")
-            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown if name in metrics})
-            before = alarms(history[:-1])  # an alarm is named when it begins, not for as long as it lasts
-            for alarm in alarms(history):
-                if alarm not in before:
-                    bar.write(f"step {step}: {alarm}")
-            if config.show_every and step % config.show_every == 0:
-                bar.write(rollouts.show(step))
+            report(bar, step, history, responses, config.show_every)
         if step % config.checkpoint_every == 0 or step == config.steps:
-            counters = {"skipped": guard.skipped, "in_a_row": guard.in_a_row}
-            checkpoints.save(step, parts, state | counters)
+            state = {"recipe": written(recipe)} | state_of(learner)
+            checkpoints.save(step, tensors_of(learner), state)
             if world.main:
                 runfolder.plot(out / "metrics.jsonl", out / "metrics.png", PANELS)
     checkpoints.finish()
     parallel.save_model(learner.policy, out / "model", learner.tokenizer, world)
 
 
-def main(config: Config) -> None:
+def room_for_responses(config: Config, problems: list[Problem]) -> int:
+    """--max-tokens, or what that is where it is left out. UserError if a prompt has no room."""
+    context = read_config(model_folder(config.model)).context
+    tokenizer = load_tokenizer(config.model)
+    prompts = (tasks.prompt_ids(problem, tokenizer) for problem in problems)
+    source = config.data or config.task
+    return rollout.room_for_responses(prompts, config.max_tokens, context, source)
+
+
+def report(
+    bar: tqdm, step: int, history: list[dict], responses: list[Response], show_every: int
+) -> None:
+    """On the terminal: a few metrics, alarms, and now and then a response, word for word."""
+    names = ("reward", "accuracy", "length", "entropy", "tokens_per_second")
+    metrics = history[-1]
+    bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
+    before = alarms(history[:-1])  # an alarm is named when it begins, not for as long as it lasts
+    for alarm in alarms(history):
+        if alarm not in before:
+            bar.write(f"step {step}: {alarm}")
+    if show_every and step % show_every == 0:
+        bar.write(str(responses[step % len(responses)]))
+
+
+def main(
+    config: Config,
+    make_learner: Callable[..., Learner] = make_learner,
+    train_step: Callable[..., dict[str, float]] = train_step,
+) -> None:
+    """The command. A fork with models or a step of its own calls it with these (see rlsp.py)."""
     with parallel.session(config.device) as world:
-        (export if config.export else train)(config, world)
+        if config.export:
+            export(config, world)
+        else:
+            train(config, world, make_learner, train_step)
+
+
+def command(config_class: type[Config] = Config, main: Callable[[Config], None] = main) -> None:
+    """Read the flags and run: what a fork's file ends with.
+
+    config_class: a subclass of Config, for flags of one's own.
+    """
+    cli.run(main, config_class)
 
 
 if __name__ == "__main__":
-    cli.run(main, Config)
+    command()

@@ -1,70 +1,175 @@
-"""Where the policy meets the problems: K responses to each prompt of a step, judged, on every rank.
+"""Where the policy meets the problems: K responses to each prompt of a step, judged.
 
-Prompts, or parts of their K samples, are spread over the ranks; each samples and judges its own, and then all ranks get
-all responses. From there on every rank computes the same rewards and advantages, so nothing about the algorithm knows
-of ranks.
+    problems -> prompts -> `draw` K responses to each -> `judge` them -> a list of `Response`
+
+The work is shared out over the ranks, and then all ranks have all responses. From there on every
+rank computes the same rewards and advantages, so nothing about the algorithm knows of ranks.
 """
 
 import contextlib
+import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import parallel
-import relatives
 import tasks
 from cli import UserError
-from model import model_folder, read_config
 from packing import Example
 from parallel import World
-from recipes import Config, Recipe
 from sample import Completion, Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer
 from verify import Verdict
+
+NOTHING = torch.zeros(0)
 
 
 @dataclass
-class Rollouts:
-    """P * K judged responses, prompt after prompt; the same on every rank."""
+class Response:
+    """What was asked and said, what it was found to be, and what the step makes of it."""
 
-    problems: list[Problem]
-    examples: list[Example]
-    completions: list[Completion]
-    texts: list[str]
-    verdicts: list[Verdict]
-    patterns: list[str | None]
+    problem: Problem
+    prompt: list[int]
+    completion: Completion
+    text: str
+    verdict: Verdict
+    pattern: str | None  # the unexpected pattern that it shows
 
-    def select(self, rows: Iterable[int]) -> "Rollouts":
-        return Rollouts(*([getattr(self, f.name)[i] for i in rows] for f in fields(self)))
+    # What the step adds. But for the reward, one value for each of its tokens: `flat` and `give`.
+    reward: float = math.nan  # after penalties, before the KL
+    old: Tensor = NOTHING  # log-probs of the policy before the step
+    anchor: Tensor = NOTHING  # log-probs of the anchor
+    weight: Tensor = NOTHING  # how much the loss counts a token
+    advantage: Tensor = NOTHING
 
-    def outcomes(self) -> Tensor:
-        """1 for a right response, 0 for any other, [N]."""
-        return torch.tensor([float(verdict.correct) for verdict in self.verdicts])
+    @property
+    def example(self) -> Example:
+        """The sequence to train on: all tokens of the response, the stop token included."""
+        begin = len(self.prompt)
+        end = begin + len(self.completion.tokens)
+        return Example(self.prompt + self.completion.tokens, [(begin, end)])
 
-    def lengths(self) -> Tensor:
-        """Tokens of each response, the stop token included, [N]."""
-        return torch.tensor([float(len(completion.tokens)) for completion in self.completions])
+    def __str__(self) -> str:
+        outcome = self.pattern or self.verdict.outcome
+        return f"--- {self.problem.question}\n{self.text}\n--- {outcome}: {self.reward:g}"
 
-    def unended(self) -> Tensor:
-        """1 for a response without a stop token, 0 for any other, [N]."""
-        return torch.tensor([float(completion.finish_reason == "length") for completion in self.completions])
 
-    def show(self, number: int) -> str:
-        """One response, word for word: people want to read what the policy says."""
-        i = number % len(self.texts)
-        verdict = self.patterns[i] or self.verdicts[i].outcome
-        return f"--- {self.problems[i].question}\n{self.texts[i]}\n--- {verdict}"
+def outcome(responses: list[Response], config: Any = None) -> Tensor:
+    """The outcome reward: the score of each verdict, 1 for right and 0 for wrong. [N], float64."""
+    return torch.tensor([response.verdict.score for response in responses], dtype=torch.float64)
 
-    def __add__(self, other: "Rollouts") -> "Rollouts":
-        return Rollouts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+def lengths(responses: list[Response]) -> Tensor:
+    """How many tokens each response has, the stop token included. [N], int64."""
+    return torch.tensor([len(response.completion.tokens) for response in responses])
+
+
+def flat(responses: list[Response], name: str) -> Tensor:
+    """One value per trained token, response after response, [M]: `old`, `advantage`, ..."""
+    return torch.cat([getattr(response, name) for response in responses])
+
+
+def give(responses: list[Response], name: str, values: Tensor) -> None:
+    """The inverse of `flat`: each response gets its part of `values` [M] under that name."""
+    parts = values.split(lengths(responses).tolist())
+    for response, part in zip(responses, parts, strict=True):
+        setattr(response, name, part)
+
+
+# --- drawing and judging --------------------------------------------------------------------------
+
+
+def draw(
+    sampler: Sampler,
+    prompts: list[list[int]],
+    keys: list[int],
+    samples: int,
+    params: SamplingParams,
+    world: World,
+) -> list[Completion]:
+    """`samples` completions of each prompt, prompt after prompt.
+
+    Each rank takes some of the prompts. Where there are more ranks than prompts, several of them
+    share the samples of one. keys: one for each prompt; they seed the draws, so that the tokens do
+    not depend on which rank draws them.
+    """
+    share = share_of(len(prompts), samples, world.size)
+    pieces = []  # (prompt, first sample): `share` completions each
+    for i in range(len(prompts)):
+        pieces += [(i, first) for first in range(0, samples, share)]
+
+    def draw_mine(mine: list[tuple[int, int]]) -> list[list[Completion]]:
+        chosen = [prompts[i] for i, _ in mine]
+        firsts = [first for _, first in mine]
+        return sampler.generate(chosen, share, params, [keys[i] for i, _ in mine], firsts)
+
+    work = [len(prompts[i]) + share * params.max_tokens for i, _ in pieces]
+    groups = parallel.share_out(draw_mine, pieces, work, world)
+    return [completion for group in groups for completion in group]
+
+
+def share_of(prompts: int, samples: int, ranks: int) -> int:
+    """How many of a prompt's K samples one rank draws.
+
+    All of them, or the largest divisor of K that leaves no rank idle.
+    """
+    for share in range(samples, 1, -1):
+        if samples % share == 0 and prompts * samples // share >= ranks:
+            return share
+    return 1
+
+
+def judge(
+    problems: list[Problem],
+    prompts: list[list[int]],
+    completions: list[Completion],
+    tokenizer: Tokenizer,
+    config: Any,
+    world: World,
+) -> list[Response]:
+    """Verdict and unexpected pattern of each completion: of K for each problem, one after another.
+
+    config: its flags --patterns, --repeat-ngram and --repeat-times.
+    """
+    samples = len(completions) // len(problems)
+    asked = [problem for problem in problems for _ in range(samples)]
+    given = [prompt for prompt in prompts for _ in range(samples)]
+
+    def judge_mine(mine: list[int]) -> list[tuple[str, Verdict, str | None]]:
+        texts = [text_of(completions[i], tokenizer) for i in mine]
+        verdicts = tasks.judge_all([asked[i] for i in mine], texts)
+        patterns = []
+        for i, text in zip(mine, texts):
+            pattern = unexpected_pattern(
+                completions[i],
+                text,
+                asked[i].question,
+                config.patterns,
+                config.repeat_ngram,
+                config.repeat_times,
+            )
+            patterns.append(pattern)
+        return list(zip(texts, verdicts, patterns))
+
+    work = [len(completion.tokens) for completion in completions]
+    judged = parallel.share_out(judge_mine, list(range(len(work))), work, world)
+    rows = zip(asked, given, completions, judged, strict=True)
+    return [Response(problem, prompt, done, *found) for problem, prompt, done, found in rows]
+
+
+def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
+    """What a completion says: its tokens but for the stop token."""
+    tokens = completion.tokens
+    return tokenizer.decode(tokens[:-1] if completion.finish_reason == "stop" else tokens)
 
 
 def unexpected_pattern(
@@ -75,7 +180,10 @@ def unexpected_pattern(
     ngram: int = 20,
     times: int = 4,
 ) -> str | None:
-    """The first of the `patterns` that a response shows, or None. ngram, times: see `tasks.repeats`."""
+    """The first of the `patterns` that a response shows, or None.
+
+    ngram, times: see `tasks.repeats`.
+    """
     if "overlong" in patterns and completion.finish_reason == "length":
         return "overlong"
     if "repeated" in patterns and tasks.repeats(completion.tokens, ngram, times):
@@ -83,48 +191,6 @@ def unexpected_pattern(
     if "garbled" in patterns and tasks.garbled(text, question):
         return "garbled"
     return None
-
-
-def read_problems(config: Config, recipe: Recipe) -> list[Problem]:
-    """The problems to train on, all of which the models have room for. By program: as many as the run can use."""
-    context, tokenizer = read_config(model_folder(config.model)).context, load_tokenizer(config.model)
-    if config.data:
-        problems = tasks.load(config.data)
-    else:
-        stream = tasks.countdown(
-            config.seed, numbers=config.numbers, operators=config.operators, largest=config.largest
-        )
-        problems = list(islice(stream, config.steps * config.prompts * (3 if recipe.resample else 1)))
-    source = config.data or config.task
-    check_room((tasks.prompt_ids(problem, tokenizer) for problem in problems), config.max_tokens, context, source)
-    if config.judge:
-        reader, context = load_tokenizer(config.judge), read_config(model_folder(config.judge)).context
-        prompts = (relatives.judge_prompt(problem, "", reader) for problem in problems)
-        check_room(prompts, relatives.JUDGE_ROOM, context, f"--judge, {source}")
-    return problems
-
-
-def check_room(prompts: Iterable[list[int]], room: int, context: int, source: str) -> None:
-    """UserError naming the first prompt that leaves no room for a response in the model's context."""
-    for number, prompt in enumerate(tqdm(prompts, "prompts", leave=False, delay=2), start=1):
-        if len(prompt) + room > context:
-            raise UserError(
-                f"{source}, problem {number}: its prompt's {len(prompt)} tokens and {room} for the response do not fit "
-                f"into the model's context of {context}"
-            )
-
-
-def nth_problem(problems: list[Problem], number: int, seed: int) -> Problem:
-    """The number-th draw from an endless series of epochs, each a fresh shuffle: no state to save but the number."""
-    epoch, place = divmod(number, len(problems))
-    return problems[shuffled(len(problems), seed, epoch)[place]]
-
-
-@lru_cache(maxsize=2)
-def shuffled(size: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(size))
-    random.Random(f"problems {seed} {epoch}").shuffle(order)
-    return order
 
 
 class Stopwatch:
@@ -140,45 +206,55 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def share_of(prompts: int, samples: int, ranks: int) -> int:
-    """How many of a prompt's K samples one rank draws: all, or the largest divisor of K that leaves no rank idle."""
-    return max((n for n in range(1, samples + 1) if samples % n == 0 and prompts * samples // n >= ranks), default=1)
+# --- which problems -------------------------------------------------------------------------------
 
 
-def roll_out(
-    sampler: Sampler,
-    tokenizer: Tokenizer,
-    numbered: list[tuple[int, Problem]],
-    samples: int,
-    params: SamplingParams,
-    world: World,
-    watch: Stopwatch,
-    unexpected: Callable[[Completion, str, str], str | None] = unexpected_pattern,
-) -> Rollouts:
-    """Sample K responses to each problem and judge them. Each rank takes some of the prompts; all get everything.
+def read_problems(config: Any, needed: int) -> list[Problem]:
+    """The problems to train on: all of --data, or the first `needed` that --task makes."""
+    if config.data:
+        return tasks.load(config.data)
+    stream = tasks.TASKS[config.task].problems(config, False)
+    problems = list(islice(stream, needed))
+    if len(problems) < needed:
+        raise UserError(
+            f"--task {config.task}: makes {len(problems)} problems, the run needs {needed}"
+        )
+    return problems
 
-    Where there are more ranks than prompts, several ranks share the K responses to one. The number of a problem is the
-    key of its random draws, so the tokens do not depend on which rank draws them. unexpected: (completion, text,
-    question) -> the unexpected pattern that it shows, or None.
+
+def nth_problem(problems: list[Problem], number: int, seed: int) -> Problem:
+    """The number-th draw from an endless series of epochs, each a fresh shuffle: no state to save
+    but the number.
     """
-    prompts = [tasks.prompt_ids(problem, tokenizer) for _, problem in numbered]
-    share = share_of(len(prompts), samples, world.size)
-    pieces = [(i, first) for i in range(len(prompts)) for first in range(0, samples, share)]
-    work = [len(prompts[i]) + share * params.max_tokens for i, _ in pieces]
-    mine = [pieces[p] for p in parallel.balance(work, world.size)[world.rank]]
-    with watch("sampling"):
-        keys, firsts = [numbered[i][0] for i, _ in mine], [first for _, first in mine]
-        groups = sampler.generate([prompts[i] for i, _ in mine], share, params, keys, firsts)
-    with watch("verifying"):
-        asked = [numbered[i][1] for i, _ in mine for _ in range(share)]
-        completions = [completion for group in groups for completion in group]
-        texts = [tokenizer.decode(c.tokens[: -1 if c.finish_reason == "stop" else None]) for c in completions]
-        rows = zip(completions, texts, asked)
-        shown = [unexpected(completion, text, problem.question) for completion, text, problem in rows]
-        judged = list(zip(asked, completions, texts, tasks.score(asked, texts), shown))
-    shares = parallel.gather_objects((mine, judged))
-    rows = {piece: done[j * share : (j + 1) * share] for owned, done in shares for j, piece in enumerate(owned)}
-    columns = [list(column) for column in zip(*(row for piece in pieces for row in rows[piece]))]
-    repeated = [prompt for prompt in prompts for _ in range(samples)]
-    examples = [Example(p + c.tokens, [(len(p), len(p) + len(c.tokens))]) for p, c in zip(repeated, columns[1])]
-    return Rollouts(columns[0], examples, *columns[1:])
+    epoch, place = divmod(number, len(problems))
+    return problems[shuffled(len(problems), seed, epoch)[place]]
+
+
+@lru_cache(maxsize=2)
+def shuffled(size: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"problems {seed} {epoch}").shuffle(order)
+    return order
+
+
+MOST_TOKENS = 10_240
+"""T1's limit for its 9B and 14B models."""
+
+
+def room_for_responses(
+    prompts: Iterable[list[int]], asked: int | None, context: int, source: str
+) -> int:
+    """How many tokens a response may have: what was `asked` for, or else what the model's context
+    leaves behind the longest prompt, MOST_TOKENS at most.
+
+    UserError naming the first prompt that leaves no room for `asked` tokens, or for any.
+    """
+    longest = 0
+    for number, prompt in enumerate(tqdm(prompts, "prompts", leave=False, delay=2), start=1):
+        if len(prompt) + (asked or 1) > context:
+            raise UserError(
+                f"{source}, problem {number}: its prompt's {len(prompt)} tokens and {asked or 1} "
+                f"for the response do not fit into the model's context of {context}"
+            )
+        longest = max(longest, len(prompt))
+    return asked or min(context - longest, MOST_TOKENS)

@@ -637,7 +637,7 @@ def show_verdicts(
     answers = [completion.text(tokenizer) for completion in completions]
     outcomes = [""] * config.n
     if judged:
-        verdicts = tasks.score([problem] * config.n, answers)
+        verdicts = tasks.judge_all([problem] * config.n, answers)
         outcomes = [f", {verdict.outcome}" for verdict in verdicts]
     for number, answer in enumerate(answers, start=1):
         count = len(completions[number - 1].tokens)

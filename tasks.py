@@ -1,16 +1,29 @@
-"""Where problems come from, how they are put to the model, and how a response is judged.
+"""Problems: where they come from, how they are put to the model, and how a response is judged.
 
-A `Problem` is a question, its reference answer, and the name of the judge that compares a response with it. There are
-two judges: `math` (any problem file; `verify.py` decides whether the last \\boxed{} equals the reference) and
-`countdown` (the task of the demo: reach a target with all of the given numbers, each used exactly once).
+A `Problem` is a question, its reference answer, and the name of its task. A `Task` says what is
+particular to such problems: the judge that compares a response with the problem, the instruction
+that follows the question, and a few things more that may be left out. There are two of them:
 
-    numbers 3 5 7, target 22      ->  \\boxed{(5*3)+7}
+    math        any problem file; `verify.py` decides whether the last \\boxed{} equals the answer
+    countdown   the demo's: reach a target with all of the given numbers, each used exactly once
+                numbers 3 5 7, target 22      ->  \\boxed{(5*3)+7}
 
-Countdown suits RL for reasoning: it takes several tries, is easy to check exactly, and rewards trying and failing.
-Problems whose multiset of numbers hashes to 0 modulo 10 are held out, all others are for training: the two never share
-a set of numbers.
+Countdown suits RL for reasoning: it takes several tries, is easy to check exactly, and rewards
+trying and failing. Problems whose multiset of numbers hashes to 0 modulo 10 are held out, all
+others are for training: the two never share a set of numbers.
 
-To add a task: write a function (problem, response) -> Verdict, enter it in JUDGES, and give your problems its name.
+A task of your own is a function and a line, in a file of your own (see `rl.command`):
+
+    def judge_reverse(problem: Problem, response: str) -> Verdict:
+        boxed = verify.last_boxed(response)
+        if boxed is None:
+            return Verdict("no_answer")
+        return Verdict("correct" if boxed == problem.answer[::-1] else "wrong")
+
+    tasks.TASKS["reverse"] = Task(judge_reverse, instruction="\\nAnswer in \\\\boxed{}.")
+
+Problem files name it, `"task": "reverse"`, and `rl.py --task reverse` knows it if the Task also has
+`problems`.
 """
 
 import random
@@ -22,14 +35,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import verify
 from cli import UserError, read_jsonl
 from tokenizer import Tokenizer
 from verify import Verdict
 
-LARGEST = 99  # every value in a synthetic countdown chain: the demo's tokenizer has one token for each number up to it
-LARGEST_GIVEN = 21  # the numbers of a problem are drawn from 1 to this: three of them make eight values on average
+LARGEST = 99
+"""Of the values in a countdown chain: the demo's tokenizer has a token for each number up to it."""
+LARGEST_GIVEN = 21
+"""The numbers of a problem are drawn from 1 to this: three of them make eight values on average."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +55,29 @@ class Problem:
     task: str = "math"
 
 
-# ---------------------------------------------------------------------------------------------------- countdown
+@dataclass(frozen=True)
+class Task:
+    """What is particular to the problems of one name; see `TASKS`."""
+
+    judge: Callable[[Problem, str], Verdict]
+    """Compares a response with its problem. Must not raise: a response may hold anything."""
+    instruction: str = ""
+    """Follows the question in the prompt: how to answer."""
+    read_answer: Callable[[str], str] = str
+    """The reference answer from a problem file's `answer`; UserError if it is none."""
+    diagnose: Callable[[Problem, str], str] | None = None
+    """By which kind of failure a response fails, or "correct". None: the verdict's outcome."""
+    problems: Callable[[Any, bool], Iterator[Problem]] | None = None
+    """For `--task NAME`: (the command's flags, held out or for training?) -> an endless stream. It
+    is seeded by `flags.seed` and by nothing else: every rank draws it, and --resume does again."""
+
+
+# --- countdown ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Walk:
-    """One attempt at a countdown: the arithmetic steps in order, the expression they amount to, and its value."""
+    """One attempt at a countdown: its steps in order, the expression they make, and its value."""
 
     steps: tuple[str, ...]  # "7-3=4", "5*4=20"
     expression: str  # "(7-3)*5"
@@ -73,9 +106,10 @@ def combine(x: int, operator: str, y: int) -> int:
 
 
 def ways(numbers: list[int], operators: str) -> dict[int, Walk]:
-    """{value: the first walk found to it} for every value that all of the numbers make with these operators.
+    """{value: the first walk found to it}, for every value that all of the numbers make.
 
-    All intermediate values stay whole and within 1..LARGEST. One way to each: 43+19-17 and 43-17+19 are the same sum.
+    All intermediate values stay whole and within 1..LARGEST. One way to each: 43+19-17 and 43-17+19
+    are the same sum.
     """
     found: dict[int, Walk] = {}
 
@@ -101,7 +135,9 @@ def countdown_problem(numbers: list[int], target: int, operators: str = "+-*") -
     """The question names the operators only where they are not the usual + - *."""
     allowed = "" if operators == "+-*" else f", operators {' '.join(operators)}"
     question = f"numbers {' '.join(map(str, numbers))}, target {target}{allowed}"
-    return Problem(question, f"{target} from {' '.join(map(str, numbers))} with {operators}", "countdown")
+    return Problem(
+        question, f"{target} from {' '.join(map(str, numbers))} with {operators}", "countdown"
+    )
 
 
 def read_countdown(answer: str) -> tuple[int, list[int], str]:
@@ -110,6 +146,12 @@ def read_countdown(answer: str) -> tuple[int, list[int], str]:
     if not match:
         raise UserError(f"not a countdown answer ('22 from 3 5 7 with +-*'): {answer!r}")
     return int(match[1]), [int(number) for number in match[2].split()], match[3]
+
+
+def checked_countdown(answer: str) -> str:
+    """A problem file's `answer` as it is, if it can be read."""
+    read_countdown(answer)
+    return answer
 
 
 def countdown(
@@ -121,9 +163,9 @@ def countdown(
 ) -> Iterator[Problem]:
     """A stream of solvable problems, of `numbers` numbers from 1 to `largest`.
 
-    Held-out and training problems share no set of numbers. All problems are distinct, for as long as there are new
-    ones (100,000 draws in a row find none). Then the training problems begin again, in another order; the held-out
-    ones, which are to be counted, end in a UserError.
+    Held-out and training problems share no set of numbers. All problems are distinct, for as long
+    as there are new ones (100,000 draws in a row find none). Then the training problems begin
+    again, in another order; the held-out ones, which are to be counted, end in a UserError.
     """
     check_operators(operators)
     rng = random.Random(f"countdown {seed} {heldout}")
@@ -131,34 +173,46 @@ def countdown(
     idle = 0
     while True:
         drawn = [rng.randint(1, largest) for _ in range(numbers)]
-        if (zlib.crc32(repr(sorted(drawn)).encode()) % 10 == 0) == heldout:
-            values = reachable(tuple(sorted(drawn)), operators)
-            target = rng.choice(values) if values else None
-            key = (*sorted(drawn), target)
-            if values and key not in seen:
-                seen.add(key)
-                idle = 0
-                yield countdown_problem(drawn, target, operators)
-                continue
-        idle += 1
-        if idle == 100_000:
-            if heldout or not seen:
-                raise UserError(
-                    f"only {len(seen)} distinct problems of {numbers} numbers from 1 to {largest} "
-                    f"with the operators {operators} were found"
-                )
-            seen.clear()
+        target = None
+        if is_heldout(drawn) == heldout:
+            target = draw_target(drawn, operators, rng)
+        problem = (*sorted(drawn), target)
+        if target is not None and problem not in seen:
+            seen.add(problem)
             idle = 0
+            yield countdown_problem(drawn, target, operators)
+            continue
+        idle += 1
+        if idle < 100_000:
+            continue
+        if heldout or not seen:
+            raise UserError(
+                f"only {len(seen)} distinct problems of {numbers} numbers from 1 to {largest} "
+                f"with the operators {operators} were found"
+            )
+        seen.clear()
+        idle = 0
+
+
+def is_heldout(numbers: list[int]) -> bool:
+    """One in ten sets of numbers is never trained on, in whatever order they come."""
+    return zlib.crc32(repr(sorted(numbers)).encode()) % 10 == 0
+
+
+def draw_target(numbers: list[int], operators: str, rng: random.Random) -> int | None:
+    """One of the values that the numbers can make; None where they make none."""
+    values = reachable(tuple(sorted(numbers)), operators)
+    return rng.choice(values) if values else None
 
 
 @lru_cache(maxsize=100_000)
 def reachable(numbers: tuple[int, ...], operators: str) -> list[int]:
-    """The values that `ways` finds; remembered, for a stream of problems comes back to the same numbers often."""
+    """The values that `ways` finds; remembered, for a stream often draws the same numbers again."""
     return list(ways(list(numbers), operators))
 
 
 def judge_countdown(problem: Problem, response: str) -> Verdict:
-    """Exact: own parser, exact rationals, only the allowed operators, every number used exactly once."""
+    """Exact: own parser, exact rationals, only the allowed operators, every number used once."""
     target, numbers, operators = read_countdown(problem.answer)
     boxed = verify.last_boxed(response)
     if boxed is None:
@@ -171,21 +225,21 @@ def judge_countdown(problem: Problem, response: str) -> Verdict:
 
 
 CLAIM, FAILURE = " is ", " not "
-"""What stands between an attempt's value and the target it is compared with: "62-17=45 not 41", "24+17=41 is 41"."""
+"""What stands between an attempt's value and the target: "62-17=45 not 41", "24+17=41 is 41"."""
 
 
 def attempts(response: str) -> list[str]:
-    """What each attempt of a countdown response came to, as it is written: the number before " not " or " is "."""
+    """What each attempt of a countdown response came to: the number before " not " or " is "."""
     return re.findall(rf"=(\d+)(?:{FAILURE}|{CLAIM})\d+$", response, re.MULTILINE)
 
 
 def diagnose_countdown(problem: Problem, response: str) -> str:
     """What a countdown response is, or fails by; the kinds are those of evaluate.py's table.
 
-    `no answer`: no box. `malformed`: the box holds no arithmetic. `wrong numbers`: not each of the given numbers once.
-    Otherwise the value is not the target, and the last attempt that was claimed to be says why: `wrong arithmetic`: one
-    of its steps is false. `false claim`: all of them are right (or nothing was claimed, or the box holds another
-    expression than the attempt).
+    `no answer`: no box. `malformed`: the box holds no arithmetic. `wrong numbers`: not each of the
+    given numbers once. Otherwise the value is not the target, and the last attempt that was claimed
+    to be says why: `wrong arithmetic`: one of its steps is false. `false claim`: all of them are
+    right (or nothing was claimed, or the box holds another expression than the attempt).
     """
     target, numbers, operators = read_countdown(problem.answer)
     boxed = verify.last_boxed(response)
@@ -205,7 +259,7 @@ def diagnose_countdown(problem: Problem, response: str) -> str:
 
 
 def holds(x: str, operator: str, y: str, result: str) -> bool:
-    """Is x operator y the result? Never raises: a garbled response may hold 7/0, or a number of a thousand digits."""
+    """Is x operator y the result? Never raises, whatever a garbled response holds: 7/0, say."""
     try:
         value, _ = verify.exact_arithmetic(f"{x}{operator}{y}", "+-*/")
         wanted, _ = verify.exact_arithmetic(result, "")
@@ -214,11 +268,11 @@ def holds(x: str, operator: str, y: str, result: str) -> bool:
     return value == wanted
 
 
-# ---------------------------------------------------------------------------------------------------- problem files
+# --- problem files --------------------------------------------------------------------------------
 
 
 def load(path: str | Path) -> list[Problem]:
-    """Problems from JSONL: `problem` or `question`, `answer`, and `task` where the judge is not `math`."""
+    """Problems from JSONL: `problem` or `question`, `answer`, and `task` where it is not `math`."""
     problems = []
     for number, row in enumerate(read_jsonl(path), start=1):
         question = row.get("problem", row.get("question"))
@@ -227,30 +281,25 @@ def load(path: str | Path) -> list[Problem]:
         if row.get("answer") in (None, ""):
             raise UserError(f"{path}, problem {number}: no `answer`")
         task = known_task(row, f"{path}, problem {number}")
-        answer = str(row["answer"]) if task == "countdown" else verify.reference_answer(str(row["answer"]))
+        try:
+            answer = TASKS[task].read_answer(str(row["answer"]))
+        except UserError as error:
+            raise UserError(f"{path}, problem {number}: {error}") from None
         problems.append(Problem(question, answer, task))
-        if task == "countdown":
-            try:
-                read_countdown(answer)
-            except UserError as error:
-                raise UserError(f"{path}, problem {number}: {error}") from None
     return problems
 
 
 def known_task(row: dict, where: str) -> str:
-    """The `task` of a row, `math` where it names none; UserError says `where` if there is no judge of that name."""
+    """The `task` of a row, `math` where it names none; UserError says `where` if it is unknown."""
     task = row.get("task", "math")
-    if not isinstance(task, str) or task not in JUDGES:
-        raise UserError(f"{where}: task {task!r} is none of {', '.join(JUDGES)}")
+    if not isinstance(task, str) or task not in TASKS:
+        raise UserError(f"{where}: task {task!r} is none of {', '.join(TASKS)}")
     return task
 
 
-INSTRUCTION = "\nReason step by step, and put your final answer within \\boxed{}."
-
-
 def messages(problem: Problem) -> list[dict]:
-    """The chat that puts the problem; a countdown question is the whole prompt, a maths problem names the box."""
-    return [{"role": "user", "content": problem.question + (INSTRUCTION if problem.task == "math" else "")}]
+    """The chat that puts the problem: the question, and behind it what its task has to say."""
+    return [{"role": "user", "content": problem.question + TASKS[problem.task].instruction}]
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
@@ -258,33 +307,76 @@ def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
 
 
 def boxed(response: str) -> str:
-    """The response, its answer boxed at the end where it was not: for models not taught to. Never for a reward."""
-    answer = verify.lenient_answer(response) if verify.last_boxed(response) is None else None
+    """The response, its answer boxed at the end where it was not: for models not taught to.
+
+    Never for a reward.
+    """
+    if verify.last_boxed(response) is not None:
+        return response
+    answer = verify.lenient_answer(response)
     return response if answer is None else f"{response}\n\\boxed{{{answer}}}"
 
 
-# ---------------------------------------------------------------------------------------------------- reward
+# --- reward ---------------------------------------------------------------------------------------
 
-JUDGES: dict[str, Callable[[Problem, str], Verdict]] = {
-    "math": lambda problem, response: verify.verify(response, problem.answer),
-    "countdown": judge_countdown,
+
+def judge_math(problem: Problem, response: str) -> Verdict:
+    """Does the last box of the response hold the reference answer?"""
+    return verify.verify(response, problem.answer)
+
+
+TASKS = {
+    "math": Task(
+        judge_math,
+        instruction="\nReason step by step, and put your final answer within \\boxed{}.",
+        read_answer=verify.reference_answer,
+    ),
+    "countdown": Task(
+        judge_countdown,
+        read_answer=checked_countdown,
+        diagnose=diagnose_countdown,
+        problems=lambda flags, heldout: countdown(
+            flags.seed, heldout, flags.numbers, flags.operators, flags.largest
+        ),
+    ),
 }
 
 
-def score(problems: list[Problem], responses: list[str], workers: int | None = None) -> list[Verdict]:
-    """One verdict per (problem, response), in order; maths answers go through `verify_many`'s worker processes."""
-    maths = [i for i, problem in enumerate(problems) if problem.task == "math"]
-    pairs = [(responses[i], problems[i].answer) for i in maths]
-    from_pool = dict(zip(maths, verify.verify_many(pairs, workers=workers) if pairs else []))
-    return [from_pool.get(i) or JUDGES[p.task](p, r) for i, (p, r) in enumerate(zip(problems, responses))]
+def judge_all(
+    problems: list[Problem], responses: list[str], workers: int | None = None
+) -> list[Verdict]:
+    """One verdict per (problem, response), in order.
+
+    Maths answers go through the worker processes of `verify_many`: some take long.
+    """
+    verdicts: list[Verdict | None] = [None] * len(problems)
+    pooled = []
+    for i, (problem, response) in enumerate(zip(problems, responses, strict=True)):
+        judge = TASKS[problem.task].judge
+        if judge is judge_math:
+            pooled.append(i)
+        else:
+            verdicts[i] = judge(problem, response)
+    if pooled:
+        pairs = [(responses[i], problems[i].answer) for i in pooled]
+        for i, verdict in zip(pooled, verify.verify_many(pairs, workers=workers)):
+            verdicts[i] = verdict
+    return verdicts
+
+
+def diagnose(problem: Problem, response: str, verdict: Verdict) -> str:
+    """By which kind of failure a response fails, or "correct": a row of evaluate.py's table."""
+    if by_task := TASKS[problem.task].diagnose:
+        return by_task(problem, response)
+    return verdict.outcome.replace("_", " ")
 
 
 PATTERNS = ("overlong", "repeated", "garbled")
-"""T1's three unexpected patterns: no stop token within the budget; an n-gram again and again; broken characters."""
+"""T1's unexpected patterns: no stop token in time; an n-gram again and again; broken characters."""
 
 
 def repeats(tokens: list[int], ngram: int = 20, times: int = 4) -> bool:
-    """T1's first unexpected pattern: some n-gram of tokens stands `times` times or more in the response."""
+    """Unexpected pattern: some n-gram of tokens stands `times` times or more in the response."""
     counts: dict[tuple[int, ...], int] = {}
     for i in range(len(tokens) - ngram + 1):
         key = tuple(tokens[i : i + ngram])
@@ -295,12 +387,13 @@ def repeats(tokens: list[int], ngram: int = 20, times: int = 4) -> bool:
 
 
 def garbled(text: str, question: str = "") -> bool:
-    """T1's third unexpected pattern: broken characters, control characters, or letters of a script that is foreign.
+    """Unexpected pattern: broken characters, control characters, or letters of a foreign script.
 
-    Foreign: neither Latin nor Greek (maths uses both) and not in the question; so a Chinese answer to a Chinese
-    question is fine, and a Cyrillic word in an English chain is not.
+    Foreign: neither Latin nor Greek (maths uses both) and not in the question; so a Chinese answer
+    to a Chinese question is fine, and a Cyrillic word in an English chain is not.
     """
-    expected = {"LATIN", "GREEK"} | {script(character) for character in question if character.isalpha()}
+    letters = filter(str.isalpha, question)
+    expected = {"LATIN", "GREEK", *map(script, letters)}
     for character in set(text) - set("\n\t\r"):
         category = unicodedata.category(character)
         if character == "\ufffd" or category in ("Cc", "Cs", "Co"):
@@ -313,8 +406,9 @@ def garbled(text: str, question: str = "") -> bool:
 def script(letter: str) -> str:
     """The script of a letter by its Unicode name ("LATIN", "CJK", ...).
 
-    NFKC first, which turns maths' letters into the plain ones that they stand for: the micro sign into a mu, the Planck
-    constant and double-struck R into Latin letters. Only the infinite cardinals would become Hebrew.
+    NFKC first, which turns maths' letters into the plain ones that they stand for: the micro sign
+    into a mu, the Planck constant and double-struck R into Latin letters. Only the infinite
+    cardinals would become Hebrew.
     """
     if letter in "\u2135\u2136\u2137":
         return "LATIN"

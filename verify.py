@@ -54,13 +54,22 @@ LOCK = threading.Lock()  # mpmath caches its constants without one
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one response; only "correct" is worth a reward."""
+    """What became of one response, and what that is worth.
+
+    score: 1 for a right answer and 0 for any other, unless the judge says what else: a task of
+    one's own may give half for the right form, `Verdict("wrong", score=0.5)`.
+    """
 
     outcome: str  # correct, wrong, no_answer (no box), unparsed, or timeout (nothing was decided)
     answer: str | None = None  # as it stands in the response
     answer_read: str = ""  # how it was read, in prefix notation, or why it was not
     gold_read: str = ""
     decided_by: str = ""  # the judge that knew
+    score: float | None = None  # None becomes 1 or 0, by the outcome
+
+    def __post_init__(self) -> None:
+        if self.score is None:
+            object.__setattr__(self, "score", float(self.correct))  # the dataclass is frozen
 
     @property
     def correct(self) -> bool:

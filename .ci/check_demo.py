@@ -19,7 +19,9 @@ FLAT = 0.03  # how far SFT's curve may move beyond the longest chain shown
 FAN = 0.015  # how much more RL's curve must rise there than SFT's
 ORACLE = 0.02  # how far below SFT on the oracle's data RL may end
 SLACK = 0.005  # how far a share may move by chance alone
-PROBE = 20  # of 64 responses to one problem of many values, of which an earlier demo's policy solved 4
+PROBE = (
+    20  # of 64 responses to one problem of many values, of which an earlier demo's policy solved 4
+)
 
 
 def percent(share: float) -> str:
@@ -60,11 +62,15 @@ def bars(summary: dict) -> list[tuple[str, bool]]:
         found.append((f"{kind}: {percent(before)} to {percent(after)}", after <= before + SLACK))
 
     right = summary["probe"]["rl"]
-    found.append((f"at least {PROBE} of 64 right at {summary['probe']['problem']}: {right}", right >= PROBE))
+    found.append(
+        (f"at least {PROBE} of 64 right at {summary['probe']['problem']}: {right}", right >= PROBE)
+    )
 
     if "baselines" in summary:
         more, oracle = summary["baselines"]["more_sft"], summary["baselines"]["best_sft"]
-        claim = f"above more SFT, {percent(more['pass@1'])}, intervals apart: {percent(rl['pass@1'])}"
+        claim = (
+            f"above more SFT, {percent(more['pass@1'])}, intervals apart: {percent(rl['pass@1'])}"
+        )
         found.append((claim, rl["pass@1_ci"][0] > more["pass@1_ci"][1]))
         claim = f"within {100 * ORACLE:.0f} points of SFT on the oracle's data, {percent(oracle['pass@1'])}"
         found.append((claim, rl["pass@1"] >= oracle["pass@1"] - ORACLE))
@@ -79,5 +85,7 @@ if __name__ == "__main__":
     for claim, holds in results:
         print("ok    " if holds else "MISSED", claim)
     if "baselines" not in summary:
-        print("not asked: is it above more SFT, and near SFT on the oracle's data? (python demo.py --baselines)")
+        print(
+            "not asked: is it above more SFT, and near SFT on the oracle's data? (python demo.py --baselines)"
+        )
     sys.exit(not all(holds for _, holds in results))

@@ -45,7 +45,9 @@ def curves(summaries: list[dict]) -> dict[str, list[list[float]]]:
         by_run.append({"SFT": summary["sft"]["budget_curve"]} | summary["rl_curves"])
     rows = {}
     for budget in by_run[0]["SFT"]:
-        rows[f"{budget} tokens"] = [[100 * run[name][budget] for run in by_run] for name in by_run[0]]
+        rows[f"{budget} tokens"] = [
+            [100 * run[name][budget] for run in by_run] for name in by_run[0]
+        ]
     return rows
 
 
@@ -57,12 +59,16 @@ def scores(summaries: list[dict], runs: list[dict[str, dict]]) -> dict[str, list
         if f"{name}_ci" in first:
             rows[f"{name}, %"] = by_model(runs, lambda model, name=name: 100 * model[name])
     beyond = f"right at an attempt beyond the {summaries[0]['longest_shown']['attempts']} shown to SFT, %"
-    rows[beyond] = [[100 * summary["beyond_shown"][name] for summary in summaries] for name in runs[0]]
+    rows[beyond] = [
+        [100 * summary["beyond_shown"][name] for summary in summaries] for name in runs[0]
+    ]
     rows["mean tokens"] = by_model(runs, lambda model: model["mean_tokens"])
     rows["attempts"] = by_model(runs, lambda model: model["attempts"])
     rows["attempts that repeat a value, %"] = by_model(runs, lambda model: 100 * model["repeats"])
     rows["repeats a value, and fails, %"] = by_model(runs, lambda model: 100 * model["lost"])
-    kinds = dict.fromkeys(kind for run in runs for model in run.values() for kind in model["failures"])
+    kinds = dict.fromkeys(
+        kind for run in runs for model in run.values() for kind in model["failures"]
+    )
     for kind in kinds:
         failing = by_model(runs, lambda model, kind=kind: 100 * model["failures"].get(kind, 0.0))
         rows[f"fails: {kind}, %"] = failing
@@ -78,13 +84,17 @@ if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     found = [json.loads((Path(folder) / "summary.json").read_text()) for folder in sys.argv[1:]]
-    print(f"seeds {', '.join(str(s['seed']) for s in found)}; {found[0]['problems_heldout']} problems")
+    print(
+        f"seeds {', '.join(str(s['seed']) for s in found)}; {found[0]['problems_heldout']} problems"
+    )
     print(f"seconds: {cell([summary['seconds'] for summary in found])}")
     print(f"longest chain shown: {found[0]['longest_shown']}")
     for name in ("sft", "rl"):
         right = [summary["probe"][name] for summary in found]
         print(f"{found[0]['probe']['problem']}, right of 64 after {NAMES[name]}: {right}")
-    print_table(["SFT", *(f"{float(share):.0%} of RL" for share in found[0]["rl_curves"])], curves(found))
+    print_table(
+        ["SFT", *(f"{float(share):.0%} of RL" for share in found[0]["rl_curves"])], curves(found)
+    )
     asked = all("baselines" in summary for summary in found)
     runs = [models_of(summary, asked) for summary in found]
     print_table([NAMES[name] for name in runs[0]], scores(found, runs))

@@ -56,12 +56,24 @@ def compile_kernels(capability: int, dtypes: list[str]):
     """Yields (name, resources) of every kernel at the tile sizes that V = 151,936 gets, for one compute capability."""
     sizes = {"DEEP": 4, "LANES": 2048}
     for dtype in dtypes:
-        yield f"softmax ({dtype})", _compile(softmax_kernel, capability, dtype, {"LOG": False, **sizes}, 8)
-        yield f"log-prob, entropy: forward ({dtype})", _compile(accumulate_kernel, capability, dtype, sizes, 8)
-        yield f"log-prob, entropy: backward ({dtype})", _compile(gradient_kernel, capability, dtype, {"BLOCK": 4096}, 8)
+        yield (
+            f"softmax ({dtype})",
+            _compile(softmax_kernel, capability, dtype, {"LOG": False, **sizes}, 8),
+        )
+        yield (
+            f"log-prob, entropy: forward ({dtype})",
+            _compile(accumulate_kernel, capability, dtype, sizes, 8),
+        )
+        yield (
+            f"log-prob, entropy: backward ({dtype})",
+            _compile(gradient_kernel, capability, dtype, {"BLOCK": 4096}, 8),
+        )
         for cut in (False, True):
             constants = {"CUT": cut, "LANES": 2048}
-            yield f"sampling, min-p {cut} ({dtype})", _compile(sample_kernel, capability, dtype, constants, 8)
+            yield (
+                f"sampling, min-p {cut} ({dtype})",
+                _compile(sample_kernel, capability, dtype, constants, 8),
+            )
 
 
 def _compile(kernel, capability, dtype, constants, warps):
@@ -69,21 +81,35 @@ def _compile(kernel, capability, dtype, constants, warps):
     from triton.compiler import ASTSource
 
     types = dict.fromkeys(("columns", "stride", "out_stride", "state_stride", "start"), "i32")
-    types |= dict.fromkeys(("scale", "min_p"), "fp32") | dict.fromkeys(("logits", "out"), f"*{dtype}")
-    types |= dict.fromkeys(("targets", "seeds", "positions", "token"), "*i64") | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(("scale", "min_p"), "fp32") | dict.fromkeys(
+        ("logits", "out"), f"*{dtype}"
+    )
+    types |= dict.fromkeys(("targets", "seeds", "positions", "token"), "*i64") | dict.fromkeys(
+        constants, "constexpr"
+    )
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     aligned = [i for i, type_ in enumerate(signature.values()) if type_[0] == "*" or type_ == "i32"]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    source = ASTSource(
+        kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+    )
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout)}
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = {
+        name: int(value)
+        for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage.stdout)
+    }
     return {
         "registers": found["REG"],
-        "spilled bytes": found["STACK"] + found["LOCAL"],  # a spill lives on the stack, in local memory
+        "spilled bytes": found["STACK"]
+        + found["LOCAL"],  # a spill lives on the stack, in local memory
         "shared bytes": compiled.metadata.shared,
     }
 
@@ -97,7 +123,9 @@ def print_resources():
     columns = [dict(compile_kernels(capability, ["bf16", "fp32"])) for capability in (80, 90, 100)]
     for name in columns[0]:
         print(
-            f"| {name} | " + " | ".join(", ".join(str(v) for v in column[name].values()) for column in columns) + " |"
+            f"| {name} | "
+            + " | ".join(", ".join(str(v) for v in column[name].values()) for column in columns)
+            + " |"
         )
 
 
@@ -131,10 +159,16 @@ def print_cpu_memory(rows=4096, vocabulary=151936, width=896):
     gradients = 4 * (hidden.numel() + weight.numel())
     logits = 4 * rows * vocabulary
     extra = peak[0] - before - gradients
-    print(f"One step on the CPU, N {rows:,}, V {vocabulary:,}, D {width}, fp32, {torch.get_num_threads()} thread(s)\n")
-    print("| the logits would take | peak above the start | of it the gradients | the rest | rest / logits | seconds |")
+    print(
+        f"One step on the CPU, N {rows:,}, V {vocabulary:,}, D {width}, fp32, {torch.get_num_threads()} thread(s)\n"
+    )
+    print(
+        "| the logits would take | peak above the start | of it the gradients | the rest | rest / logits | seconds |"
+    )
     print("|---|---|---|---|---|---|")
-    sizes = " | ".join(f"{size / 2**20:,.0f} MiB" for size in (logits, peak[0] - before, gradients, extra))
+    sizes = " | ".join(
+        f"{size / 2**20:,.0f} MiB" for size in (logits, peak[0] - before, gradients, extra)
+    )
     print(f"| {sizes} | {extra / logits:.4f} | {seconds:.0f} |")
 
 
@@ -156,7 +190,10 @@ def median_ms(functions: dict, repeats: int) -> dict[str, float]:
                     times[name].append(_elapsed(begin, end))
             except (RuntimeError, TypeError, ValueError, ImportError) as error:
                 times[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-    return {name: value if isinstance(value, str) else statistics.median(value) for name, value in times.items()}
+    return {
+        name: value if isinstance(value, str) else statistics.median(value)
+        for name, value in times.items()
+    }
 
 
 def _now():
@@ -211,7 +248,10 @@ def print_rows(title: str, functions: dict, limit_ms: float, repeats: int, memor
             continue
         ratio = f"{value / ours:.2f}x" if isinstance(ours, float) else ""
         extra = f"{extra_bytes(functions[name]) / 2**20:,.0f} MiB" if memory else ""
-        print(f"| {title} | {name} | {value:.3f} | {ratio} | {limit_ms / value:.0%} | {extra} |", flush=True)
+        print(
+            f"| {title} | {name} | {value:.3f} | {ratio} | {limit_ms / value:.0%} | {extra} |",
+            flush=True,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------- what is compared
@@ -262,7 +302,9 @@ def peers() -> dict:
         from cut_cross_entropy import linear_cross_entropy
 
         found["CCE"] = lambda h, w, y, t: (-linear_cross_entropy(h, w, y),)
-        found["CCE, no filter"] = lambda h, w, y, t: (-linear_cross_entropy(h, w, y, impl="cce_exact"),)
+        found["CCE, no filter"] = lambda h, w, y, t: (
+            -linear_cross_entropy(h, w, y, impl="cce_exact"),
+        )
     for name, module in (("Liger", "liger_kernel"), ("CCE", "cut_cross_entropy")):
         if not importlib.util.find_spec(module):
             print(f"{name}: not installed, left out\n")
@@ -282,23 +324,38 @@ def print_from_logits(smoke: bool, bandwidth: float):
         print_rows("1 softmax", softmaxes, 2 * traffic / bandwidth, repeats)
     table = {"ours": kernels.logprob_entropy, "PyTorch": plain_logprob_entropy}
     table["torch.compile"] = compiled(plain_logprob_entropy)
-    for title, backward, factor in (("2 log-prob, entropy: forward", False, 1), ("2 forward + backward", True, 3)):
+    for title, backward, factor in (
+        ("2 log-prob, entropy: forward", False, 1),
+        ("2 forward + backward", True, 3),
+    ):
         functions = {name: step(f, [logits], targets, 0.01, backward) for name, f in table.items()}
         print_rows(title, functions, factor * traffic / bandwidth, repeats)
     del logits, softmaxes, functions  # on a GPU: 2.5 GB and as much again of gradient
     for dtype in (torch.bfloat16, torch.float32):
         batch = rows if smoke else 1024
         z = torch.randn(batch, vocabulary, device=DEVICE, dtype=dtype)
-        seeds, positions = torch.arange(batch, device=DEVICE), torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+        seeds, positions = (
+            torch.arange(batch, device=DEVICE),
+            torch.zeros(batch, dtype=torch.int64, device=DEVICE),
+        )
         fast = compiled(plain_sample)
         functions = {
             "ours": lambda z=z, s=seeds, p=positions: kernels.sample_token(z, 1.2, 1.0, 0.0, s, p),
-            "ours, min-p 0.05": lambda z=z, s=seeds, p=positions: kernels.sample_token(z, 1.2, 1.0, 0.05, s, p),
-            "ours, top-p 0.95": lambda z=z, s=seeds, p=positions: kernels.sample_token(z, 1.2, 0.95, 0.0, s, p),
+            "ours, min-p 0.05": lambda z=z, s=seeds, p=positions: kernels.sample_token(
+                z, 1.2, 1.0, 0.05, s, p
+            ),
+            "ours, top-p 0.95": lambda z=z, s=seeds, p=positions: kernels.sample_token(
+                z, 1.2, 0.95, 0.0, s, p
+            ),
             "PyTorch": lambda z=z: plain_sample(z),
             "torch.compile": lambda z=z, f=fast: f(z),
         }
-        print_rows(f"4 sampling, {str(dtype)[6:]}", functions, z.numel() * z.element_size() / bandwidth, repeats)
+        print_rows(
+            f"4 sampling, {str(dtype)[6:]}",
+            functions,
+            z.numel() * z.element_size() / bandwidth,
+            repeats,
+        )
 
 
 def print_linear(smoke: bool, rate: float):
@@ -306,14 +363,30 @@ def print_linear(smoke: bool, rate: float):
     others = peers()
     for width in (64,) if smoke else (896, 3584, 5120):
         hidden = torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        weight = (torch.randn(vocabulary, width, device=DEVICE) / width**0.5).bfloat16().requires_grad_()
+        weight = (
+            (torch.randn(vocabulary, width, device=DEVICE) / width**0.5).bfloat16().requires_grad_()
+        )
         targets = torch.randint(vocabulary, (rows,), device=DEVICE)
         inputs = [hidden, weight]
         ours = kernels.linear_logprob_entropy
-        contenders = {"ours": ours, "PyTorch": plain_linear, "torch.compile": compiled(plain_linear)}
-        forward = {name: step(f, inputs, targets, 0.0, False) for name, f in (contenders | others).items()}
-        print_rows(f"3 D {width}: forward", forward, 2 * rows * vocabulary * width / rate, 2 if smoke else 5)
-        both = {"ours": step(ours, inputs, targets, 0.01), "ours, no entropy": step(ours, inputs, targets, 0.0)}
+        contenders = {
+            "ours": ours,
+            "PyTorch": plain_linear,
+            "torch.compile": compiled(plain_linear),
+        }
+        forward = {
+            name: step(f, inputs, targets, 0.0, False) for name, f in (contenders | others).items()
+        }
+        print_rows(
+            f"3 D {width}: forward",
+            forward,
+            2 * rows * vocabulary * width / rate,
+            2 if smoke else 5,
+        )
+        both = {
+            "ours": step(ours, inputs, targets, 0.01),
+            "ours, no entropy": step(ours, inputs, targets, 0.0),
+        }
         for name in ("PyTorch", "torch.compile"):
             both[name] = step(contenders[name], inputs, targets, 0.01)
         both |= {f"{name}, no entropy": step(f, inputs, targets, 0.0) for name, f in others.items()}
@@ -330,13 +403,17 @@ def main(config: Config) -> None:
     if config.memory:
         return print_cpu_memory()
     if not (CUDA or config.smoke):
-        raise cli.UserError("no GPU here: the rows are not measured; try --smoke, --resources or --memory")
+        raise cli.UserError(
+            "no GPU here: the rows are not measured; try --smoke, --resources or --memory"
+        )
     name = (
         torch.cuda.get_device_name()
         if CUDA
         else f"CPU (toy sizes, TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET', 0)})"
     )
-    print(f"{name}, torch {torch.__version__}, triton {triton.__version__ if triton else 'absent'}\n")
+    print(
+        f"{name}, torch {torch.__version__}, triton {triton.__version__ if triton else 'absent'}\n"
+    )
     bandwidth, rate = limits(config.smoke)
     print("| what | who | ms | time / ours | of limit | extra memory |\n|---|---|---|---|---|---|")
     print_from_logits(config.smoke, bandwidth)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Literal
@@ -70,9 +70,11 @@ def problems(config: Config) -> list[tasks.Problem]:
 def run_ours(config: Config, recipe: str) -> dict:
     import parallel
     import rl
-    import runfolder
 
-    tasks.JUDGES["countdown"] = lambda _, response: Verdict("correct" if coin(response) else "wrong")
+    def judge(problem: tasks.Problem, response: str) -> Verdict:
+        return Verdict("correct" if coin(response) else "wrong")
+
+    tasks.TASKS["countdown"] = replace(tasks.TASKS["countdown"], judge=judge)
     flags = rl.Config(
         model=config.model, out="", task="countdown", recipe=recipe, steps=config.steps + 1,
         prompts=config.prompts, samples=config.samples, max_tokens=config.max_tokens,
@@ -80,15 +82,18 @@ def run_ours(config: Config, recipe: str) -> dict:
     )  # fmt: skip
     seconds, lengths, dropped = [], [], []
     with parallel.session("auto") as world:
-        chosen, guard = rl.resolve(flags), runfolder.Guard()
-        learner, state = rl.make_learner(flags, chosen, world), {"cursor": 0, "entropy_coef": chosen.entropy_coef}
+        learner = rl.make_learner(flags, rl.resolve(flags), problems(config), world)
         for step in range(1, config.steps + 2):
             began = time.perf_counter()
-            metrics, _ = rl.train_step(step, learner, problems(config), state, flags, guard)
+            metrics, _ = rl.run_step(learner, step)
             seconds.append(time.perf_counter() - began)
             lengths.append(metrics["length"])
             dropped.append(metrics["dropped"])
-    return {"seconds": seconds[1:], "length": statistics.mean(lengths), "dropped": statistics.mean(dropped)}
+    return {
+        "seconds": seconds[1:],
+        "length": statistics.mean(lengths),
+        "dropped": statistics.mean(dropped),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- TRL
@@ -125,7 +130,9 @@ def run_trl(config: Config, name: str) -> dict:
         model=AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32),
         args=args,
         reward_funcs=reward,
-        train_dataset=Dataset.from_list([{"prompt": tasks.messages(problem)} for problem in problems(config)]),
+        train_dataset=Dataset.from_list(
+            [{"prompt": tasks.messages(problem)} for problem in problems(config)]
+        ),
         processing_class=AutoTokenizer.from_pretrained(config.model),
         callbacks=[Clock()],
     ).train()
@@ -137,7 +144,10 @@ def install_trl() -> bool:
     """TRL in an environment of its own, with the torch that we run (a looser range would pull another build)."""
     if not (TRL / "ready").exists():
         print("installing TRL into .cache/trl", file=sys.stderr)
-        pip, version = [str(TRL / "bin" / "python"), "-m", "pip", "install", "-q"], torch.__version__.split("+")[0]
+        pip, version = (
+            [str(TRL / "bin" / "python"), "-m", "pip", "install", "-q"],
+            torch.__version__.split("+")[0],
+        )
         for command in (
             [sys.executable, "-m", "venv", str(TRL)],
             [*pip, f"torch=={version}"],
@@ -158,20 +168,36 @@ def demo_model(config: Config) -> str:
     for folder in (ROOT / "runs" / "demo" / "sft", made):
         if (folder / "model" / "config.json").exists():
             return str(folder / "model")
-    flags = ["--task", "countdown", "--chains", "4000", "--epochs", "1", "--lr", "3e-3", "--batch-tokens", "1536"]
+    flags = [
+        "--task",
+        "countdown",
+        "--chains",
+        "4000",
+        "--epochs",
+        "1",
+        "--lr",
+        "3e-3",
+        "--batch-tokens",
+        "1536",
+    ]
     resume = ["--resume"] if made.exists() else []
-    subprocess.run([sys.executable, "sft.py", *flags, "--out", str(made), *resume], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "sft.py", *flags, "--out", str(made), *resume], cwd=ROOT, check=True
+    )
     return str(made / "model")
 
 
 def run_child(config: Config, contender: str) -> dict:
     python = str(TRL / "bin" / "python") if contender.startswith("trl") else sys.executable
     flags = [
-        f"--{name.replace('_', '-')}={value}" for name, value in (asdict(config) | {"contender": contender}).items()
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in (asdict(config) | {"contender": contender}).items()
     ]
     child = subprocess.run([python, __file__, *flags], stdout=subprocess.PIPE, text=True)
     if child.returncode:
-        raise cli.UserError(f"{contender} failed (exit code {child.returncode}); its messages are above")
+        raise cli.UserError(
+            f"{contender} failed (exit code {child.returncode}); its messages are above"
+        )
     return json.loads(child.stdout.strip().split("\n")[-1])
 
 
@@ -192,13 +218,19 @@ def main(config: Config) -> None:
             runs[name].append(run_child(config, name))
             print(f"{name}: {runs[name][-1]}", file=sys.stderr)
     batch = config.prompts * config.samples
-    print(f"{config.model}: {config.prompts} prompts x {config.samples}, at most {config.max_tokens} tokens")
+    print(
+        f"{config.model}: {config.prompts} prompts x {config.samples}, at most {config.max_tokens} tokens"
+    )
     print(f"{'':<14}{'samples/s':>10}{'s/step':>9}{'(min to max)':>16}{'tokens':>8}{'dropped':>9}")
     for name, parts in runs.items():
         seconds = [value for part in parts for value in part["seconds"]]
         step, spread = statistics.median(seconds), f"({min(seconds):.2f} to {max(seconds):.2f})"
-        length, dropped = (statistics.mean(part[key] for part in parts) for key in ("length", "dropped"))
-        print(f"{name:<14}{batch / step:>10.1f}{step:>9.2f}{spread:>16}{length:>8.1f}{100 * dropped:>8.0f}%")
+        length, dropped = (
+            statistics.mean(part[key] for part in parts) for key in ("length", "dropped")
+        )
+        print(
+            f"{name:<14}{batch / step:>10.1f}{step:>9.2f}{spread:>16}{length:>8.1f}{100 * dropped:>8.0f}%"
+        )
 
 
 if __name__ == "__main__":

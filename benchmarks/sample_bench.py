@@ -42,7 +42,9 @@ Rows = list[list[int]]  # completions, one after another
 
 @dataclass
 class Config:
-    only: list[Literal["one", "equal", "rl", "demo"]] = field(default_factory=lambda: ["one", "equal", "rl", "demo"])
+    only: list[Literal["one", "equal", "rl", "demo"]] = field(
+        default_factory=lambda: ["one", "equal", "rl", "demo"]
+    )
     """The CPU rows to measure."""
     rounds: int = 3
     """How often each side has its turn."""
@@ -60,31 +62,51 @@ class Config:
     """The CUDA rows instead."""
 
 
-def peer(model: transformers.PreTrainedModel, prompts: Rows, n: int, params: SamplingParams, eos: list[int]) -> Rows:
+def peer(
+    model: transformers.PreTrainedModel,
+    prompts: Rows,
+    n: int,
+    params: SamplingParams,
+    eos: list[int],
+) -> Rows:
     """transformers' `generate` on left-padded prompts, n samples each, cut after the stop token."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    ids = torch.tensor(
+        [[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device
+    )
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+    )
     out = model.generate(
         ids, attention_mask=mask, num_return_sequences=n, max_new_tokens=params.max_tokens, do_sample=True,
         temperature=params.temperature, top_p=1.0, top_k=0, eos_token_id=eos or None, pad_token_id=0,
     )  # fmt: skip
     rows, stops = out[:, width:].tolist(), set(eos)
-    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows]
+    ends = [
+        next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in rows
+    ]
     return [row[:end] for row, end in zip(rows, ends)]
 
 
 def continuous(
-    model: transformers.PreTrainedModel, prompts: Rows, n: int, params: SamplingParams, eos: list[int]
+    model: transformers.PreTrainedModel,
+    prompts: Rows,
+    n: int,
+    params: SamplingParams,
+    eos: list[int],
 ) -> Rows:
     """transformers' own continuous batching, each prompt n times."""
     config = transformers.GenerationConfig(
         max_new_tokens=params.max_tokens, do_sample=True, temperature=params.temperature, top_p=1.0, top_k=0,
         eos_token_id=eos or None, pad_token_id=0,
     )  # fmt: skip
-    outputs = model.generate_batch([prompt for prompt in prompts for _ in range(n)], generation_config=config)
+    outputs = model.generate_batch(
+        [prompt for prompt in prompts for _ in range(n)], generation_config=config
+    )
     if len(outputs) < len(prompts) * n:
-        raise RuntimeError(f"continuous batching ended {len(outputs)} of {len(prompts) * n} sequences")
+        raise RuntimeError(
+            f"continuous batching ended {len(outputs)} of {len(prompts) * n} sequences"
+        )
     return [output.generated_tokens for output in outputs.values()]
 
 
@@ -96,10 +118,16 @@ def compare(name: str, bar: float, rounds: int, contenders: dict[str, Callable[[
             start = time.perf_counter()
             tokens = sum(map(len, run()))
             speeds[contender].append(tokens / (time.perf_counter() - start))
-            print(f"  {name}, {contender}: {tokens} tokens, {speeds[contender][-1]:.1f} tok/s", file=sys.stderr)
+            print(
+                f"  {name}, {contender}: {tokens} tokens, {speeds[contender][-1]:.1f} tok/s",
+                file=sys.stderr,
+            )
     ours, *others = (statistics.median(values) for values in speeds.values())
     for contender, other in zip(list(contenders)[1:], others):
-        print(f"| {name} | {contender} | {other:.0f} | {ours:.0f} | {ours / other:.2f}x | >= {bar}x |", flush=True)
+        print(
+            f"| {name} | {contender} | {other:.0f} | {ours:.0f} | {ours / other:.2f}x | >= {bar}x |",
+            flush=True,
+        )
 
 
 def ours(sampler: Sampler, prompts: Rows, n: int, params: SamplingParams) -> Rows:
@@ -107,14 +135,24 @@ def ours(sampler: Sampler, prompts: Rows, n: int, params: SamplingParams) -> Row
 
 
 def versus(
-    name: str, bar: float, rounds: int, sampler: Sampler, theirs, prompts: Rows, n: int, params, other=peer
+    name: str,
+    bar: float,
+    rounds: int,
+    sampler: Sampler,
+    theirs,
+    prompts: Rows,
+    n: int,
+    params,
+    other=peer,
 ) -> None:
     """`compare` ours with `other` (`peer` or `continuous`), both warmed up."""
     eos, short = sampler.eos_ids, SamplingParams(2)
     ours(sampler, prompts[:1], 2, short), other(theirs, prompts[:1], 2, short, eos)
     contenders = {
         "nanoT1": lambda: ours(sampler, prompts, n, params),
-        {peer: "generate", continuous: "continuous batching"}[other]: lambda: other(theirs, prompts, n, params, eos),
+        {peer: "generate", continuous: "continuous batching"}[other]: lambda: other(
+            theirs, prompts, n, params, eos
+        ),
     }
     compare(name, bar, rounds, contenders)
 
@@ -129,20 +167,64 @@ def cpu_rows(config: Config) -> None:
     )
     if {"one", "equal", "rl"} & set(config.only):
         model, tokenizer = load_pretrained(config.model), load_tokenizer(config.model)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        text = tokenizer.encode("It was a bright cold day in April, and the clocks were striking thirteen. " * 20)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            config.model, dtype=torch.float32
+        )
+        text = tokenizer.encode(
+            "It was a bright cold day in April, and the clocks were striking thirteen. " * 20
+        )
         endless = Sampler(model, eos_ids=[])
         if "one" in config.only:
-            versus("one sequence, 64 tokens", 1.3, config.rounds, endless, theirs, [text[:32]], 1, SamplingParams(64))
+            versus(
+                "one sequence, 64 tokens",
+                1.3,
+                config.rounds,
+                endless,
+                theirs,
+                [text[:32]],
+                1,
+                SamplingParams(64),
+            )
         if "equal" in config.only:
             prompts = [text[i : i + 32] for i in range(64)]  # 64 times the row above
-            versus("64 equal sequences, 64 tokens", 1.5, config.rounds, endless, theirs, prompts, 1, SamplingParams(64))
-            prompts = [text[i : i + 64] for i in range(64)]  # mostly prefill, which is matrix products on either side
-            versus("64 longer prompts, 24 tokens", 1.5, config.rounds, endless, theirs, prompts, 1, SamplingParams(24))
+            versus(
+                "64 equal sequences, 64 tokens",
+                1.5,
+                config.rounds,
+                endless,
+                theirs,
+                prompts,
+                1,
+                SamplingParams(64),
+            )
+            prompts = [
+                text[i : i + 64] for i in range(64)
+            ]  # mostly prefill, which is matrix products on either side
+            versus(
+                "64 longer prompts, 24 tokens",
+                1.5,
+                config.rounds,
+                endless,
+                theirs,
+                prompts,
+                1,
+                SamplingParams(24),
+            )
         if "rl" in config.only:
-            prompts = [tasks.prompt_ids(problem, tokenizer) for problem in tasks.load(config.data)[:8]]
+            prompts = [
+                tasks.prompt_ids(problem, tokenizer) for problem in tasks.load(config.data)[:8]
+            ]
             sampler, params = Sampler(model, tokenizer), SamplingParams(256, temperature=1.2)
-            versus("RL: 8 GSM8K x 8, T 1.2, <= 256", 2.5, config.rl_rounds, sampler, theirs, prompts, 8, params)
+            versus(
+                "RL: 8 GSM8K x 8, T 1.2, <= 256",
+                2.5,
+                config.rl_rounds,
+                sampler,
+                theirs,
+                prompts,
+                8,
+                params,
+            )
     if "demo" in config.only:
         demo_row(config)
 
@@ -166,7 +248,9 @@ def demo_row(config: Config) -> None:
     versus(name, 4, config.rounds, sampler, theirs, prompts, 16, SamplingParams(256))
 
 
-def shape(dim: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool) -> ModelConfig:
+def shape(
+    dim: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool
+) -> ModelConfig:
     return ModelConfig(
         vocabulary, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=dim // heads, mlp_dim=mlp,
         family="qwen2", qkv_bias=True, context=8192, tied=tied,
@@ -231,10 +315,15 @@ def profile_rows(model: Transformer) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             for _ in range(5):
                 batch.decode()
-        spent = sorted(((op.self_cpu_time_total / 5e3, op.key) for op in profiler.key_averages()), reverse=True)
+        spent = sorted(
+            ((op.self_cpu_time_total / 5e3, op.key) for op in profiler.key_averages()), reverse=True
+        )
         listed = ", ".join(f"{key.removeprefix('aten::')} {ms:.1f}" for ms, key in spent[:10])
         median = 1e3 * statistics.median(times)
-        print(f"{rows} x 1 token at position {position} to {position + 50}: {median:.1f} ms; {listed}", flush=True)
+        print(
+            f"{rows} x 1 token at position {position} to {position + 50}: {median:.1f} ms; {listed}",
+            flush=True,
+        )
 
 
 @torch.inference_mode()
@@ -246,15 +335,22 @@ def step_row(name: str, model: Transformer, rows: int, speed: float, context: in
     measured = seconds_of(batch.decode, 50)
     config = model.config
     cached = 2 * config.layers * config.kv_heads * config.head_dim * 2 * rows * (context - 70)
-    weights = sum(parameter.nbytes for name, parameter in model.named_parameters() if name != "embed.weight")
+    weights = sum(
+        parameter.nbytes for name, parameter in model.named_parameters() if name != "embed.weight"
+    )
     weights += model.head_weight.nbytes if config.tied else 0
     least = (weights + cached) / speed
-    print(f"| {name} | {rows} | {measured * 1e3:.2f} | {least * 1e3:.2f} | {measured / least:.2f}x |", flush=True)
+    print(
+        f"| {name} | {rows} | {measured * 1e3:.2f} | {least * 1e3:.2f} | {measured / least:.2f}x |",
+        flush=True,
+    )
 
 
 def gpu_rows(config: Config) -> None:
     speed = bandwidth()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {speed / 1e12:.2f} TB/s measured\n")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {speed / 1e12:.2f} TB/s measured\n"
+    )
     print(
         "| decode step, 7B bar <= 1.4x | batch | ms | bytes / bandwidth, ms | ratio |\n|---|---|---|---|---|",
         flush=True,
@@ -270,7 +366,9 @@ def gpu_rows(config: Config) -> None:
     model = gpu_model(SHAPES["Qwen2.5-0.5B"])
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16
+        ).cuda()
     eos = list(range(0, model.config.vocab_size, 128))
     prompts = [[1 + (7 * i + j) % 1000 for j in range(64 + 4 * i)] for i in range(16)]
     sampler, params = Sampler(model, max_batch=1024, eos_ids=eos), SamplingParams(512)

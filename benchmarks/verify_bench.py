@@ -23,12 +23,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 PEER = ROOT / ".cache" / "math-verify"
 SHARED = ROOT.parent / "shared" / "verify"
-OLDER = ["peer_tests", "real_outputs", "human_solutions", "derived", "issues"]  # groups of the first collection
+OLDER = [
+    "peer_tests",
+    "real_outputs",
+    "human_solutions",
+    "derived",
+    "issues",
+]  # groups of the first collection
 
 
 @dataclass
 class Config:
-    cases: list[str] = field(default_factory=lambda: [str(SHARED / "cases.jsonl"), str(SHARED / "cases_field.jsonl")])
+    cases: list[str] = field(
+        default_factory=lambda: [str(SHARED / "cases.jsonl"), str(SHARED / "cases_field.jsonl")]
+    )
     """Labelled answers; the label says whether the prediction equals the reference."""
     rounds: int = 3
     """Passes over all cases; the median over them is less noisy than one."""
@@ -61,7 +69,9 @@ def theirs(response: str, gold: str) -> Check:
 
     start = time.process_time()
     try:
-        correct = bool(math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(response)))
+        correct = bool(
+            math_verify.verify(math_verify.parse(f"${gold}$"), math_verify.parse(response))
+        )
     except Exception:  # of a peer: a reward function that raises gives no reward
         correct = False
     return Check(correct, 1e3 * (time.process_time() - start))
@@ -81,7 +91,11 @@ def worker(contender: str, paths: list[str]) -> None:
 def run(contender: str, python: str, paths: list[str]) -> list[Check]:
     command = [python, __file__, "--worker", contender, *paths]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return [Check(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith('{"correct"')]
+    return [
+        Check(**json.loads(line))
+        for line in done.stdout.splitlines()
+        if line.startswith('{"correct"')
+    ]
 
 
 def install() -> str | None:
@@ -90,7 +104,10 @@ def install() -> str | None:
     if not python.exists():
         try:
             subprocess.run([sys.executable, "-m", "venv", PEER], check=True)
-            subprocess.run([python, "-m", "pip", "install", "-q", "math-verify[antlr4_13_2]==0.9.0"], check=True)
+            subprocess.run(
+                [python, "-m", "pip", "install", "-q", "math-verify[antlr4_13_2]==0.9.0"],
+                check=True,
+            )
         except subprocess.CalledProcessError:
             return None
     return str(python)
@@ -104,14 +121,19 @@ def accuracy(rows: list[dict], checks: list[Check], chosen: list[int]) -> str:
 
 def main(config: Config) -> None:
     rows = [row for path in config.cases for row in cli.read_jsonl(path)]
-    contenders = {"nanoT1": sys.executable, **({"Math-Verify 0.9.0": peer} if (peer := install()) else {})}
+    contenders = {
+        "nanoT1": sys.executable,
+        **({"Math-Verify 0.9.0": peer} if (peer := install()) else {}),
+    }
     results: dict[str, list[list[Check]]] = {name: [] for name in contenders}
     for _ in range(config.rounds):
         for name, python in contenders.items():
             results[name].append(run(name, python, config.cases))
     core = [k for k, row in enumerate(rows) if not row.get("debatable")]
     print(f"{len(core)} core cases of {len(rows)}, {config.rounds} rounds, CPU ms per check\n")
-    print("| | cases | | accuracy | accepted wrongly | rejected wrongly |\n|---|---|---|---|---|---|")
+    print(
+        "| | cases | | accuracy | accepted wrongly | rejected wrongly |\n|---|---|---|---|---|---|"
+    )
     groups = {"older": OLDER, "field": ["field"], "variant": ["variant"]}
     for group, kinds in groups.items():
         chosen = [k for k in core if rows[k].get("group", "field") in kinds]
@@ -121,17 +143,28 @@ def main(config: Config) -> None:
     print("\n| | median | p99 | worst |\n|---|---|---|---|")
     for name, rounds in results.items():
         times = [sorted(check.cpu_ms for check in one) for one in rounds]
-        at = [statistics.median(one[round(share * (len(one) - 1))] for one in times) for share in (0.5, 0.99, 1)]
+        at = [
+            statistics.median(one[round(share * (len(one) - 1))] for one in times)
+            for share in (0.5, 0.99, 1)
+        ]
         print(f"| {name} | {at[0]:.2f} | {at[1]:.1f} | {at[2]:.1f} |")
     asked = sorted(check.sympy_ms for one in results["nanoT1"] for check in one if check.sympy_ms)
     if asked:
         share = len(asked) / config.rounds / len(rows)
         slowest = f"median {statistics.median(asked):.0f}, p99 {asked[round(0.99 * (len(asked) - 1))]:.0f} ms"
         print(f"\nsympy was asked for {share:.1%} of the cases: {slowest}, by the clock")
-    print("\n| kind of answer | cases | " + " | ".join(contenders) + " |\n|---|---|" + "---|" * len(contenders))
+    print(
+        "\n| kind of answer | cases | "
+        + " | ".join(contenders)
+        + " |\n|---|---|"
+        + "---|" * len(contenders)
+    )
     for kind in sorted({rows[k]["kind"] for k in core}):
         mine = [k for k in core if rows[k]["kind"] == kind]
-        right = [f"{sum(r[0][k].correct == rows[k]['equal'] for k in mine) / len(mine):.1%}" for r in results.values()]
+        right = [
+            f"{sum(r[0][k].correct == rows[k]['equal'] for k in mine) / len(mine):.1%}"
+            for r in results.values()
+        ]
         print(f"| {kind} | {len(mine)} | " + " | ".join(right) + " |")
 
 

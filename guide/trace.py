@@ -21,17 +21,17 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+
 import cot
 import kernels
 import rl
 import rollout
 import tasks
 from model import ModelConfig, Transformer, random_init
-from recipes import RECIPES
 from sample import Completion
 from tokenizer import Tokenizer, demo_tokenizer
 
-RECIPE = RECIPES["t1"]
+RECIPE = rl.RECIPES["t1"]
 LEARNING_RATE = 2e-4  # T1's 1.5e-6 is for 9 billion weights; with it a tiny model would not move
 CHAINS = 400
 CHAINS_PER_STEP = 10
@@ -64,10 +64,7 @@ def penalised(rewards: Tensor, patterns: list[str | None]) -> Tensor:
 
 def centred(logprob: Tensor, anchor_logprob: Tensor, lengths: list[int]) -> Tensor:
     """Log-probs of all trained tokens, flat, to one centred KL for each response."""
-    pad = torch.nn.utils.rnn.pad_sequence
-    policy = pad(logprob.split(lengths), batch_first=True)
-    anchor = pad(anchor_logprob.split(lengths), batch_first=True)
-    return rl.centred_kl(policy, anchor, torch.ones_like(policy))
+    return rl.centred_kl(logprob, anchor_logprob, torch.tensor(lengths))
 
 
 def surrogate_loss(logprob: Tensor, old: Tensor, advantage: Tensor) -> Tensor:

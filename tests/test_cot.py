@@ -146,7 +146,7 @@ def test_merged_chains_verify(failures, right, critique):
     right = [replace(attempt, critique=critique) for attempt in right]
     text = cot.merge(Draft(PROBLEM, failures, right))
     assert (
-        tasks.score([PROBLEM], [text])[0].correct
+        tasks.judge_all([PROBLEM], [text])[0].correct
         and text.count("\\boxed") == 1
         and text.endswith("\\boxed{9}")
     )
@@ -277,7 +277,7 @@ def test_attempts_become_training_data(tmp_path, monkeypatch, capsys):
         "So the answer is \\boxed{9}"
     )  # and not {9.}, as the sentence ends
     assert row["problem"] == PROBLEM.question and row["answer"] == "9"
-    assert tasks.score(tasks.load(out), [row["response"]])[0].correct
+    assert tasks.judge_all(tasks.load(out), [row["response"]])[0].correct
     assert "1 of 2 problems" in capsys.readouterr().out
 
 
@@ -341,5 +341,5 @@ def test_real_weights_attempt_and_criticise(smollm2, tmp_path):
     cot.main(cot.Config(str(out), data=str(tmp_path / "problems.jsonl"), model=(model,), **options))
     made = [json.loads(line) for line in out.read_text().splitlines()]
     assert made and all(
-        v.correct for v in tasks.score(tasks.load(out), [row["response"] for row in made])
+        v.correct for v in tasks.judge_all(tasks.load(out), [row["response"] for row in made])
     )

@@ -262,7 +262,6 @@ def test_every_metric_is_explained(tmp_path):
     assert found == metric_names(of_rl) - {"value_loss"}  # the critic's, which T1 has not
 
 
-@pytest.mark.skipif(not hasattr(rl, "outcome"), reason="this rl.py has no functions in its recipes")
 def test_half_for_the_right_format(tmp_path):
     """The answer to question 7 is copied and run: it must be a whole file, and pay what it says."""
     code = re.search(r"```python\n(# half\.py.*?)```", GUIDE, flags=re.DOTALL)[1]

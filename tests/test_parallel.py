@@ -1,7 +1,8 @@
 """parallel.py: any number of ranks and any split of the work must give one and the same run.
 
-The file is also the program that the tests start under torchrun (`worker`, at the end): it trains a tiny model on 2 and
-on 4 ranks, and leaves its gradients, losses, weights and checkpoints for the tests to compare with one process.
+The file is also the program that the tests start under torchrun (`worker`, at the end): it trains a
+tiny model on 2 and on 4 ranks, and leaves its gradients, losses, weights and checkpoints for the
+tests to compare with one process.
 """
 
 import dataclasses
@@ -32,14 +33,18 @@ from parallel import World  # noqa: E402
 
 ALONE = World(0, 1, torch.device("cpu"))
 STOP = 7
-SHAPE = ModelConfig(vocab_size=50, dim=24, layers=2, heads=3, kv_heads=1, head_dim=8, mlp_dim=40, tied=True)
+SHAPE = ModelConfig(
+    vocab_size=50, dim=24, layers=2, heads=3, kv_heads=1, head_dim=8, mlp_dim=40, tied=True
+)
 
 
 def examples(count: int = 11) -> list[Example]:
-    """Responses of uneven lengths, the longest many times the shortest, to four prompts of 1 to 6 tokens; the STOP that
-    ends each is the prompts' first token, too."""
+    """Responses of uneven lengths, the longest many times the shortest, to four prompts of 1 to 6
+    tokens; the STOP that ends each is the prompts' first token, too."""
     generator = torch.Generator().manual_seed(5)
-    prompts = [torch.randint(0, 50, (length,), generator=generator).tolist() for length in (1, 2, 4, 6)]
+    prompts = [
+        torch.randint(0, 50, (length,), generator=generator).tolist() for length in (1, 2, 4, 6)
+    ]
     made = []
     for i in range(count):
         prompt, response = len(prompts[i % 4]), 1 + (i * i) % 23
@@ -53,8 +58,12 @@ def make_scorer(world: World, dtype: torch.dtype = torch.float64) -> parallel.Sc
     return parallel.shard(random_init(SHAPE, seed=0, dtype=dtype), world)
 
 
-def loss_and_gradients(scorer, batch: list[Example], micro_tokens: int, world: World) -> tuple[float, dict]:
-    """This rank's part of the loss, and the gradients, of a step over `batch`: likelihood plus an entropy term."""
+def loss_and_gradients(
+    scorer, batch: list[Example], micro_tokens: int, world: World
+) -> tuple[float, dict]:
+    """This rank's part of the loss, and the gradients, of a step over `batch`: likelihood plus an
+    entropy term.
+    """
     count = sum(example.targets for example in batch)
     total = 0.0
     for _, packed in parallel.micro_batches(batch, micro_tokens, 200, world):
@@ -66,7 +75,10 @@ def loss_and_gradients(scorer, batch: list[Example], micro_tokens: int, world: W
 
 
 def whole(tensors: dict) -> dict:
-    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for name, t in tensors.items()}
+    return {
+        name: t.full_tensor() if hasattr(t, "full_tensor") else t.clone()
+        for name, t in tensors.items()
+    }
 
 
 def train(scorer, optimizer, world: World, steps: range, micro_tokens: int = 60) -> list[float]:
@@ -86,28 +98,43 @@ def assert_close(got: dict, wanted: dict, relative: float = 1e-6) -> None:
         assert (got[name] - tensor).norm() <= relative * tensor.norm(), name
 
 
-# --- many ranks -------------------------------------------------------------------------------------------------------
+# --- many ranks -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> dict[int, dict]:
-    """What `worker` found on 2 and on 4 ranks, and what torchrun said. 4 start from the checkpoint that 2 wrote."""
+    """What `worker` found on 2 and on 4 ranks, and what torchrun said. 4 start from the checkpoint
+    that 2 wrote.
+    """
     folder = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     found: dict = {"folder": folder}
     for size in (2, 4):
-        command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", __file__, str(folder)]
-        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200)
+        command = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={size}",
+            __file__,
+            str(folder),
+        ]
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200
+        )
         assert (folder / f"{size}.pt").exists(), done.stderr
-        found[size] = torch.load(folder / f"{size}.pt") | {"stderr": done.stderr, "exit": done.returncode}
+        found[size] = torch.load(folder / f"{size}.pt") | {
+            "stderr": done.stderr,
+            "exit": done.returncode,
+        }
     return found
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("case", ["whole", "split", "lonely"])
 def test_gradients_do_not_depend_on_ranks(ranks, size, case):
-    """Bug: FSDP's default averages over ranks, and a rank with few tokens then counts as much as one with many. With
-    one sequence ("lonely") all ranks but one have nothing to train on, and must neither hang nor change anything."""
+    """Bug: FSDP's default averages over ranks, and a rank with few tokens then counts as much as
+    one with many. With one sequence ("lonely") all ranks but one have nothing to train on, and must
+    neither hang nor change anything."""
     batch, _ = CASES[case]
     loss, gradients = loss_and_gradients(make_scorer(ALONE), batch, 10**6, ALONE)
     assert ranks[size][case]["loss"] == pytest.approx(loss, rel=1e-6)
@@ -116,16 +143,22 @@ def test_gradients_do_not_depend_on_ranks(ranks, size, case):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_first_updates_do_not_depend_on_ranks(ranks, size):
-    """Bug: gradients agree, but clipping uses a rank's own norm, or AdamW's moments are mixed up between shards."""
+    """Bug: gradients agree, but clipping uses a rank's own norm, or AdamW's moments are mixed up
+    between shards.
+    """
     scorer = make_scorer(ALONE, torch.float32)
-    norms = train(scorer, parallel.adamw(scorer.parameters(), 1e-2, 0.1), ALONE, range(3), micro_tokens=10**6)
+    norms = train(
+        scorer, parallel.adamw(scorer.parameters(), 1e-2, 0.1), ALONE, range(3), micro_tokens=10**6
+    )
     assert ranks[size]["norms"] == pytest.approx(norms, rel=1e-6)
     assert_close(ranks[size]["after 3"], dict(scorer.named_parameters()), 2e-6)
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_muon_does_not_depend_on_ranks(ranks, size):
-    """Bug: each rank makes its own rows orthogonal, which are not the rows of the orthogonal matrix."""
+    """Bug: each rank makes its own rows orthogonal, which are not the rows of the orthogonal
+    matrix.
+    """
     assert_close(ranks[size]["muon"], dict(train_by_muon(ALONE).named_parameters()), 2e-5)
 
 
@@ -153,6 +186,13 @@ def test_weights_are_gathered_whole(ranks, size):
 
 
 @pytest.mark.parametrize("size", [2, 4])
+def test_work_is_shared_out_in_order(ranks, size):
+    """Bug: results that come back in the order of the ranks, or work that only one of them does."""
+    assert [item for item, _ in ranks[size]["shared out"]] == [5, 3, 9, 1, 7]
+    assert {rank for _, rank in ranks[size]["shared out"]} == set(range(size))
+
+
+@pytest.mark.parametrize("size", [2, 4])
 def test_ranks_that_disagree_say_on_what(ranks, size):
     """Bug: one node started with another flag; the run hangs, or trains something in between."""
     assert ranks[size]["disagreement"] == f"ranks disagree on lr: 0 on 0, {size - 1} on {size - 1}"
@@ -160,20 +200,22 @@ def test_ranks_that_disagree_say_on_what(ranks, size):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_bad_input_on_one_rank_ends_all_with_one_line(ranks, size):
-    """Bug: one rank finds a bad file and leaves; the others wait for it until a timeout, or drown it in tracebacks.
-    (What torchrun itself reports about its children comes after our line.)"""
+    """Bug: one rank finds a bad file and leaves; the others wait for it until a timeout, or drown
+    it in tracebacks. (What torchrun itself reports about its children comes after our line.)"""
     ours = ranks[size]["stderr"].split("torch/distributed/elastic")[0]
     assert ranks[size]["exit"] != 0
     assert ours.count("error: line 3 is bad") == 1
     assert "Traceback" not in ours
 
 
-# --- one process ------------------------------------------------------------------------------------------------------
+# --- one process ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 40, 10**6])
 def test_gradients_do_not_depend_on_micro_batches(micro_tokens):
-    """Bug: the loss divided by each micro-batch's own token count, so that short micro-batches weigh more."""
+    """Bug: the loss divided by each micro-batch's own token count, so that short micro-batches
+    weigh more.
+    """
     batch = examples()
     wanted_loss, wanted = loss_and_gradients(make_scorer(ALONE), batch, 10**6, ALONE)
     loss, gradients = loss_and_gradients(make_scorer(ALONE), batch, micro_tokens, ALONE)
@@ -181,12 +223,19 @@ def test_gradients_do_not_depend_on_micro_batches(micro_tokens):
     assert_close(gradients, wanted)
 
 
+def by_example(batch: list[Example], values: torch.Tensor) -> list[torch.Tensor]:
+    """One value per trained token, cut into those of each example."""
+    return list(values.split([example.targets for example in batch]))
+
+
 def test_score_is_the_plain_computation():
-    """Bug: targets off by one, temperature forgotten, or values scattered to other positions than they came from."""
+    """Bug: targets off by one, temperature forgotten, or values of other tokens than they are said
+    to be of.
+    """
     scorer, batch, temperature = make_scorer(ALONE), examples(5), 1.7
     packed = pack(batch, row_length=64)
     logprob, entropy = parallel.score(scorer, packed, temperature)
-    got = zip(batch, packed.extract(logprob), packed.extract(entropy))
+    got = zip(batch, by_example(batch, logprob), by_example(batch, entropy))
     for example, example_logprob, example_entropy in got:
         tokens = torch.tensor([example.tokens])
         table = (scorer.model.logits(scorer.model(tokens))[0] / temperature).log_softmax(-1)
@@ -194,8 +243,9 @@ def test_score_is_the_plain_computation():
         wanted = torch.stack([table[t - 1, example.tokens[t]] for t in range(start, end)])
         torch.testing.assert_close(example_logprob.double(), wanted, rtol=1e-6, atol=1e-6)
         rows = table[start - 1 : end - 1]
-        torch.testing.assert_close(example_entropy.double(), -(rows.exp() * rows).sum(-1), rtol=1e-6, atol=1e-6)
-    assert not logprob[~packed.mask].any() and not entropy[~packed.mask].any()
+        torch.testing.assert_close(
+            example_entropy.double(), -(rows.exp() * rows).sum(-1), rtol=1e-6, atol=1e-6
+        )
 
 
 def test_documents_in_a_row_do_not_see_each_other():
@@ -207,17 +257,18 @@ def test_documents_in_a_row_do_not_see_each_other():
     def score(*batch):
         packed = pack(list(batch), row_length=16)
         assert packed.tokens.shape[0] == 1  # in one row, or the test shows nothing
-        return packed.extract(parallel.score(scorer, packed)[0])
+        return by_example(batch, parallel.score(scorer, packed)[0])
 
     assert torch.equal(score(first, second)[1], score(changed, second)[1])
     assert not torch.equal(score(first, second)[0], score(changed, second)[0])
     alone = pack([second])
-    torch.testing.assert_close(score(first, second)[1], alone.extract(parallel.score(scorer, alone)[0])[0])
+    torch.testing.assert_close(score(first, second)[1], parallel.score(scorer, alone)[0])
 
 
 def test_responses_share_a_prompt():
-    """Bug: K responses packed behind one copy of their prompt see each other, stand at other positions than alone, or
-    pull at the prompt with another gradient. Against rows that hold one whole sequence each."""
+    """Bug: K responses packed behind one copy of their prompt see each other, stand at other
+    positions than alone, or pull at the prompt with another gradient. Against rows that hold one
+    whole sequence each."""
     batch = examples()
     units, row_length = share_stems(batch, 200)
     together, *alone = pack(batch, row_length, units), *(pack([example]) for example in batch)
@@ -226,34 +277,42 @@ def test_responses_share_a_prompt():
     scorer, reference = make_scorer(ALONE), make_scorer(ALONE)
     logprob, entropy = parallel.score(scorer, together)
     (logprob + entropy.square()).sum().backward()
-    for got, got_entropy, packed in zip(together.extract(logprob), together.extract(entropy), alone):
+    for got, got_entropy, packed in zip(
+        by_example(batch, logprob), by_example(batch, entropy), alone
+    ):
         wanted, wanted_entropy = parallel.score(reference, packed)
         (wanted + wanted_entropy.square()).sum().backward()
-        torch.testing.assert_close(got, packed.extract(wanted)[0])
-        torch.testing.assert_close(got_entropy, packed.extract(wanted_entropy)[0])
+        torch.testing.assert_close(got, wanted)
+        torch.testing.assert_close(got_entropy, wanted_entropy)
     for mine, theirs in zip(scorer.parameters(), reference.parameters()):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-6, atol=1e-6)
 
 
 def test_shared_prompt_by_hand():
-    """Bug: a branch that predicts from another branch's last token, or begins after the prompt's last token, whose
-    position must predict each branch's own first token."""
-    batch = [Example([1, 2, 3, 4, 5], [(3, 5)]), Example([9, 9], [(1, 2)]), Example([1, 2, 3, 7, 8, 6], [(3, 6)])]
+    """Bug: a branch that predicts from another branch's last token, or begins after the prompt's
+    last token, whose position must predict each branch's own first token."""
+    batch = [
+        Example([1, 2, 3, 4, 5], [(3, 5)]),
+        Example([9, 9], [(1, 2)]),
+        Example([1, 2, 3, 7, 8, 6], [(3, 6)]),
+    ]
     units, _ = share_stems(batch, 99)
     assert units == [Unit([2, 0], 9), Unit([1], 2)]
     packed = pack(batch, units=units)
     assert packed.tokens.tolist() == [[1, 2, 3, 7, 8, 6, 3, 4, 5], [9, 9, 0, 0, 0, 0, 0, 0, 0]]
     assert packed.documents.tolist() == [[0, 0, 1, 1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1, 1]]
     assert packed.parents.tolist() == [[-1, -1, 0, 0, 0, 0, 0, 0, 0], [-1] * 9]
-    assert [t.tolist() for t in packed.extract(packed.targets)] == [[4, 5], [9], [7, 8, 6]]
+    assert packed.targets.tolist() == [4, 5, 9, 7, 8, 6]
+    assert packed.index.tolist() == [6, 7, 9, 2, 3, 4]
     positions, visible = positions_and_mask(packed.tokens, packed.documents, packed.parents)
     assert positions[0].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4]
     assert visible[0, 0, 7].tolist() == [True, True, False, False, False, False, True, True, False]
 
 
 def test_positions_of_their_own():
-    """Bug: a packed sequence's positions are its neighbour's, or are ignored; or its keys are shared with a sequence of
-    the same prompt that stands elsewhere. Against the model itself at those positions."""
+    """Bug: a packed sequence's positions are its neighbour's, or are ignored; or its keys are
+    shared with a sequence of the same prompt that stands elsewhere. Against the model itself at
+    those positions."""
     scorer = make_scorer(ALONE)
     batch = [
         Example([1, 2, 3, 4, 5], [(3, 5)], [0, 4, 7, 8, 30]),
@@ -266,30 +325,35 @@ def test_positions_of_their_own():
     for row_length in (5, 19):  # rows that are full to the end, and one row for all
         packed = pack(batch, row_length, units)
         assert packed.positions is not None and packed.parents is not None
-        got = packed.extract(parallel.score(scorer, packed)[0])
+        got = by_example(batch, parallel.score(scorer, packed)[0])
         for example, logprob in zip(batch, got):
             tokens, (start, end) = torch.tensor([example.tokens]), example.spans[0]
             positions = torch.tensor([example.positions or list(range(len(example.tokens)))])
-            table = scorer.model.logits(scorer.model(tokens, positions=positions))[0].log_softmax(-1)
+            table = scorer.model.logits(scorer.model(tokens, positions=positions))[0].log_softmax(
+                -1
+            )
             wanted = table[range(start - 1, end - 1), example.tokens[start:end]]
             torch.testing.assert_close(logprob.double(), wanted, rtol=1e-6, atol=1e-6)
     plain = pack([dataclasses.replace(example, positions=None) for example in batch], row_length=21)
-    moved = (torch.cat(got) - parallel.score(scorer, plain)[0].flatten()[plain.index]).abs()
+    moved = (torch.cat(got) - parallel.score(scorer, plain)[0]).abs()
     assert plain.positions is None and moved[:2].min() > 1e-3 and moved[2] < 1e-6
 
 
 def test_mask_comes_from_lengths_not_from_values():
-    """Bug: a mask made by comparing tokens (with padding, or with the stop token) loses the response's stop token, or
-    trains on the prompt's: the prompt here holds the stop token, which is also the padding's id."""
+    """Bug: a mask made by comparing tokens (with padding, or with the stop token) loses the
+    response's stop token, or trains on the prompt's: the prompt here holds the stop token, which is
+    also the padding's id."""
     packed = pack([Example([0, 5, 0, 6, 0], [(3, 5)]), Example([1, 2], [(1, 2)])], row_length=9)
     assert packed.tokens.tolist() == [[0, 5, 0, 6, 0, 1, 2]]
-    assert packed.targets.tolist() == [[5, 0, 6, 0, 0, 2, 0]]
-    assert packed.mask.tolist() == [[False, False, True, True, False, True, False]]
+    assert packed.targets.tolist() == [6, 0, 2]
+    assert packed.index.tolist() == [2, 3, 5]
     assert packed.documents.tolist() == [[0, 0, 0, 0, 0, 1, 1]]
 
 
 def test_stop_token_has_gradient():
-    """Bug (nanochat): the stop token is dropped when the response is stored, and stopping is never learned."""
+    """Bug (nanochat): the stop token is dropped when the response is stored, and stopping is never
+    learned.
+    """
     scorer = make_scorer(ALONE)
     packed = pack([Example([3, 4, 5, STOP], [(3, 4)])])  # the stop token is all that is trained on
     before, _ = parallel.score(scorer, packed)
@@ -302,7 +366,9 @@ def test_stop_token_has_gradient():
 
 
 def test_rows_are_as_long_as_is_cheapest():
-    """Bug: rows that repeat a prompt for every response, or so long that attention costs more than that saves."""
+    """Bug: rows that repeat a prompt for every response, or so long that attention costs more than
+    that saves.
+    """
 
     def cost(length: int, stem: int, dim: int) -> float:
         return length / (length - stem) * (1 + length / (3 * dim))
@@ -321,61 +387,101 @@ lengths_strategy = st.lists(st.integers(2, 60), min_size=0, max_size=40)
 
 
 def batch_of(lengths: list[int], prompts: int) -> list[Example]:
-    """Sequences of these lengths, to a few prompts; every token is another number, but those of a prompt."""
+    """Sequences of these lengths, to a few prompts; every token is another number, but those of a
+    prompt.
+    """
     batch = []
     for i, n in enumerate(lengths):
         start = 1 + i % prompts % (n - 1)
-        batch.append(Example([100 * (i if t >= start else i % prompts) + t for t in range(n)], [(start, n)]))
+        batch.append(
+            Example([100 * (i if t >= start else i % prompts) + t for t in range(n)], [(start, n)])
+        )
     return batch
 
 
-@given(lengths=lengths_strategy, row_length=st.integers(0, 200), prompts=st.integers(1, 50), dim=st.integers(0, 900))
+@given(
+    lengths=lengths_strategy,
+    row_length=st.integers(0, 200),
+    prompts=st.integers(1, 50),
+    dim=st.integers(0, 900),
+)
 @settings(max_examples=60, deadline=None)
 def test_packing_loses_and_repeats_nothing(lengths, row_length, prompts, dim):
-    """Bug: a sequence left out or cut when rows are full, a target from the next document, waste nobody noticed."""
+    """Bug: a sequence left out or cut when rows are full, a target from the next document, waste
+    nobody noticed.
+    """
     batch = batch_of(lengths, prompts)
     units, _ = share_stems(batch, dim)
     packed = pack(batch, row_length, units)
     lengths = [unit.length for unit in units]
-    values = [[float(t) for t in range(*example.spans[0])] for example in batch]
-    grid = packed.place([torch.tensor(v) for v in values])
-    assert [v.tolist() for v in packed.extract(grid)] == values
-    assert [t.tolist() for t in packed.extract(packed.targets)] == [e.tokens[slice(*e.spans[0])] for e in batch]
-    assert packed.counts == [e.targets for e in batch]
-    assert packed.mask.sum() == len(packed.index) == sum(e.targets for e in batch)
+    assert packed.targets.tolist() == [
+        token for e in batch for token in e.tokens[slice(*e.spans[0])]
+    ]
+    assert len(packed.index) == len(set(packed.index.tolist())) == len(packed.targets)
+    flat = packed.tokens.flatten()
+    for example, places in zip(batch, by_example(batch, packed.index)):
+        # the token before a target's place is the one that predicts it, and in a row the one before
+        # the target
+        assert [example.tokens[t - 1] for t in range(*example.spans[0])] == flat[places].tolist()
     rows = packed.tokens.shape[0]
-    assert rows <= max(1, math.ceil(1.7 * sum(lengths) / max([row_length, *lengths, 1])) + 1)  # first fit's guarantee
+    assert rows <= max(
+        1, math.ceil(1.7 * sum(lengths) / max([row_length, *lengths, 1])) + 1
+    )  # first fit's guarantee
 
 
 @given(
-    lengths=st.lists(st.one_of(st.integers(2, 60), st.just(400)), max_size=40), prompts=st.integers(1, 50),
-    budget=st.integers(1, 900), dim=st.integers(0, 900), size=st.integers(1, 5),
-)  # fmt: skip
+    lengths=st.lists(st.one_of(st.integers(2, 60), st.just(400)), max_size=40),
+    prompts=st.integers(1, 50),
+    budget=st.integers(1, 900),
+    dim=st.integers(0, 900),
+    size=st.integers(1, 5),
+)
 @settings(max_examples=100, deadline=None)
 def test_every_rank_gets_as_many_micro_batches(lengths, prompts, budget, dim, size):
-    """Bug: ranks that run different numbers of micro-batches wait for each other for ever; a sequence trained twice;
-    more tokens in a micro-batch than --micro-tokens allows, by padding or by prompts that stand in it again."""
+    """Bug: ranks that run different numbers of micro-batches wait for each other for ever; a
+    sequence trained twice; more tokens in a micro-batch than --micro-tokens allows, by padding or
+    by prompts that stand in it again."""
     batch, cpu = batch_of(lengths, prompts), torch.device("cpu")
-    shares = [list(parallel.micro_batches(batch, budget, dim, World(rank, size, cpu))) for rank in range(size)]
+    shares = [
+        list(parallel.micro_batches(batch, budget, dim, World(rank, size, cpu)))
+        for rank in range(size)
+    ]
     assert len({len(share) for share in shares}) == 1
-    assert sorted(i for share in shares for chosen, _ in share for i in chosen) == list(range(len(lengths)))
-    for chosen, packed in (micro for share in shares for micro in share):
+    targets = torch.tensor(
+        [token for example in batch for token in example.tokens[slice(*example.spans[0])]]
+    )
+    placed = [place for share in shares for places, _ in share for place in places.tolist()]
+    assert sorted(placed) == list(range(len(targets)))
+    for places, packed in (micro for share in shares for micro in share):
         assert packed.tokens.numel() <= max([budget, *lengths])
-        assert [t.tolist() for t in packed.extract(packed.targets)] == [
-            batch[i].tokens[slice(*batch[i].spans[0])] for i in chosen
-        ]
+        assert packed.targets.tolist() == targets[places].tolist()
+
+
+def test_values_of_all_are_in_the_order_of_the_examples():
+    """Bug: values that come back in the order in which micro-batches were packed."""
+    batch = examples()
+    wanted = [token for example in batch for token in example.tokens[slice(*example.spans[0])]]
+    for micro_tokens in (1, 40, 10**6):
+        values = parallel.values_of_all(
+            lambda packed: packed.targets.float(), batch, micro_tokens, 200, ALONE
+        )
+        assert values.tolist() == wanted
 
 
 @given(lengths=st.lists(st.integers(1, 1000), min_size=1, max_size=60), bins=st.integers(1, 8))
 @settings(max_examples=100, deadline=None)
 def test_balance_spreads_by_length(lengths, bins):
-    """Bug: as many sequences on each rank, but all of the long ones on one, for which the others wait."""
+    """Bug: as many sequences on each rank, but all of the long ones on one, for which the others
+    wait.
+    """
     loads = [sum(lengths[i] for i in share) for share in parallel.balance(lengths, bins)]
     assert max(loads) <= sum(lengths) / bins + max(lengths)
 
 
 def test_norms_do_not_decay():
-    """Bug: weight decay pulls RMSNorm gains from 1 to 0 (with zero gradients, decay is all that moves a weight)."""
+    """Bug: weight decay pulls RMSNorm gains from 1 to 0 (with zero gradients, decay is all that
+    moves a weight).
+    """
     scorer = make_scorer(ALONE)
     optimizer = parallel.adamw(scorer.parameters(), lr=0.1, weight_decay=0.5)
     before = {name: p.detach().clone() for name, p in scorer.named_parameters()}
@@ -387,7 +493,7 @@ def test_norms_do_not_decay():
         torch.testing.assert_close(parameter.detach(), factor * before[name])
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def save(folder: Path, step: int, parts: dict, state: dict) -> None:
@@ -397,7 +503,9 @@ def save(folder: Path, step: int, parts: dict, state: dict) -> None:
 
 
 def test_checkpoint_restores_everything_bitwise(tmp_path):
-    """Bug (nanoGPT): no generator state, or moments rounded on their way; the resumed run is another run."""
+    """Bug (nanoGPT): no generator state, or moments rounded on their way; the resumed run is
+    another run.
+    """
     scorer = make_scorer(ALONE, torch.float32)
     optimizer = parallel.adamw(scorer.parameters(), 1e-2)
     train(scorer, optimizer, ALONE, range(2))
@@ -407,7 +515,9 @@ def test_checkpoint_restores_everything_bitwise(tmp_path):
 
     fresh = parallel.shard(random_init(SHAPE, seed=9), ALONE)
     again = parallel.adamw(fresh.parameters(), 1e-2)
-    state = parallel.load_checkpoint(tmp_path / "step-000002", {"policy": fresh, "adamw": again}, ALONE)
+    state = parallel.load_checkpoint(
+        tmp_path / "step-000002", {"policy": fresh, "adamw": again}, ALONE
+    )
     assert state == {"step": 2, "ranks": 1, "cursor": 5}
     assert torch.equal(torch.rand(3), drawn)
     train(fresh, again, ALONE, range(2, 4))
@@ -416,20 +526,30 @@ def test_checkpoint_restores_everything_bitwise(tmp_path):
 
 
 def test_only_complete_checkpoints_count(tmp_path):
-    """Bug: a write cut off by a kill is taken for the newest checkpoint; or the disk fills up with old ones."""
+    """Bug: a write cut off by a kill is taken for the newest checkpoint; or the disk fills up with
+    old ones.
+    """
     scorer = make_scorer(ALONE)
     (tmp_path / "step-000004.partial").mkdir(parents=True)
     (tmp_path / "step-000004.partial" / "half").write_text("garbage")
     for step in (1, 2, 3):
         save(tmp_path, step, {"policy": scorer}, {})
-    assert [path.name for path in parallel.complete_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+    assert [path.name for path in parallel.complete_checkpoints(tmp_path)] == [
+        "step-000002",
+        "step-000003",
+    ]
     save(tmp_path, 4, {"policy": scorer}, {})
     assert not (tmp_path / "step-000004" / "half").exists()
 
 
 def test_checkpoints_that_are_kept_for_good(tmp_path):
-    """Bug: the checkpoints that the curves of RL are measured on are removed with the other old ones."""
-    scorer, checkpoints = make_scorer(ALONE), parallel.Checkpoints(tmp_path, ALONE, keep=1, keep_every=2)
+    """Bug: the checkpoints that the curves of RL are measured on are removed with the other old
+    ones.
+    """
+    scorer, checkpoints = (
+        make_scorer(ALONE),
+        parallel.Checkpoints(tmp_path, ALONE, keep=1, keep_every=2),
+    )
     for step in range(1, 6):
         checkpoints.save(step, {"policy": scorer}, {})
     checkpoints.finish()
@@ -437,8 +557,8 @@ def test_checkpoints_that_are_kept_for_good(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """Bug: a checkpoint that holds what the weights became while it was written, that looks complete before it is, or
-    whose failure nobody hears of."""
+    """Bug: a checkpoint that holds what the weights became while it was written, that looks
+    complete before it is, or whose failure nobody hears of."""
     go_on, write = threading.Event(), FileSystemWriter.write_data
 
     def slowly(self, *args):
@@ -454,28 +574,40 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     checkpoints = parallel.Checkpoints(tmp_path, ALONE)
     checkpoints.save(1, {"policy": scorer, "adamw": optimizer}, {})
     train(scorer, optimizer, ALONE, range(1, 3))
-    assert not parallel.complete_checkpoints(tmp_path) and not torch.equal(next(scorer.parameters()), before[0])
+    assert not parallel.complete_checkpoints(tmp_path) and not torch.equal(
+        next(scorer.parameters()), before[0]
+    )
     go_on.set()
     checkpoints.finish()
-    parallel.load_checkpoint(tmp_path / "step-000001", {"policy": scorer, "adamw": optimizer}, ALONE)
+    parallel.load_checkpoint(
+        tmp_path / "step-000001", {"policy": scorer, "adamw": optimizer}, ALONE
+    )
     assert all(torch.equal(*pair) for pair in zip(scorer.parameters(), before))
-    assert all(torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in zip(scorer.parameters(), moments))
+    assert all(
+        torch.equal(optimizer.state[p]["exp_avg"], m) for p, m in zip(scorer.parameters(), moments)
+    )
 
-    monkeypatch.setattr(parallel, "write_text", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(
+        parallel, "write_text", lambda *_: (_ for _ in ()).throw(OSError("disk full"))
+    )
     checkpoints.save(2, {"policy": scorer}, {})
     with pytest.raises(UserError, match="cannot write a checkpoint"):
         checkpoints.finish()
 
 
 def test_bad_checkpoints_are_named(tmp_path):
-    """Bug: a checkpoint of another model, or a damaged one, ends in a traceback from deep inside torch."""
+    """Bug: a checkpoint of another model, or a damaged one, ends in a traceback from deep inside
+    torch.
+    """
     scorer = make_scorer(ALONE)
     save(tmp_path, 1, {"policy": scorer}, {})
     saved = tmp_path / "step-000001"
     with pytest.raises(UserError, match="does not hold value_head"):
         parallel.load_checkpoint(saved, {"policy": scorer, "value_head": torch.zeros(3)}, ALONE)
     wider = parallel.Scorer(random_init(dataclasses.replace(SHAPE, vocab_size=60), 0))
-    with pytest.raises(UserError, match=r"model.embed.weight has shape \[50, 24\], expected \[60, 24\]"):
+    with pytest.raises(
+        UserError, match=r"model.embed.weight has shape \[50, 24\], expected \[60, 24\]"
+    ):
         parallel.load_checkpoint(saved, {"policy": wider}, ALONE)
     (saved / "state.json").write_text('{"step": 1')
     with pytest.raises(UserError, match="is damaged"):
@@ -484,7 +616,9 @@ def test_bad_checkpoints_are_named(tmp_path):
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "scrambled", "no state", "no object"])
 def test_damaged_checkpoints_are_one_line(tmp_path, damage):
-    """Bug: a data file cut off by a full disk ends in pages of traceback; torch's exception is no Exception."""
+    """Bug: a data file cut off by a full disk ends in pages of traceback; torch's exception is no
+    Exception.
+    """
     scorer = make_scorer(ALONE)
     save(tmp_path, 1, {"policy": scorer}, {"seen": 5})
     saved = tmp_path / "step-000001"
@@ -510,7 +644,7 @@ def test_unknown_devices_are_one_line():
             parallel.start(device)
 
 
-# --- the run folder ---------------------------------------------------------------------------------------------------
+# --- the run folder -------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -537,7 +671,9 @@ def test_run_folders_are_never_overwritten(tmp_path):
 
 
 def test_metrics_go_on_from_the_checkpoint(tmp_path):
-    """Bug: steps done again after a kill stand in metrics.jsonl twice; a half-written last line breaks the plot."""
+    """Bug: steps done again after a kill stand in metrics.jsonl twice; a half-written last line
+    breaks the plot.
+    """
     log = runfolder.MetricsLog(tmp_path, 0, ALONE)
     for step in (1, 2, 3):
         log.write(step, {"loss": step / 3})
@@ -545,31 +681,46 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
         file.write('{"step": 4, "lo')
     runfolder.MetricsLog(tmp_path, 2, ALONE).write(3, {"loss": 1.0})
     rows = runfolder.read_metrics(tmp_path / "metrics.jsonl")
-    assert rows == [{"step": 1, "loss": 1 / 3}, {"step": 2, "loss": 2 / 3}, {"step": 3, "loss": 1.0}]
-    runfolder.plot(tmp_path / "metrics.jsonl", tmp_path / "metrics.png", {"loss": ["loss", "absent"], "b": ["b"]})
+    assert rows == [
+        {"step": 1, "loss": 1 / 3},
+        {"step": 2, "loss": 2 / 3},
+        {"step": 3, "loss": 1.0},
+    ]
+    runfolder.plot(
+        tmp_path / "metrics.jsonl",
+        tmp_path / "metrics.png",
+        {"loss": ["loss", "absent"], "b": ["b"]},
+    )
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="wandb is not installed"):
         runfolder.MetricsLog(tmp_path, 2, ALONE, "wandb")
 
 
 def test_guard_skips_then_stops():
-    """Bug: one NaN step ruins the weights for good; or a run of nothing but NaN goes on for days."""
+    """Bug: one NaN step ruins the weights for good; or a run of only NaN goes on for days."""
     guard = runfolder.Guard(limit=3)
     assert guard.allows(loss=1.0, gradient=2.0)
     assert not guard.allows(loss=math.nan, gradient=2.0)
     assert not guard.allows(loss=1.0, gradient=math.inf)
     assert guard.allows(loss=1.0, gradient=2.0) and guard.skipped == 2
-    assert not guard.allows(loss=math.nan, gradient=1.0) and not guard.allows(loss=math.nan, gradient=1.0)
+    assert not guard.allows(loss=math.nan, gradient=1.0) and not guard.allows(
+        loss=math.nan, gradient=1.0
+    )
     with pytest.raises(UserError, match="loss not finite for 3 steps in a row"):
         guard.allows(loss=math.nan, gradient=1.0)
 
 
-# --- the program under torchrun ---------------------------------------------------------------------------------------
+# --- the program under torchrun -------------------------------------------------------------------
 
 
 def train_by_muon(world: World) -> parallel.Scorer:
     scorer = make_scorer(world, torch.float32)
-    train(scorer, Muon([p for p in scorer.model.blocks.parameters() if p.ndim == 2], 1e-3), world, range(3))
+    train(
+        scorer,
+        Muon([p for p in scorer.model.blocks.parameters() if p.ndim == 2], 1e-3),
+        world,
+        range(3),
+    )
     return scorer
 
 
@@ -588,7 +739,12 @@ def worker(folder: Path, world: World) -> None:
     if saved := parallel.complete_checkpoints(folder / "checkpoints"):
         scorer = parallel.shard(random_init(SHAPE, seed=9), world)  # to be overwritten
         optimizer = parallel.adamw(scorer.parameters(), 1e-2, 0.1)
-        assert parallel.load_checkpoint(saved[0], {"policy": scorer, "adamw": optimizer}, world)["step"] == 3
+        assert (
+            parallel.load_checkpoint(saved[0], {"policy": scorer, "adamw": optimizer}, world)[
+                "step"
+            ]
+            == 3
+        )
     else:
         parts = {"policy": scorer, "adamw": optimizer}
         checkpoints = parallel.Checkpoints(folder / "checkpoints", world)
@@ -601,6 +757,10 @@ def worker(folder: Path, world: World) -> None:
     plain = Transformer(SHAPE, dtype=torch.bfloat16)
     parallel.copy_weights(scorer, plain)
     found["copied"] = dict(plain.state_dict())
+    items = [5, 3, 9, 1, 7]
+    found["shared out"] = parallel.share_out(
+        lambda mine: [(item, world.rank) for item in mine], items, items, world
+    )
     try:
         parallel.same_on_all_ranks({"lr": 0 if world.rank < world.size - 1 else world.rank})
     except UserError as error:

@@ -36,18 +36,24 @@ def names_in(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`((?:[\w]+/)*[\w]+\.(?:py|md|txt))`", README))))
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`((?:[\w]+/)*[\w]+\.(?:py|md|txt))`", README)))
+)
 def test_files_exist(name: str):
     """A file that was renamed or merged leaves the README's table behind."""
     assert (ROOT / name).exists() or (ROOT / "tests" / name).exists()
 
 
-@pytest.mark.parametrize("module, name", sorted(set(re.findall(r"`([a-z]+)\.([A-Za-z_]+)`", README))))
+@pytest.mark.parametrize(
+    "module, name", sorted(set(re.findall(r"`([a-z]+)\.([A-Za-z_]+)`", README)))
+)
 def test_functions_exist(module: str, name: str):
     """The T1 map must point at code: a function that moved must move there too."""
     if name in ("py", "json", "md", "png", "txt", "jsonl"):
         pytest.skip("a file, checked above")
-    path = ROOT / f"{module}.py" if (ROOT / f"{module}.py").exists() else ROOT / module / "__init__.py"
+    path = (
+        ROOT / f"{module}.py" if (ROOT / f"{module}.py").exists() else ROOT / module / "__init__.py"
+    )
     assert name in names_in(path), f"README.md names {module}.{name}"
 
 
@@ -60,8 +66,10 @@ def test_tests_exist(name: str):
 
 def test_flags_exist():
     """Commands are copied from the README: a flag that is gone makes the first try fail."""
-    for script, rest in re.findall(r"^(?:\$ )?(?:python|torchrun [^\n]*?) ?([\w/]+\.py)([^\n#]*)", README, flags=re.M):
-        known = {name.replace("_", "-") for source in (script, "recipes.py") for name in fields(ROOT / source)}
+    for script, rest in re.findall(
+        r"^(?:\$ )?(?:python|torchrun [^\n]*?) ?([\w/]+\.py)([^\n#]*)", README, flags=re.M
+    ):
+        known = {name.replace("_", "-") for name in fields(ROOT / script)}
         for flag in re.findall(r"--([a-z-]+)", rest):
             assert flag in known, f"README.md: {script} has no --{flag}"
 
@@ -69,14 +77,21 @@ def test_flags_exist():
 def test_no_figure_is_left_to_fill_in():
     """A placeholder that was forgotten, or a number that the code has left behind."""
     results = (ROOT / "benchmarks" / "RESULTS.md").read_text()
-    assert not re.findall(r"\b[A-Z]+_(?:SAMPLE|TABLE|TIMES|PLAN|ROWS?|RATIO|VERSION)\b|@[A-Z]{2,}", README + results)
+    assert not re.findall(
+        r"\b[A-Z]+_(?:SAMPLE|TABLE|TIMES|PLAN|ROWS?|RATIO|VERSION)\b|@[A-Z]{2,}", README + results
+    )
     assert f"{demo.Config.chains:,} chains" in README
-    assert f"{sum(p.numel() for p in sft.begin(sft.Config(out=''))[0].parameters()):,} parameters" in README
+    assert (
+        f"{sum(p.numel() for p in sft.begin(sft.Config(out=''))[0].parameters()):,} parameters"
+        in README
+    )
 
 
 RECIPES = [
     line
-    for block in re.findall(r"```bash\n(.*?)```", README.split("### On GPUs")[1].split("### ")[0], flags=re.S)
+    for block in re.findall(
+        r"```bash\n(.*?)```", README.split("### On GPUs")[1].split("### ")[0], flags=re.S
+    )
     for line in block.strip().split("\n")
     if "benchmarks/plan.py" not in line
 ]
@@ -92,9 +107,12 @@ def tiny(tmp_path_factory) -> Path:
     )  # fmt: skip
     save_pretrained(random_init(shape, 0), folder / "qwen", tokenizer)
     rows = [
-        {"problem": f"What is {n} + 1?", "answer": str(n + 1), "response": f"\\boxed{{{n + 1}}}"} for n in range(20)
+        {"problem": f"What is {n} + 1?", "answer": str(n + 1), "response": f"\\boxed{{{n + 1}}}"}
+        for n in range(20)
     ]
-    shutil.copytree(folder / "qwen", folder / "runs" / "sft" / "model")  # for RL, where its SFT has not run
+    shutil.copytree(
+        folder / "qwen", folder / "runs" / "sft" / "model"
+    )  # for RL, where its SFT has not run
     for name in ("chains.jsonl", "train.jsonl"):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -111,16 +129,31 @@ def test_recipes_for_gpus_run(tiny: Path, number: int):
         "sft.py": "--device cpu --steps 1 --batch-tokens 128",
         "rl.py": "--device cpu --steps 1 --prompts 2 --samples 2 --max-tokens 8",
     }
-    renamed = {"--nproc_per_node=8": "--nproc_per_node=2", "--nnodes=4": "--nnodes=1", "Qwen2.5-0.5B": "qwen"}
-    renamed |= {"Qwen2.5-7B": "qwen", "--rdzv-endpoint=HOST:29500": f"--rdzv-endpoint=localhost:{port}"}
+    renamed = {
+        "--nproc_per_node=8": "--nproc_per_node=2",
+        "--nnodes=4": "--nnodes=1",
+        "Qwen2.5-0.5B": "qwen",
+    }
+    renamed |= {
+        "Qwen2.5-7B": "qwen",
+        "--rdzv-endpoint=HOST:29500": f"--rdzv-endpoint=localhost:{port}",
+    }
     words = [renamed.get(word, word) for word in words]
-    words[0:1] = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[words[0]]
+    words[0:1] = {
+        "python": [sys.executable],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run"],
+    }[words[0]]
     words[words.index(script)] = str(ROOT / script)
     out = tiny / words[words.index("--out") + 1]
     shutil.rmtree(out, ignore_errors=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [*words, *small[script].split()], cwd=tiny, env=environment, capture_output=True, text=True, timeout=200
+        [*words, *small[script].split()],
+        cwd=tiny,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (out / "model" / "config.json").exists()
@@ -131,5 +164,8 @@ def fields(path: Path) -> set[str]:
     tree = ast.parse(path.read_text())
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     return {
-        n.target.id for c in classes for n in c.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+        n.target.id
+        for c in classes
+        for n in c.body
+        if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
     }

@@ -1,4 +1,6 @@
-"""tasks.py: a judge that cannot be bribed, problem sets that do not leak, and errors that name the line."""
+"""tasks.py: a judge that cannot be bribed, problem sets that do not leak, and errors that name the
+line.
+"""
 
 import json
 import zlib
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 import tasks
 import verify
 from cli import UserError
-from tasks import Problem, countdown_problem
+from tasks import Problem, Task, countdown_problem
+from verify import Verdict
 
 PROBLEM = countdown_problem([2, 3, 7], 8)
 
@@ -20,7 +23,7 @@ def judged(expression, problem=PROBLEM):
     return tasks.judge_countdown(problem, f"so \\boxed{{{expression}}}").outcome
 
 
-# ------------------------------------------------------------------------------------------------- countdown
+# --- countdown ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("expression", ["7+3-2", "(7-2)+3", "3 + 7 - 2", "((7))+(3-2)"])
@@ -54,10 +57,14 @@ def test_wrong_expressions(expression, numbers, target):
 
 
 def test_division_is_an_option_and_exact():
-    """Guards against / accepted where the task does not allow it, and against a division that rounds."""
+    """Guards against / accepted where the task does not allow it, and against a division that
+    rounds.
+    """
     assert judged("6/3*2", countdown_problem([2, 3, 6], 4)) == "unparsed"
     assert judged("6/3*2", countdown_problem([2, 3, 6], 4, "+-*/")) == "correct"
-    assert judged("7/2*4", countdown_problem([2, 4, 7], 14, "+-*/")) == "correct"  # 7/2 is exactly 3.5
+    assert (
+        judged("7/2*4", countdown_problem([2, 4, 7], 14, "+-*/")) == "correct"
+    )  # 7/2 is exactly 3.5
     assert judged("7/2+0", countdown_problem([0, 2, 7], 3, "+-*/")) == "wrong"
     assert judged("7/(2-2)", countdown_problem([2, 2, 7], 3, "+-*/")) in ("wrong", "unparsed")
 
@@ -78,7 +85,9 @@ def test_every_problem_has_a_solution(numbers, operators):
 
 
 def test_training_and_heldout_problems_share_no_numbers():
-    """Guards against leakage, also of a problem with its numbers in another order; for any two seeds."""
+    """Guards against leakage, also of a problem with its numbers in another order; for any two
+    seeds.
+    """
     heldout = list(islice(tasks.countdown(0, heldout=True), 1_100))
     training = list(islice(tasks.countdown(7), 5_000))
     assert len({problem.question for problem in heldout}) == 1_100 >= 1_024
@@ -91,18 +100,22 @@ def test_training_and_heldout_problems_share_no_numbers():
 
 
 def test_problems_are_reproducible_and_distinct():
-    """Guards against a stream that depends on the process (hash seeds), repeats itself, or ignores its seed."""
+    """Guards against a stream that depends on the process (hash seeds), repeats itself, or ignores
+    its seed.
+    """
 
     def stream(seed):
         return [problem.question for problem in islice(tasks.countdown(seed), 3_000)]
 
-    assert stream(3) == stream(3) and len(set(stream(3))) == 3_000 and stream(3)[:50] != stream(4)[:50]
+    assert (
+        stream(3) == stream(3) and len(set(stream(3))) == 3_000 and stream(3)[:50] != stream(4)[:50]
+    )
 
 
 @pytest.mark.parametrize("numbers, operators, largest", [(3, "*", 20), (2, "+", 49), (2, "/", 20)])
 def test_a_heldout_stream_that_runs_dry_says_so(numbers, operators, largest):
-    """Guards against a hang: numbers that no way combines (9*9*9 > 99), and more problems asked for than there are; and
-    against held-out problems that are counted twice."""
+    """Guards against a hang: numbers that no way combines (9*9*9 > 99), and more problems asked for
+    than there are; and against held-out problems that are counted twice."""
     held = [
         list(drawn)
         for drawn in combinations_with_replacement(range(1, largest + 1), numbers)
@@ -111,19 +124,24 @@ def test_a_heldout_stream_that_runs_dry_says_so(numbers, operators, largest):
     count = sum(len(tasks.ways(drawn, operators)) for drawn in held)
     stream = tasks.countdown(0, heldout=True, numbers=numbers, operators=operators, largest=largest)
     assert len({problem.question for problem in islice(stream, count)}) == count > 0
-    with pytest.raises(UserError, match=f"only {count} distinct problems of {numbers} numbers from 1 to {largest}"):
+    with pytest.raises(
+        UserError, match=f"only {count} distinct problems of {numbers} numbers from 1 to {largest}"
+    ):
         next(stream)
 
 
 def test_training_problems_begin_again_when_all_have_come():
-    """Guards against a long run that dies when its problems are used up, one that sees some of them more often than
-    others, and a stream without any problem that never ends."""
+    """Guards against a long run that dies when its problems are used up, one that sees some of them
+    more often than others, and a stream without any problem that never ends."""
     stream = tasks.countdown(0, numbers=2, operators="+", largest=9)
     pairs = [(a, b) for a in range(1, 10) for b in range(a, 10)]
     trained = [pair for pair in pairs if zlib.crc32(repr(list(pair)).encode()) % 10 != 0]
 
     def epoch():
-        return [tuple(sorted(tasks.read_countdown(problem.answer)[1])) for problem in islice(stream, len(trained))]
+        return [
+            tuple(sorted(tasks.read_countdown(problem.answer)[1]))
+            for problem in islice(stream, len(trained))
+        ]
 
     first, second = epoch(), epoch()
     assert sorted(first) == sorted(second) == trained and first != second
@@ -134,8 +152,9 @@ def test_training_problems_begin_again_when_all_have_come():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 49), min_size=3, max_size=3))
 def test_ways_are_all_there_are(numbers):
-    """Guards against values that are missed, and ways that do not lead to them: a chain would call a reachable target
-    unreachable. The reference: every order of the numbers, both bracketings, by hand."""
+    """Guards against values that are missed, and ways that do not lead to them: a chain would call
+    a reachable target unreachable. The reference: every order of the numbers, both bracketings, by
+    hand."""
     combine = {"+": lambda x, y: x + y, "-": lambda x, y: abs(x - y), "*": lambda x, y: x * y}
     fits = range(1, tasks.LARGEST + 1)
     values = {
@@ -153,14 +172,18 @@ def test_ways_are_all_there_are(numbers):
 
 
 def test_numbers_without_a_way():
-    """Guards against problems made of numbers that cannot be combined, and a stream begun with an unknown operator."""
+    """Guards against problems made of numbers that cannot be combined, and a stream begun with an
+    unknown operator.
+    """
     assert not tasks.ways([49, 49, 49], "+") and tasks.ways([49, 49, 49], "+-")
     for operators in ("", "x"):
         with pytest.raises(UserError, match="--operators"):
             next(tasks.countdown(0, operators=operators))
 
 
-@pytest.mark.parametrize("answer", ["22", "22 from 3", "22 from 3 5 with ^", "x from 3 5 with +", "22 from 3 5"])
+@pytest.mark.parametrize(
+    "answer", ["22", "22 from 3", "22 from 3 5 with ^", "x from 3 5 with +", "22 from 3 5"]
+)
 def test_countdown_answers_are_checked(answer):
     """Guards against a problem file whose mistakes become zero rewards."""
     with pytest.raises(UserError, match="countdown"):
@@ -173,7 +196,10 @@ def test_countdown_answers_are_checked(answer):
         ("7+3=10, 10-2=8 is 8\ncheck ok\n\\boxed{(7+3)-2}", "correct"),
         ("7+3=10, 10+2=12 is 8\ncheck ok\n\\boxed{(7+3)+2}", "false claim"),
         ("7+3=10, 10-2=8 not 8\n7+3=10, 10+2=8 is 8\n\\boxed{(7+3)+2}", "wrong arithmetic"),
-        ("7+3=11, 11-2=9 not 8\n7+3=10, 10+2=12 is 8\n\\boxed{(7+3)+2}", "false claim"),  # the claimed attempt counts
+        (
+            "7+3=11, 11-2=9 not 8\n7+3=10, 10+2=12 is 8\n\\boxed{(7+3)+2}",
+            "false claim",
+        ),  # the claimed attempt counts
         ("7+3=10, 10+3=13 is 8\n\\boxed{(7+3)+3}", "wrong numbers"),
         ("7/0=3, 3+5=8 is 8\n\\boxed{(7+3)+2}", "wrong arithmetic"),
         (f"7+3=10, {'1' * 5000}+5=8 is 8\n\\boxed{{(7+3)+2}}", "wrong arithmetic"),
@@ -190,8 +216,13 @@ def test_failures_are_told_apart(response, kind):
 
 
 def test_attempts_are_counted_by_what_they_came_to():
-    """Guards against a check, a box, or half an attempt counted as an attempt: `beyond_shown` rests on the count."""
-    response = "7+3=10, 10+2=12 not 8\n7*2=14, 14-3=11 not 8\n7+3=10, 10-2=8 is 8\ncheck (7+3)-2=10-2=8 ok\n"
+    """Guards against a check, a box, or half an attempt counted as an attempt: `beyond_shown` rests
+    on the count.
+    """
+    response = (
+        "7+3=10, 10+2=12 not 8\n7*2=14, 14-3=11 not 8\n7+3=10, 10-2=8 is 8\n"
+        "check (7+3)-2=10-2=8 ok\n"
+    )
     assert tasks.attempts(response + "\\boxed{(7+3)-2}") == ["12", "11", "8"]
     assert tasks.attempts("7+3=10, 10+2=12 not 8\n7+3=10, 10-") == ["12"]
     assert tasks.attempts("so x = 3 is 8 less than 11") == []
@@ -200,19 +231,23 @@ def test_attempts_are_counted_by_what_they_came_to():
 @settings(deadline=None)
 @given(st.text(alphabet="0123456789+-*/()^. {}\\boxed=yesno,\n", max_size=80))
 def test_judge_and_diagnosis_agree_on_anything(text):
-    """Guards against a crash on what a policy may say, and against the two functions contradicting each other."""
+    """Guards against a crash on what a policy may say, and against the two functions contradicting
+    each other.
+    """
     for response in (text, f"\\boxed{{{text}}}"):
         assert tasks.judge_countdown(PROBLEM, response).correct == (
             tasks.diagnose_countdown(PROBLEM, response) == "correct"
         )
 
 
-# ------------------------------------------------------------------------------------------------- problem files
+# --- problem files --------------------------------------------------------------------------------
 
 
 def load(tmp_path, *lines):
     path = tmp_path / "problems.jsonl"
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return tasks.load(path)
 
 
@@ -220,7 +255,9 @@ GOOD = {"problem": "1+1?", "answer": "2"}
 
 
 def test_problem_files(tmp_path):
-    """Guards against GSM8K's worked answers taken as the reference, and numbers in JSON refused as answers."""
+    """Guards against GSM8K's worked answers taken as the reference, and numbers in JSON refused as
+    answers.
+    """
     rows = load(
         tmp_path,
         GOOD,
@@ -269,7 +306,9 @@ def test_the_benchmarks_load(shared):
     counts = {"aime2024": 30, "amc23": 40, "gsm8k_test": 1319, "math500": 500}
     for name, count in counts.items():
         problems = tasks.load(shared / "data" / f"{name}.jsonl")
-        assert len(problems) == count and all(problem.answer and "####" not in problem.answer for problem in problems)
+        assert len(problems) == count and all(
+            problem.answer and "####" not in problem.answer for problem in problems
+        )
 
 
 @pytest.mark.parametrize(
@@ -282,7 +321,9 @@ def test_the_benchmarks_load(shared):
     ],
 )
 def test_answers_outside_a_box(response, expected):
-    """Guards against a foreign model scored 0 for its format; but a box, where there is one, is what counts."""
+    """Guards against a foreign model scored 0 for its format; but a box, where there is one, is
+    what counts.
+    """
     assert verify.is_correct(tasks.boxed(response), expected)
 
 
@@ -291,13 +332,18 @@ def test_no_answer_is_invented():
     assert tasks.boxed("I do not know") == "I do not know"
 
 
-# ------------------------------------------------------------------------------------------------- reward
+# --- reward ---------------------------------------------------------------------------------------
 
 
 def test_scores_keep_their_order_over_judges():
-    """Guards against verdicts that change places when maths and countdown are mixed (maths goes through a pool)."""
-    maths, responses = Problem("1+1?", "2"), ["\\boxed{7+3-2}", "\\boxed{2}", "\\boxed{7}", "\\boxed{3}", "\\boxed{2}"]
-    verdicts = tasks.score([PROBLEM, maths, PROBLEM, maths, maths], responses)
+    """Guards against verdicts that change places when maths and countdown are mixed (maths goes
+    through a pool).
+    """
+    maths, responses = (
+        Problem("1+1?", "2"),
+        ["\\boxed{7+3-2}", "\\boxed{2}", "\\boxed{7}", "\\boxed{3}", "\\boxed{2}"],
+    )
+    verdicts = tasks.judge_all([PROBLEM, maths, PROBLEM, maths, maths], responses)
     assert [verdict.correct for verdict in verdicts] == [True, True, False, False, True]
 
 
@@ -305,6 +351,42 @@ def test_only_maths_problems_are_told_of_the_box():
     """Guards against an instruction that the demo's small vocabulary would spell byte by byte."""
     assert tasks.messages(PROBLEM)[0]["content"] == PROBLEM.question
     assert "\\boxed{}" in tasks.messages(Problem("1+1?", "2"))[0]["content"]
+
+
+def half_right(problem: Problem, response: str) -> Verdict:
+    return Verdict("correct") if problem.answer in response else Verdict("wrong", score=0.5)
+
+
+def test_a_task_of_ones_own(monkeypatch, tmp_path):
+    """Guards against a task whose instruction, answers or failures are those of maths, and a graded
+    score that is lost on its way through the pool of judges."""
+    own = Task(
+        half_right,
+        instruction=" Say it.",
+        read_answer=str.upper,
+        diagnose=lambda problem, response: "too quiet",
+    )
+    monkeypatch.setitem(tasks.TASKS, "shout", own)
+    (problem,) = load(tmp_path, {"problem": "hello?", "answer": "yes", "task": "shout"})
+    assert problem == Problem("hello?", "YES", "shout")
+    assert tasks.messages(problem)[0]["content"] == "hello? Say it."
+    verdicts = tasks.judge_all([problem, problem], ["no", "YES"])
+    assert [verdict.score for verdict in verdicts] == [0.5, 1.0]
+    assert tasks.diagnose(problem, "no", verdicts[0]) == "too quiet"
+    monkeypatch.setitem(tasks.TASKS, "math", tasks.Task(half_right))
+    (verdict,) = tasks.judge_all([Problem("1+1?", "2")], ["3"])
+    assert verdict.score == 0.5  # another judge of maths is not passed over for the pool
+
+
+def test_failures_of_a_task_without_a_diagnosis():
+    """Guards against failures of maths named by countdown's reasons."""
+    assert tasks.diagnose(Problem("1+1?", "2"), "3", Verdict("no_answer")) == "no answer"
+
+
+def test_scores_follow_from_outcomes():
+    """Guards against a wrong answer that is worth something only because no score was given."""
+    assert [Verdict(name).score for name in ("correct", "wrong", "timeout")] == [1.0, 0.0, 0.0]
+    assert Verdict("correct", score=0.25).score == 0.25 and Verdict("correct", score=0.25).correct
 
 
 @settings(deadline=None)
@@ -321,7 +403,11 @@ def test_repeats_against_brute_force(tokens, ngram, times):
         ("Then α ≤ ½·x², so ∑ = 7 → done.\n", "", False),
         ("𝑥 + ℝ and ﬁne", "", False),
         ("the naïve façade", "", False),
-        ("5 \u00b5m at 90\u00ba, la 1\u00aa, \u210f\u03c9, \u2113, \uff21 and \u2135\u2080", "", False),
+        (
+            "5 \u00b5m at 90\u00ba, la 1\u00aa, \u210f\u03c9, \u2113, \uff21 and \u2135\u2080",
+            "",
+            False,
+        ),
         ("broken \ufffd bytes", "", True),
         ("a bell \x07", "", True),
         ("so 答案 is", "", True),
@@ -331,5 +417,7 @@ def test_repeats_against_brute_force(tokens, ngram, times):
     ],
 )
 def test_garbled_text(text, question, broken):
-    """Guards against mathematics punished as garbage, and against mixed languages that go unpunished."""
+    """Guards against mathematics punished as garbage, and against mixed languages that go
+    unpunished.
+    """
     assert tasks.garbled(text, question) == broken

@@ -28,7 +28,14 @@ import cli
 import latex
 import maths
 import verify
-from verify import ParseError, exact_arithmetic, is_correct, last_boxed, reference_answer, verify_many
+from verify import (
+    ParseError,
+    exact_arithmetic,
+    is_correct,
+    last_boxed,
+    reference_answer,
+    verify_many,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -763,7 +770,14 @@ def test_lenient_is_off_unless_asked_for(response, gold):
 
 @pytest.mark.parametrize(
     "field, answer",
-    [("3+4\n#### 1,234", "1,234"), (27.0, "27"), ("27.0", "27"), (5, "5"), (r"so \boxed{x^2}", "x^2"), ("C", "C")],
+    [
+        ("3+4\n#### 1,234", "1,234"),
+        (27.0, "27"),
+        ("27.0", "27"),
+        (5, "5"),
+        (r"so \boxed{x^2}", "x^2"),
+        ("C", "C"),
+    ],
 )
 def test_reference_answer(field, answer):
     """Guards against comparing with a dataset's whole solution, or with the .0 that a CSV once added."""
@@ -785,11 +799,17 @@ def cases(shared):
     return cli.read_jsonl(shared / "verify" / "cases.jsonl")
 
 
-@pytest.mark.parametrize("name, groups", [("cases", None), ("cases_field", ["field"]), ("cases_field", ["variant"])])
+@pytest.mark.parametrize(
+    "name, groups", [("cases", None), ("cases_field", ["field"]), ("cases_field", ["variant"])]
+)
 def test_labelled_cases(shared, name, groups):
     """Guards against a rule that was fitted to our own cases: answers gathered by others, right and wrong."""
     rows = cli.read_jsonl(shared / "verify" / f"{name}.jsonl")
-    chosen = [row for row in rows if not row.get("debatable") and (groups is None or row["group"] in groups)]
+    chosen = [
+        row
+        for row in rows
+        if not row.get("debatable") and (groups is None or row["group"] in groups)
+    ]
     right, accepted, times = collections.defaultdict(list), [], []
     for case in chosen:
         start = time.thread_time()
@@ -846,7 +866,9 @@ def test_sympy_is_asked_in_a_worker(gold, answer, right):
     assert "sympy" not in vars(verify)
 
 
-@pytest.mark.parametrize("answer", ["x=5", "5", "x^2", r"\sin x", "2x<4", r"\sum_{k=1}^{99} k", "x^2=5"])
+@pytest.mark.parametrize(
+    "answer", ["x=5", "5", "x^2", r"\sin x", "2x<4", r"\sum_{k=1}^{99} k", "x^2=5"]
+)
 def test_sympy_is_not_asked_without_need(answer):
     """Guards against half a second for every wrong answer of a training run."""
     assert closed("7", answer) in ("wrong", "correct")
@@ -854,8 +876,15 @@ def test_sympy_is_not_asked_without_need(answer):
 
 def test_questions_that_sympy_cannot_answer_end():
     """Guards against a worker that computes for ever, or is killed for every such answer."""
-    hard = [r"\int_0^{10^9} \lfloor x\rfloor^{\lfloor x\rfloor}\,dx", r"\sum_{n=1}^\infty \frac{\sin(n^3)}{n^{2}+\pi}"]
-    hard += [r"\lim_{n\to\infty} \sin(n^{n^n})", r"\int_0^1 x^{x^{x^x}}\,dx", r"\int_0^1 " + "x^{60}+" * 30 + r"1\,dx"]
+    hard = [
+        r"\int_0^{10^9} \lfloor x\rfloor^{\lfloor x\rfloor}\,dx",
+        r"\sum_{n=1}^\infty \frac{\sin(n^3)}{n^{2}+\pi}",
+    ]
+    hard += [
+        r"\lim_{n\to\infty} \sin(n^{n^n})",
+        r"\int_0^1 x^{x^{x^x}}\,dx",
+        r"\int_0^1 " + "x^{60}+" * 30 + r"1\,dx",
+    ]
     for answer in hard:
         start = time.monotonic()
         assert verify.verify(rf"\boxed{{{answer}}}", "13").outcome in ("wrong", "timeout")
@@ -881,10 +910,14 @@ def test_attacks(shared, tmp_path):
     """Guards against answers that hang, crash, execute, exhaust memory or cheat: all of them, in one process."""
     attacks = shared / "verify" / "attacks.jsonl"
     command = [sys.executable, "-c", ATTACK, str(attacks), str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == attacks.read_text(encoding="utf-8").count("\n")
-    assert [note for note, got, expected, *_ in rows if expected is not None and got != expected] == []
+    assert [
+        note for note, got, expected, *_ in rows if expected is not None and got != expected
+    ] == []
     assert max(seconds for *_, seconds, _ in rows) < 2
     assert max(megabytes for *_, megabytes in rows) < 60
     assert list(tmp_path.iterdir()) == []
@@ -904,12 +937,21 @@ def test_every_reference_parses_and_equals_itself(shared):
     assert len(golds) > 500
     for gold in golds:
         maths.read(latex.tokenise(gold), set())  # raises, if it does not parse
-        value = not any(sign in gold for sign in ("=", r"\text", r"\in", ",", ":")) and not gold.isalpha()
+        value = (
+            not any(sign in gold for sign in ("=", r"\text", r"\in", ",", ":"))
+            and not gold.isalpha()
+        )
         forms = [
-            f" {gold} ".replace("+", " + ").replace(",", ", ") if not gold.replace(",", "").isdigit() else f" {gold} ",
+            f" {gold} ".replace("+", " + ").replace(",", ", ")
+            if not gold.replace(",", "").isdigit()
+            else f" {gold} ",
             gold.replace(r"\frac", r"\dfrac").replace("(", r"\left(").replace(")", r"\right)"),
             f"y = {gold}" if value else f"{{{gold}}}",
-            *([rf"{gold} \text{{ units}}"] if value and not any(c in gold for c in "\\^_$%") else []),
+            *(
+                [rf"{gold} \text{{ units}}"]
+                if value and not any(c in gold for c in "\\^_$%")
+                else []
+            ),
         ]
         for form in forms:
             if r"\left(" in form and form.count("(") != form.count(")"):
@@ -936,7 +978,11 @@ FORMS = {
 
 def expression(rng: random.Random, depth: int) -> sympy.Expr:
     if depth == 0:
-        numbers = [sympy.Rational(rng.randint(1, 9), rng.randint(1, 9)), sympy.pi, sympy.sqrt(rng.randint(2, 7))]
+        numbers = [
+            sympy.Rational(rng.randint(1, 9), rng.randint(1, 9)),
+            sympy.pi,
+            sympy.sqrt(rng.randint(2, 7)),
+        ]
         return rng.choice([x, y, a, *numbers])
     left, right = expression(rng, depth - 1), expression(rng, depth - 1)
     match rng.randrange(8):
@@ -959,9 +1005,24 @@ def test_identities_of_sympy():
     while checked < 2000:
         e = expression(rng, rng.randint(1, 3))
         same = FORMS[rng.choice(list(FORMS))](e)
-        near = rng.choice([e + 1, 2 * e, -e, e + x, e + sympy.Rational(1, 10**9), e * (1 + sympy.Rational(1, 10**6))])
-        gold, form, wrong = (sympy.latex(part, order=rng.choice(["lex", "rev-lex"])) for part in (e, same, near))
-        if e == 0 or any(f in gold + form + wrong for f in ("NaN", "tilde")) or len(gold + form) > 600:
+        near = rng.choice(
+            [
+                e + 1,
+                2 * e,
+                -e,
+                e + x,
+                e + sympy.Rational(1, 10**9),
+                e * (1 + sympy.Rational(1, 10**6)),
+            ]
+        )
+        gold, form, wrong = (
+            sympy.latex(part, order=rng.choice(["lex", "rev-lex"])) for part in (e, same, near)
+        )
+        if (
+            e == 0
+            or any(f in gold + form + wrong for f in ("NaN", "tilde"))
+            or len(gold + form) > 600
+        ):
             continue
         checked += 1
         if not equal(gold, form):
@@ -986,7 +1047,12 @@ def mutate(rng: random.Random, text: str, other: str) -> str:
     for _ in range(rng.randint(1, 6)):
         i, j = sorted((rng.randint(0, len(text)), rng.randint(0, len(text))))
         piece = rng.choice(
-            [rng.choice(PIECES), other[i:j], text[i:j] * rng.randint(0, 3), chr(rng.randrange(1, 0x3000))]
+            [
+                rng.choice(PIECES),
+                other[i:j],
+                text[i:j] * rng.randint(0, 3),
+                chr(rng.randrange(1, 0x3000)),
+            ]
         )
         text = text[:i] + piece + text[rng.choice([i, j]) :]
     return text
@@ -998,7 +1064,9 @@ def fuzz(seed: int, count: int, answers: list[tuple[str, str]]) -> None:
     for _ in range(count):
         (answer, gold), (other, _) = rng.choice(answers), rng.choice(answers)
         answer = (
-            mutate(rng, answer, other) if rng.random() < 0.8 else "".join(rng.choices(PIECES, k=rng.randint(1, 40)))
+            mutate(rng, answer, other)
+            if rng.random() < 0.8
+            else "".join(rng.choices(PIECES, k=rng.randint(1, 40)))
         )
         gold = mutate(rng, gold, other) if rng.random() < 0.3 else gold
         start = time.thread_time()
@@ -1014,10 +1082,16 @@ def test_fuzz_mutations(cases):
 
 
 @settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)), st.text(max_size=20), st.booleans())
+@given(
+    st.one_of(st.text(), st.lists(st.sampled_from(PIECES)).map("".join)),
+    st.text(max_size=20),
+    st.booleans(),
+)
 def test_fuzz_text(answer, gold, boxed):
     """Guards against `verify` raising, for any two strings at all, in or out of a box."""
-    assert verify.verify(f"\\boxed{{{answer}}}" if boxed else answer, gold, lenient=True).outcome in (
+    assert verify.verify(
+        f"\\boxed{{{answer}}}" if boxed else answer, gold, lenient=True
+    ).outcome in (
         "correct",
         "wrong",
         "no_answer",
@@ -1074,7 +1148,9 @@ def test_no_answer_is_heavy(name):
         got = verify.verify(f"\\boxed{{{HEAVY[name]}}}", gold, lenient=True)
         assert "RecursionError" not in got.answer_read
         assert time.thread_time() - start < 2
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**22  # KB; the 300 MB are measured in test_attacks
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2**22
+    )  # KB; the 300 MB are measured in test_attacks
 
 
 # ------------------------------------------------------------------------------------------------ threads, processes
@@ -1102,9 +1178,15 @@ def test_threads_agree_under_load():
 
 def test_verify_many_keeps_order_and_its_workers():
     """Guards against shuffled verdicts, and against a new process for every call of a training run."""
-    many = [(rf"\boxed{{{k}}}", str(k - k % 2)) for k in range(40)] + [("none", "1"), (r"\boxed{^}", "1")]
+    many = [(rf"\boxed{{{k}}}", str(k - k % 2)) for k in range(40)] + [
+        ("none", "1"),
+        (r"\boxed{^}", "1"),
+    ]
     first = verify_many(many, workers=2)
-    assert [verdict.outcome for verdict in first] == ["correct", "wrong"] * 20 + ["no_answer", "unparsed"]
+    assert [verdict.outcome for verdict in first] == ["correct", "wrong"] * 20 + [
+        "no_answer",
+        "unparsed",
+    ]
     with ThreadPoolExecutor(4) as executor:
         assert list(executor.map(lambda _: verify_many(many, workers=2), range(4))) == [first] * 4
     pids = []
@@ -1122,13 +1204,17 @@ def test_a_hung_worker_is_killed_and_counted_as_a_timeout():
     hang = [sys.executable, "-c", "import time; time.sleep(600)"]
 
     def replace():
-        pool.local.worker = subprocess.Popen(hang, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        pool.local.worker = subprocess.Popen(
+            hang, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8"
+        )
 
     pool.threads.submit(replace).result()
     start = time.monotonic()
     assert pool.threads.submit(pool.check, (r"\boxed{1}", "1"), 0.1).result().outcome == "timeout"
     assert time.monotonic() - start < 30
-    assert pool.threads.submit(pool.check, (r"\boxed{1}", "1"), 2.0).result().correct  # a new worker
+    assert (
+        pool.threads.submit(pool.check, (r"\boxed{1}", "1"), 2.0).result().correct
+    )  # a new worker
 
 
 def test_time_limit_is_a_timeout_not_a_wrong_answer():
@@ -1146,14 +1232,22 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch):
 
 def test_tolerance_does_not_reach_infinity():
     """Guards against infinity being within any relative tolerance of itself."""
-    for gold, answer in ((r"\infty", "3"), (r"\infty", r"-\infty"), ("3", r"\infty"), (r"\pi", r"\infty")):
+    for gold, answer in (
+        (r"\infty", "3"),
+        (r"\infty", r"-\infty"),
+        ("3", r"\infty"),
+        (r"\pi", r"\infty"),
+    ):
         assert not verify.verify(f"\\boxed{{{answer}}}", gold, tolerance=1e-3).correct
 
 
 def test_workers_do_not_import_torch():
     """Guards against seconds and hundreds of megabytes per worker process."""
     code = "import sys, verify; print('torch' in sys.modules, 'sympy' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == ["False", "False"]
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).split() == [
+        "False",
+        "False",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ countdown
@@ -1238,7 +1332,14 @@ def test_exact_arithmetic_refuses(text):
 
 def test_exact_arithmetic_refuses_division_by_zero_and_strange_fractions():
     """Guards against an exception that is not a ParseError, and a LaTeX group that smuggles in a product."""
-    for text in ("1/0", r"\frac{1}{2-2}", r"\frac{1}{2}{3}", r"\frac{1}", r"\frac12", r"{1}\frac{2}{3}"):
+    for text in (
+        "1/0",
+        r"\frac{1}{2-2}",
+        r"\frac{1}{2}{3}",
+        r"\frac{1}",
+        r"\frac12",
+        r"{1}\frac{2}{3}",
+    ):
         if text == r"\frac12":
             assert exact_arithmetic(text, "+-*/") == (Fraction(1, 2), [1, 2])
         else:
@@ -1250,7 +1351,9 @@ def test_exact_arithmetic_refuses_division_by_zero_and_strange_fractions():
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "verify.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "verify.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
 
 
 def test_command_line(tmp_path):
@@ -1278,7 +1381,11 @@ def test_command_line(tmp_path):
     file.write_text("{")
     bad = command("--file", str(file))
     assert bad.returncode == 2 and "line 1" in bad.stderr and "Traceback" not in bad.stderr
-    for wrong in ({"answer": r"\boxed{1}", "gold": "1"}, {"response": r"\boxed{1}"}, {"response": None, "gold": "1"}):
+    for wrong in (
+        {"answer": r"\boxed{1}", "gold": "1"},
+        {"response": r"\boxed{1}"},
+        {"response": None, "gold": "1"},
+    ):
         file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(wrong))
         bad = command("--file", str(file))
         assert bad.returncode == 2 and str(file) in bad.stderr and "line 2" in bad.stderr
