@@ -3,14 +3,18 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(findstring $(VENV)/,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: demo test lint bench gpu help
+.PHONY: t1 demo test lint bench gpu help
 
 help:
+	@echo "make t1      all of T1 in one file of 300 lines: chains, SFT, RL, accuracy against thinking budget"
 	@echo "make demo    T1 in miniature on a CPU: chains of thought, SFT, RL, evaluation, figures in runs/demo"
 	@echo "make test    the whole suite"
 	@echo "make lint    ruff"
 	@echo "make bench   speed beside the peers, on this machine's CPU"
 	@echo "make gpu     the tests and benchmarks that need a GPU"
+
+t1: $(READY)
+	$(PYTHON) t1.py
 
 demo: $(READY)
 	$(PYTHON) demo.py --out runs/demo
