@@ -231,7 +231,9 @@ class Equality:
         parts, free = [*walk(a), *walk(b)], sorted(names(a, b))
         opaque = any(part[:1] == ("call",) and part[1] in OPAQUE for part in parts)
         if not free:
-            return [{SALT: Fraction(k)} for k in range(8)] if opaque else [{}]
+            if opaque:
+                return [{SALT: Fraction(k)} for k in range(8)]
+            return [{}]
         bends = list(dict.fromkeys(itertools.chain(*map(bending, parts))))
         bends = bends[:MAX_BENDS] if len(free) * len(bends) < 4 * MAX_BENDS else bends[:4]
         ranges = list(RANGES)
@@ -364,7 +366,9 @@ class Equality:
         if not is_rational(node):
             return None
         low = self.low_roots(node, name)
-        return self.ask("solutions", node, name) if low is None else low
+        if low is None:
+            return self.ask("solutions", node, name)
+        return low
 
     def real(self, numbers: list[Node]) -> list:
         values = [

@@ -487,7 +487,7 @@ def cells_of(summary: dict) -> dict[str, str]:
 def curate(
     rows: list[dict], result: Result, path: str | Path, above: float = 0.0, upto: float = 1.0
 ) -> None:
-    """T1's choice of problems: those neither always nor never solved, with their `difficulty`.
+    """T1's choice of problems: solved sometimes, but not always; with their `difficulty`.
 
     Kept are pass rates greater than `above` and at most `upto` (T1: about 0.3). The difficulty is 1
     less the pass rate.
@@ -562,7 +562,7 @@ class Config:
     """Accept an answer outside a box ("the answer is 7", the last number), for models not taught to
     box it."""
     curate: str | None = None
-    """Write the problems that the (one) model neither always nor never solves to this JSONL, with
+    """Write the problems that the (one) model solves sometimes, but not always, to this JSONL, with
     their difficulty."""
     curate_above: float = 0.0
     """With --curate: only problems with a pass rate above this."""

@@ -208,7 +208,9 @@ class Judges:
 
     def restated(self, gold: Node, answer: Node) -> Opinion:
         """2x + 1 > 5 is no answer to "solve 2x + 1 > 5", unless the reference is of that form."""
-        return False if unsolved(answer, True) and not unsolved(gold, False) else None
+        if unsolved(answer, True) and not unsolved(gold, False):
+            return False
+        return None
 
     def named_values(self, gold: Node, answer: Node) -> Opinion:
         """By name; against a plain (1, 2) or 1, 2 in the order of the alphabet."""
@@ -227,7 +229,9 @@ class Judges:
         row = ("tuple", "()", *(assigned[name] for name in order))
         if other[0] == "list":
             other = ("tuple", "()", *members(other))
-        return self.match(row, other) if golds else self.match(other, row)
+        if golds:
+            return self.match(row, other)
+        return self.match(other, row)
 
     def assignments(self, node: Node) -> dict[Node, Node] | None:
         """The values of two names or more, by name."""
@@ -255,7 +259,9 @@ class Judges:
             return True
         if gold_label is None and label is None:
             unchained = (gold_value, value) != (gold, answer)
-            return True if unchained and self.match(gold_value, value) else None
+            if unchained and self.match(gold_value, value):
+                return True
+            return None
         if gold_label and label and gold_label != label:
             function = ("call", "apply") in (gold_label[:2], label[:2])
             if not function or ("name", "y") not in (gold_label, label):
@@ -350,7 +356,9 @@ class Judges:
         if kinds == {"base", "num"}:
             return gold[0] == "base" and gold[1] == answer[1]
         if kinds == {"cases"} and len(gold) == len(answer):
-            return True if self.match(("list", *gold[1:]), ("list", *answer[1:])) else None
+            if self.match(("list", *gold[1:]), ("list", *answer[1:])):
+                return True
+            return None
         if kinds == {":"} and (is_time(gold) or answer[2][1][:1] == "0"):
             clock = is_time(gold) and is_time(answer)
             return clock and all(map(self.match, gold[1:], answer[1:])) and len(gold) == len(answer)
@@ -360,7 +368,9 @@ class Judges:
                 return all(map(self.match, gold[1:], answer[1:]))
             return all(self.equality.same(("*", g, answer[1]), ("*", a, gold[1])) for g, a in pairs)
         if "mod" in kinds:
-            return self.same_class(gold, answer) if kinds == {"mod"} else False
+            if kinds == {"mod"}:
+                return self.same_class(gold, answer)
+            return False
         if kinds == {"matrix", "tuple"}:
             gold, answer = as_vector(gold), as_vector(answer)
         if not kinds & {"tuple", "matrix", "row", "base", ":", "text"}:
@@ -409,7 +419,9 @@ class Judges:
         if other[0] in ("text", "tuple", "matrix", "cases"):
             return None
         roots = self.equality.roots(minus(equation[2], equation[3]), *free)
-        return None if roots is None else self.match(("list", *roots), other)
+        if roots is None:
+            return None
+        return self.match(("list", *roots), other)
 
     # ------------------------------------------------------------------------ values
 

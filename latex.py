@@ -129,7 +129,9 @@ def glued(run: str) -> list[str] | None:
     """xsinx as x, sin, x: names and functions written as one, with at most two letters between."""
     pieces = PIECE.findall(run)
     letters = "".join("." if len(piece) == 1 else "F" for piece in pieces)
-    return pieces if re.fullmatch(r"\.?F(?:\.{0,2}F)*\.?", letters) else None
+    if re.fullmatch(r"\.?F(?:\.{0,2}F)*\.?", letters):
+        return pieces
+    return None
 
 
 class Token(NamedTuple):

@@ -98,7 +98,9 @@ def substitute(node: Node, part: Node, other: Node) -> Node:
 def fixed(node: Node, point: dict[str, Fraction]) -> Node:
     """The tree with the names of a point replaced by their values."""
     if node[0] == "name":
-        return ("num", str(point[node[1]])) if node[1] in point else node
+        if node[1] in point:
+            return ("num", str(point[node[1]]))
+        return node
     return tuple(fixed(child, point) if isinstance(child, tuple) else child for child in node)
 
 
@@ -177,7 +179,9 @@ def computed(node: Node) -> Node:
         value = exact(node)
     except (ParseError, ZeroDivisionError):
         return node
-    return ("num", str(value)) if value.denominator < 10**50 and abs(value) < 10**50 else node
+    if value.denominator < 10**50 and abs(value) < 10**50:
+        return ("num", str(value))
+    return node
 
 
 # ---------------------------------------------------------------------------- grammar
@@ -336,7 +340,9 @@ class Parser:
             node = ("unit", node[1], spell([(node[2], 1), *unit]))
         elif unit:
             node = ("unit", node, spell(unit))
-        return self.compound(node) if node[0] == "unit" and self.token.kind == "num" else node
+        if node[0] == "unit" and self.token.kind == "num":
+            return self.compound(node)
+        return node
 
     def scaled(self, node: Node) -> Node:
         """5 million, $5 million, 5 hundred thousand: a number times what stands behind it."""
@@ -511,7 +517,9 @@ class Parser:
             return self.environment(token.text)
         if token.kind == "command" and token.text in OPERATORS:
             operator = ("text", token.text.lower())
-            return operator if self.sees("(", "[") else ("call", "apply", operator, self.operand())
+            if self.sees("(", "["):
+                return operator
+            return ("call", "apply", operator, self.operand())
         if token.kind == "command" and token.text in MARKS:
             return self.mark(token.text)
         if token.kind == "command" and token.text in FUNCTIONS:
@@ -573,7 +581,9 @@ class Parser:
             if self.closed_by == "}":
                 return node
             infix, below = self.closed_by, self.answer("}")
-            return over(node, below) if infix == "over" else ("call", "binomial", node, below)
+            if infix == "over":
+                return over(node, below)
+            return ("call", "binomial", node, below)
         bars, self.bars = self.bars, 0
         node = self.answer(")", "]")
         self.bars = bars
@@ -666,7 +676,9 @@ class Parser:
         if "matrix" in kind or (kind == "array" and not braced):
             return ("matrix", *rows)
         if all(len(row) == 2 for row in rows):
-            return rows[0][1] if len(rows) == 1 else ("list", *(row[1] for row in rows))
+            if len(rows) == 1:
+                return rows[0][1]
+            return ("list", *(row[1] for row in rows))
         return ("cases", *rows)
 
     def join_lines(self, end: str) -> None:

@@ -397,9 +397,9 @@ def teaching_groups(
 ) -> Tensor:
     """Which groups have an advantage that is not zero, bool [P].
 
-    The other groups have no gradient but the regularisers'. This is asked of the advantages
-    themselves, so it holds for any recipe: by a mean over the batch, say, a group of equal rewards
-    does teach something.
+    All that the other groups could add is the pull of the entropy bonus and of a KL in the loss.
+    The advantages themselves are asked, so this holds for any recipe: by a mean over the batch,
+    say, a group of equal rewards does teach something.
     """
     advantages = advantages_of(rewards, patterns_of(responses), config, recipe)
     shape = (-1, config.samples)

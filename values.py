@@ -302,7 +302,9 @@ class Numbers:
         if any(x in (self.mp.inf, -self.mp.inf) for x in values):
             raise Undefined("infinity is not a number")
         exact = all(isinstance(x, Fraction) for x in values)
-        return values if exact else [self.mp.convert(x) for x in values]
+        if exact:
+            return values
+        return [self.mp.convert(x) for x in values]
 
     def holds(self, condition: Node) -> bool:
         """Is a condition of `cases`, a chain of relations, true at this point?"""
@@ -396,7 +398,9 @@ class Numbers:
         near = self.mp.nint(x)
         if abs(x - near) < self.mp.mpf(10) ** (-self.mp.dps // 2):  # log_2 8 is 3, not 2.99...
             return near
-        return self.mp.floor(x) if function == "floor" else self.mp.ceil(x)
+        if function == "floor":
+            return self.mp.floor(x)
+        return self.mp.ceil(x)
 
     def added_up(self, function: str, bound: Node, low: Node, high: Node, body: Node):
         """A sum or product with whole bounds, term by term."""
@@ -440,7 +444,9 @@ class Numbers:
             value = part if isinstance(part, str) else self.value(part)
         except (Undefined, KeyError, TypeError):
             return part
-        return value if isinstance(value, Fraction | str) else self.mp.nstr(value, self.mp.dps - 15)
+        if isinstance(value, Fraction | str):
+            return value
+        return self.mp.nstr(value, self.mp.dps - 15)
 
 
 def hashed(*key) -> int:

@@ -93,7 +93,7 @@ RECIPES = [
         r"```bash\n(.*?)```", README.split("### On GPUs")[1].split("### ")[0], flags=re.S
     )
     for line in block.strip().split("\n")
-    if "benchmarks/plan.py" not in line
+    if "benchmarks/plan.py" not in line and not line.startswith("#")
 ]
 
 

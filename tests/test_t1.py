@@ -141,9 +141,7 @@ def test_the_models_agree():
     tokens = torch.randint(0, len(t1.WORDS), (3, 50))
     model = as_model(policy)
     ours = model.logits(model(tokens))
-    torch.testing.assert_close(
-        policy(tokens, torch.arange(50)[None]), ours, rtol=1e-10, atol=1e-10
-    )
+    torch.testing.assert_close(policy(tokens, torch.arange(50)[None]), ours, rtol=1e-10, atol=1e-10)
 
 
 def rollouts(policy: t1.Transformer, prompts: int) -> tuple[list[str], list[str]]:
