@@ -10,14 +10,15 @@ rewards (penalties, KL to the anchor), rewards into advantages (leave-one-out); 
 them with an entropy bonus; move the anchor. Each of these is one pure function below, in that
 order, and `train_step` calls them in that order (the two of the loss by `policy_gradient`).
 
-With r_i the reward of the i-th of K responses y_i to a prompt x, pi the policy at temperature tau,
-ref the anchor, M the number of tokens of the update:
+With r_i the reward of the i-th of K responses y_i to a prompt x, t its tokens, pi the policy at
+the temperature, pi_old the policy that sampled, ref the anchor, M the number of tokens of the
+update, beta `kl_coef`, alpha `entropy_coef`, a `anchor_decay`, eps `clip_low` and eps' `clip_high`:
 
     penalties       r'_i = -1 if y_i repeats itself, never ends, or is garbled; else r_i `penalise`
-    centred KL      k_i = sum_t log pi(y_it) / ref(y_it);
+    centred KL      k_i = sum_t log pi_old(y_it) / ref(y_it);
                     r''_i = r'_i - beta * (k_i - mean k)                               `centred_kl`
     leave-one-out   A_i = r''_i - mean of the other K-1 rewards of the same prompt  `leave_one_out`
-    PPO             L = -1/M sum_it min(w_it A_i, clip(w_it, 1-e, 1+e') A_i),
+    PPO             L = -1/M sum_it min(w_it A_i, clip(w_it, 1-eps, 1+eps') A_i),
                     w = pi / pi_old                                                 `ppo_clip_loss`
     entropy bonus   L - alpha/M sum_it H(pi(. | x, y_<t)),
                     H of the whole next-token distribution                          `entropy_bonus`
@@ -72,7 +73,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import cli
 import parallel
@@ -86,6 +86,7 @@ from muon import make_optimizers
 from packing import Packed
 from parallel import Scorer, World
 from rollout import Response, Stopwatch, flat, give, lengths, outcome
+from runfolder import Run
 from sample import Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
@@ -97,10 +98,10 @@ def penalise(values: Tensor, patterns: list[str | None], to: float | None = -1.0
     """T1's penalty: -1 (or `to`; None: nothing) for every response that shows an unexpected
     pattern, whatever its answer. [N] -> [N].
 
-    By --penalty set, as T1, the values are the rewards: a group in which all K responses run away
-    is then a group of equal rewards, and is not pushed back. By --penalty advantage, as the code
-    that T1's authors published later, the rewards are set to 0, and then the *advantages* to -1:
-    now it is.
+    --penalty set, as T1: the rewards are set to -1. If all K responses run away, all are equal, and
+    nothing pushes them back. --penalty advantage, as in the code that T1's authors published later:
+    the rewards count 0 in the baseline, and then the *advantages* are set to -1. So such a group is
+    pushed back.
     """
     if to is None:
         return values
@@ -116,8 +117,8 @@ def centred_kl(logprob: Tensor, anchor_logprob: Tensor, lengths: Tensor) -> Tens
     """On-policy KL of each response to the anchor, in nats, less its mean. [M], [M], [N] -> [N].
 
     Centred, it cannot push all responses up or down at once; it only prefers those nearer to the
-    anchor. Under leave-one-out nothing depends on which mean it is: any constant cancels, and what
-    is left of each KL is by how much it exceeds those of the other K-1 responses to its prompt.
+    anchor. Leave-one-out would cancel the mean anyway: what counts in the end is k_i less the mean
+    k of the other K-1 responses to the prompt.
     """
     log_ratios = (logprob - anchor_logprob).double().split(lengths.tolist())
     kl = torch.stack([log_ratio.sum() for log_ratio in log_ratios])
@@ -397,7 +398,7 @@ def teaching_groups(
 ) -> Tensor:
     """Which groups have an advantage that is not zero, bool [P].
 
-    All that the other groups could add is the pull of the entropy bonus and of a KL in the loss.
+    All that the other groups could add is the pull of the entropy bonus and of the KL.
     The advantages themselves are asked, so this holds for any recipe: by a mean over the batch,
     say, a group of equal rewards does teach something.
     """
@@ -626,8 +627,7 @@ class Config:
     data: str = ""
     """Problem file, JSONL: `problem` (or `question`) and `answer`."""
     recipe: str = "t1"
-    """The algorithm: t1, grpo, dr_grpo, dapo or reinforce. The README has the table of what each
-    switches."""
+    """The algorithm: t1, grpo, dr_grpo, dapo or reinforce; `RECIPES` in rl.py says what each is."""
     steps: int = 100
     """Rollout batches, each followed by epochs * minibatches updates."""
     seed: int = 0
@@ -635,8 +635,7 @@ class Config:
     prompts: int = 32
     """Prompts per step (T1: 32)."""
     samples: int = 64
-    """K, responses per prompt: oversampling (T1: 64; more is better, and buys more reward per KL).
-    """
+    """K, responses per prompt: oversampling (T1: 64; more is better, at the same KL, too)."""
     max_tokens: int | None = None
     """Length at which a response is cut off, and counts as overlong (T1: 10,240; 16,384 for 32B).
     None: what the model's context has room for behind the longest prompt, 10,240 at most."""
@@ -915,6 +914,9 @@ def export(config: Config, world: World) -> None:
     parallel.save_model(policy, Path(config.export), load_tokenizer(config.model), world)
 
 
+SHOWN = ("reward", "accuracy", "length", "entropy", "tokens_per_second")
+"""Metrics behind the progress bar."""
+
 PANELS = {
     "reward": ["reward", "accuracy", "pass_at_k"],
     "length (tokens)": ["length"],
@@ -932,13 +934,11 @@ def tensors_of(learner: Learner) -> dict[str, Any]:
 
 
 def state_of(learner: Learner) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors."""
+    """What a checkpoint holds besides tensors, and what `Run` and the recipe add."""
     return {
         "cursor": learner.cursor,
         "entropy_coef": learner.recipe.entropy_coef,
         "max_tokens": learner.config.max_tokens,
-        "skipped": learner.guard.skipped,
-        "in_a_row": learner.guard.in_a_row,
     }
 
 
@@ -953,15 +953,9 @@ def written(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def restore(learner: Learner, checkpoints: Path) -> int:
-    """Load the newest checkpoint, if there is one; the step that it was written after."""
-    saved = parallel.complete_checkpoints(checkpoints)
-    if not saved:
-        return 0
-    needed = ("recipe", *state_of(learner))
-    state = parallel.load_checkpoint(saved[-1], tensors_of(learner), learner.world, needed)
-    recipe = written(learner.recipe)
-    for name, value in recipe.items():
+def take_up(learner: Learner, state: dict[str, Any]) -> None:
+    """Put the learner where the run stands. UserError if that was begun with another recipe."""
+    for name, value in written(learner.recipe).items():
         if state["recipe"].get(name) != value:
             raise UserError(
                 f"--resume: the run was started with another recipe {learner.config.recipe}: "
@@ -971,9 +965,6 @@ def restore(learner: Learner, checkpoints: Path) -> int:
     learner.recipe = replace(learner.recipe, entropy_coef=state["entropy_coef"])
     # As the run began: more --steps may bring a longer prompt, behind which there is less room.
     learner.config = replace(learner.config, max_tokens=state["max_tokens"])
-    learner.guard.skipped = state["skipped"]
-    learner.guard.in_a_row = state["in_a_row"]
-    return state["step"]
 
 
 def train(
@@ -993,33 +984,23 @@ def train(
     problems = rollout.read_problems(config, draws)
     room = room_for_responses(config, problems)
     learner = make_learner(replace(config, max_tokens=room), recipe, problems, world)
-    out = runfolder.open_run(config.out, config, config.resume, may_change, world)
-    done = restore(learner, out / "checkpoints")
+    run = Run(config, may_change, world, keep_every=config.keep_every)
+    learner.guard = run.guard
+    pieces = {"recipe": written(recipe)}
+    take_up(learner, run.restore(tensors_of(learner), pieces | state_of(learner)))
 
-    log = runfolder.MetricsLog(out, done, world, config.log)
-    history = runfolder.read_metrics(log.path)
-    checkpoints = parallel.Checkpoints(out / "checkpoints", world, keep_every=config.keep_every)
-    bar = tqdm(
-        range(done + 1, config.steps + 1),
-        initial=done,
-        total=config.steps,
-        desc="rl",
-        unit="step",
-        disable=not world.main,
-    )
-    for step in bar:
+    steps = run.steps(config.steps, "rl")
+    history = runfolder.read_metrics(run.log.path)
+    for step in steps:
         metrics, responses = run_step(learner, step, train_step)
-        log.write(step, metrics)
+        names = [name for name in SHOWN if name in metrics]
+        run.record(step, metrics, shown={name: f"{metrics[name]:.3g}" for name in names})
         history.append(metrics)
-        if world.main:
-            report(bar, step, history, responses, config.show_every)
-        if step % config.checkpoint_every == 0 or step == config.steps:
-            state = {"recipe": written(recipe)} | state_of(learner)
-            checkpoints.save(step, tensors_of(learner), state)
-            if world.main:
-                runfolder.plot(out / "metrics.jsonl", out / "metrics.png", PANELS)
-    checkpoints.finish()
-    parallel.save_model(learner.policy, out / "model", learner.tokenizer, world)
+        report(run, step, history, responses)
+        if run.is_due(step, config.checkpoint_every):
+            run.save(step, pieces | state_of(learner))
+            run.plot(PANELS)
+    run.finish(learner.policy, learner.tokenizer)
 
 
 def room_for_responses(config: Config, problems: list[Problem]) -> int:
@@ -1031,19 +1012,15 @@ def room_for_responses(config: Config, problems: list[Problem]) -> int:
     return rollout.room_for_responses(prompts, config.max_tokens, context, source)
 
 
-def report(
-    bar: tqdm, step: int, history: list[dict], responses: list[Response], show_every: int
-) -> None:
-    """On the terminal: a few metrics, alarms, and now and then a response, word for word."""
-    names = ("reward", "accuracy", "length", "entropy", "tokens_per_second")
-    metrics = history[-1]
-    bar.set_postfix({name: f"{metrics[name]:.3g}" for name in names if name in metrics})
+def report(run: Run, step: int, history: list[dict], responses: list[Response]) -> None:
+    """On the terminal: alarms, and now and then a response, word for word."""
     before = alarms(history[:-1])  # an alarm is named when it begins, not for as long as it lasts
     for alarm in alarms(history):
         if alarm not in before:
-            bar.write(f"step {step}: {alarm}")
-    if show_every and step % show_every == 0:
-        bar.write(str(responses[step % len(responses)]))
+            run.say(f"step {step}: {alarm}")
+    every = run.config.show_every
+    if every and step % every == 0:
+        run.say(str(responses[step % len(responses)]))
 
 
 def main(

@@ -253,11 +253,14 @@ class Run:
             self.guard.skipped = found["skipped"]
             self.guard.in_a_row = found["in_a_row"]
             state = {name: found[name] for name in state}
-        self.log = MetricsLog(self.out, self.done, self.world, self.config.log)
         return state
 
     def steps(self, total: int, name: str) -> Iterator[int]:
-        """The numbers of the steps that are left, up to `total`, under a progress bar."""
+        """The numbers of the steps that are left, up to `total`, under a progress bar.
+
+        Only now is metrics.jsonl cut back to the checkpoint: a run that is refused keeps its lines.
+        """
+        self.log = MetricsLog(self.out, self.done, self.world, self.config.log)
         self.total = total
         self.bar = tqdm(
             range(self.done + 1, total + 1),
@@ -267,7 +270,7 @@ class Run:
             unit="step",
             disable=not self.world.main,
         )
-        yield from self.bar
+        return iter(self.bar)
 
     def is_due(self, step: int, every: int) -> bool:
         """Is it time for what is done at every so many steps, and after the last one?"""
