@@ -19,12 +19,12 @@ from torch import Tensor, nn
 # --- 1. Problems, and chains of thought that try, fail, notice and verify -------------------------
 WORDS = [*map(str, range(37)), "+", "-", "=", "no", "yes", "check", "target", "<end>"]
 ID = {word: i for i, word in enumerate(WORDS)}
-PROMPT, WAY = 6, 15  # words of a prompt, 9 3 5 7 target 4, and of a way: 9 - 3 = 6 6 + 5 = 11 ...
+PROMPT, WAY = 6, 15  # words of a prompt, 3 5 7 9 target 4, and of a way: 9 - 7 = 2 2 + 5 = 7 ...
 
 
 @functools.cache
 def ways(numbers: str) -> dict[str, list[str]]:
-    """{target: the ways to it} from four numbers: {"4": ["9 - 3 = 6 6 + 5 = 11 11 - 7 = 4"]}."""
+    """{target: the ways to it} from four numbers: {"4": ["9 - 7 = 2 2 + 5 = 7 7 - 3 = 4"]}."""
     found: dict[str, list[str]] = {}
     orders = itertools.permutations(map(int, reversed(numbers.split())))
     for order, signs in itertools.product(orders, itertools.product("+-", repeat=3)):
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
 
 
 def score(policy, texts: list[str], temperature=1.0, positions=None) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy) of every word behind a prompt, text after text: [M] each."""
+    """(log-prob, entropy) of every word behind a prompt, text after text: [W] each."""
     rows = [torch.tensor([ID[word] for word in text.split()]) for text in texts]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     places = torch.arange(1, tokens.shape[1])
@@ -122,7 +122,7 @@ def score(policy, texts: list[str], temperature=1.0, positions=None) -> tuple[Te
     trained = (places >= PROMPT) & (places < lengths)  # up to each text's own <end>, included
     positions = torch.arange(CONTEXT)[None] if positions is None else positions
     logits = policy(tokens[:, :-1], positions[:, : len(places)])[trained]
-    # The temperature divides the logits here, too: else the ratio would compare two policies.
+    # The temperature divides the logits here, too: what is trained is the policy that sampled.
     logprobs = (logits / temperature).log_softmax(dim=1)
     chosen = logprobs.gather(1, tokens[:, 1:][trained][:, None]).squeeze(1)
     return chosen, -(logprobs.exp() * logprobs).sum(dim=1)
@@ -151,7 +151,7 @@ def sample(policy: Transformer, prompts: list[str], most: int, temperature=1.0) 
 
 
 # --- 3. SFT ---------------------------------------------------------------------------------------
-SFT_STEPS, SFT_BATCH, SFT_LR = 1300, 32, 4e-3
+SFT_STEPS, SFT_BATCH, SFT_LR = 900, 32, 4e-3
 
 
 def train_sft(policy: Transformer, prompts: list[str], rng: random.Random) -> None:
@@ -160,7 +160,7 @@ def train_sft(policy: Transformer, prompts: list[str], rng: random.Random) -> No
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(SFT_STEPS):
         # Mostly at a sorted random choice of positions: with 0, 1, 2, ... alone a model never sees
-        # the positions beyond its longest chain, and what it writes there is garbled.
+        # the positions beyond its longest chain (71 words), and what it writes there is garbled.
         positions = None
         if rng.random() < 0.7:
             positions = torch.rand(SFT_BATCH, CONTEXT).argsort(dim=1)[:, :72].sort(dim=1).values
@@ -179,8 +179,8 @@ def take_step(policy: Transformer, optimizer: torch.optim.Optimizer, rate: float
 
 
 # --- 4. RL ----------------------------------------------------------------------------------------
-# y_i is one of K responses to a prompt x, of M words together with the others of a step; pi is the
-# policy at the temperature, pi_old the policy that sampled, ref the anchor.
+# y_i is one of K responses to a prompt x; pi is the policy at the temperature; pi_old sampled; ref
+# is the anchor; [W]: one number for each word of some texts; M: the words of one update (`count`).
 PROMPTS, K, TEMPERATURE, MOST = 64, 16, 1.2, 160  # T1: 32 prompts, K = 64, at 1.2
 RL_LR, MINIBATCHES, CLIP, KL_COEF, ENTROPY_COEF, ANCHOR_DECAY = 3e-4, 2, 0.2, 2e-4, 1e-3, 0.99
 
@@ -192,7 +192,7 @@ def penalise(rewards: Tensor, responses: list[str]) -> Tensor:
 
 
 def centred_kl(old: Tensor, anchor: Tensor, lengths: list[int]) -> Tensor:
-    """k_i - mean k, with k_i = sum_t log pi_old(y_it) / ref(y_it), in nats. [M], [M] -> [K]."""
+    """k_i - mean k, with k_i = sum_t log pi_old(y_it) / ref(y_it), in nats. [W], [W] -> [K]."""
     kl = torch.stack([log_ratios.sum() for log_ratios in (old - anchor).split(lengths)])
     return kl - kl.mean()
 
@@ -204,7 +204,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def ppo_clip_loss(logprob: Tensor, old: Tensor, advantage: Tensor, count: int) -> Tensor:
-    """-1/M sum_it min(w A, clip(w, 1 - e, 1 + e) A), w = pi(y_it) / pi_old(y_it). [M] each.
+    """-1/M sum_it min(w A, clip(w, 1 - e, 1 + e) A), w = pi(y_it) / pi_old(y_it). [W] each.
     Where w = 1 its gradient is that of -A log pi: the plain policy gradient."""
     ratio = (logprob - old).exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
@@ -212,7 +212,7 @@ def ppo_clip_loss(logprob: Tensor, old: Tensor, advantage: Tensor, count: int) -
 
 
 def entropy_bonus(entropy: Tensor, count: int) -> Tensor:
-    """1/M sum_it H(pi(. | x, y_<t)), H over all words, in nats. [M] -> scalar."""
+    """1/M sum_it H(pi(. | x, y_<t)), H over all words, in nats. [W] -> scalar."""
     return entropy.sum() / count
 
 
@@ -238,7 +238,7 @@ def train_step(policy, anchor, optimizer, asked: list[str], responses: list[str]
             rewards = rewards - KL_COEF * centred_kl(old, reference, lengths)
             [advantages] = leave_one_out(rewards[None])
             groups.append((texts, old, advantages.repeat_interleave(torch.tensor(lengths))))
-    for part in range(MINIBATCHES):  # the prompts came in an order by chance
+    for part in range(MINIBATCHES):  # two updates: in the second the ratio is no longer 1
         minibatch = groups[part::MINIBATCHES]
         count = sum(len(old) for _, old, _ in minibatch)
         for texts, old, advantage in minibatch:
@@ -255,7 +255,7 @@ BUDGETS = (32, 48, 64, 96, 128, 160)  # words; an attempt has 16
 
 
 def budget_curve(policy: Transformer, prompts: list[str]) -> list[float]:
-    """Each thought is cut at the budget, "check" is put behind it, and the policy answers."""
+    """Thoughts stop at the budget; behind those that had not ended "check" is put, and answered."""
     curve = []
     for budget in BUDGETS:
         thoughts = sample(policy, prompts, budget)
