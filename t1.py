@@ -272,7 +272,7 @@ def budget_curve(policy: Transformer, prompts: list[str]) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="decides weights, chains and samples")
-    parser.add_argument("--steps", type=int, default=30, help="steps of RL")
+    parser.add_argument("--steps", type=int, default=36, help="steps of RL")
     flags = parser.parse_args()
     torch.manual_seed(flags.seed)
     rng = random.Random(flags.seed)
