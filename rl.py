@@ -7,8 +7,8 @@
 
 One step: sample K responses to each prompt at a high temperature; judge them; turn outcomes into
 rewards (penalties, KL to the anchor), rewards into advantages (leave-one-out); take PPO steps on
-them with an entropy bonus; move the anchor. Each of these is one pure function below, in that
-order, and `train_step` calls them in that order (the two of the loss by `policy_gradient`).
+them with an entropy bonus; move the anchor. From the outcomes on, each is one function below, in
+that order, and `train_step` calls them in that order (the two of the loss by `policy_gradient`).
 
 With r_i the reward of the i-th of K responses y_i to a prompt x, t its tokens, pi the policy at
 the temperature, pi_old the policy that sampled, ref the anchor, M the number of tokens of the
@@ -367,7 +367,7 @@ def unequal_groups(values: Tensor, samples: int) -> Tensor:
 def rewards_of(responses: list[Response], config: "Config", recipe: Recipe) -> Tensor:
     """The recipe's reward of each response, [N].
 
-    In float64, where the mean of equal rewards is what they are: so zero advantages can be told.
+    In float64: rounding stays far below any advantage that is not zero.
     """
     rewards = torch.as_tensor(recipe.reward(responses, config)).double()
     if rewards.shape != (len(responses),):

@@ -6,8 +6,8 @@
 
 Rollouts are most of RL's cost, and T1 takes many per prompt (K = 64, temperature 1.2). So:
 
-- Continuous batching: when a sequence has ended, another takes its place (see `Batch`). No step is
-  spent on a sequence that has ended, or on one that has not started.
+- Continuous batching: when a sequence has ended, another takes its place (see `Batch`). Hardly a
+  step is spent on a sequence that has ended: none on a CPU; a GPU is asked every few steps.
 - A prompt is prefilled once, all but its last token, and its keys and values are copied to the K
   rows that share it. The last token goes through the ordinary decode step of each row, so there is
   only one way to draw a token.
