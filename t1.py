@@ -219,8 +219,8 @@ def entropy_bonus(entropy: Tensor, count: int) -> Tensor:
 @torch.no_grad()
 def update_anchor(anchor: Transformer, policy: Transformer) -> None:
     """ref <- a ref + (1 - a) pi."""
-    for reference, weight in zip(anchor.parameters(), policy.parameters()):
-        reference.lerp_(weight, 1 - ANCHOR_DECAY)
+    for ref, weight in zip(anchor.parameters(), policy.parameters()):
+        ref.lerp_(weight, 1 - ANCHOR_DECAY)
 
 
 def train_step(policy, anchor, optimizer, asked: list[str], responses: list[str], rate: float):
@@ -234,8 +234,8 @@ def train_step(policy, anchor, optimizer, asked: list[str], responses: list[str]
         if rewards.unique().numel() > 1:  # equal rewards have no advantages, and teach nothing
             with torch.no_grad():
                 old, _ = score(policy, texts, TEMPERATURE)
-                reference, _ = score(anchor, texts, TEMPERATURE)
-            rewards = rewards - KL_COEF * centred_kl(old, reference, lengths)
+                ref, _ = score(anchor, texts, TEMPERATURE)
+            rewards = rewards - KL_COEF * centred_kl(old, ref, lengths)
             [advantages] = leave_one_out(rewards[None])
             groups.append((texts, old, advantages.repeat_interleave(torch.tensor(lengths))))
     for part in range(MINIBATCHES):  # two updates: in the second the ratio is no longer 1

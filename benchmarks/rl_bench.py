@@ -168,18 +168,7 @@ def demo_model(config: Config) -> str:
     for folder in (ROOT / "runs" / "demo" / "sft", made):
         if (folder / "model" / "config.json").exists():
             return str(folder / "model")
-    flags = [
-        "--task",
-        "countdown",
-        "--chains",
-        "4000",
-        "--epochs",
-        "1",
-        "--lr",
-        "3e-3",
-        "--batch-tokens",
-        "1536",
-    ]
+    flags = ["--task", "countdown", "--chains", "4000", "--epochs", "1"]
     resume = ["--resume"] if made.exists() else []
     subprocess.run(
         [sys.executable, "sft.py", *flags, "--out", str(made), *resume], cwd=ROOT, check=True
