@@ -545,8 +545,8 @@ class Config:
     curve_samples: int | None = None
     """Samples per problem whose chains are cut at the budgets: all of them, unless given."""
     max_tokens: int | None = None
-    """Longest response that pass@k judges. None: what the model's context has room for, T1's 10,240
-    at most."""
+    """Longest response that pass@k judges. None: the largest of --budgets, or without these what
+    the model's context has room for, T1's 10,240 at most."""
     temperature: float = 1.0
     """1.0 samples the policy itself; 0 is greedy (then n = 1 says all)."""
     top_p: float = 1.0
@@ -613,6 +613,9 @@ def read_settings(config: Config) -> Settings:
                 "--curate needs one --model, --n of at least 2, and a file that does not exist yet"
             )
         cli.check_parent(config.curate)
+    # Made for its checks: the number of tokens may follow from a model that is not loaded yet.
+    max_tokens = 1 if config.max_tokens is None else config.max_tokens
+    SamplingParams(max_tokens, config.temperature, config.top_p, config.min_p)
     return Settings(config.n, ks, budgets, config.curve_samples, config.lenient)
 
 
@@ -632,9 +635,13 @@ def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
 def sampling_params(
     config: Config, sampler: Sampler, tokenizer: Tokenizer, problems: list[Problem]
 ) -> SamplingParams:
-    """How a model is sampled. Without --max-tokens: what its context leaves behind the prompts."""
+    """How a model is sampled. Without --max-tokens: up to the largest budget, or, without budgets,
+    as long as its context leaves room behind the prompts."""
     max_tokens = config.max_tokens
-    if max_tokens is None:
+    budgets = integers(config.budgets, "--budgets")
+    if max_tokens is None and budgets:
+        max_tokens = max(budgets)
+    elif max_tokens is None:
         longest = max(len(tasks.prompt_ids(problem, tokenizer)) for problem in problems)
         # At least 1: the sampler says which prompt fills the context.
         max_tokens = max(1, min(LONGEST, sampler.model.config.context - longest))

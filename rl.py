@@ -400,7 +400,8 @@ def teaching_groups(
 
     All that the other groups could add is the pull of the entropy bonus and of the KL.
     The advantages themselves are asked, so this holds for any recipe: by a mean over the batch,
-    say, a group of equal rewards does teach something.
+    say, a group of equal rewards does teach something. (Advantages are then computed anew of the
+    groups that are kept: where a recipe scales them by the whole batch, that is the kept one.)
     """
     advantages = advantages_of(rewards, patterns_of(responses), config, recipe)
     shape = (-1, config.samples)
@@ -408,7 +409,11 @@ def teaching_groups(
     zero = advantages.view(shape).abs() <= rounding  # not of a NaN: the guard is to see it
     teaching = ~zero.all(dim=1)
     if recipe.resample:
-        teaching = teaching & unequal_groups(outcome(responses), config.samples)
+        wanted = unequal_groups(outcome(responses), config.samples)
+        if recipe.penalty == "advantage":  # what is penalised teaches, whatever the outcomes
+            punished = unexpected(patterns_of(responses))
+            wanted = wanted | punished.view(-1, config.samples).any(dim=1)
+        teaching = teaching & wanted
     return teaching
 
 

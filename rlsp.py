@@ -259,6 +259,7 @@ def make_learner(
     config: Config, recipe: Recipe, problems: list[Problem], world: World
 ) -> RLSPLearner:
     """What rl.py loads, and the critic and the judge."""
+    check_flags(config)
     judge = load_judge(config, problems, world) if config.judge else None
     learner = rl.make_learner(config, recipe, problems, world)
     critic = rl.load_trained(config, world, wrap=Critic)
@@ -288,7 +289,6 @@ def check_flags(config: Config) -> None:
 
 
 def main(config: Config) -> None:
-    check_flags(config)
     rl.main(config, make_learner, train_step)
 
 

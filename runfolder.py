@@ -112,9 +112,6 @@ class MetricsLog:
         self.wandb = None
         if not world.main:
             return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         try:
             if backend == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -126,6 +123,9 @@ class MetricsLog:
                 self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
         except ImportError:
             raise UserError(f"--log {backend}: {backend} is not installed") from None
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         if self.file is None:
@@ -233,8 +233,9 @@ class Run:
     ):
         self.config = config
         self.world = world
+        self.keep = keep
+        self.keep_every = keep_every
         self.out = open_run(config.out, config, config.resume, may_change, world)
-        self.checkpoints = Checkpoints(self.out / "checkpoints", world, keep, keep_every)
         self.guard = Guard(max_skips)
 
     def restore(self, parts: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
@@ -258,8 +259,11 @@ class Run:
     def steps(self, total: int, name: str) -> Iterator[int]:
         """The numbers of the steps that are left, up to `total`, under a progress bar.
 
-        Only now is metrics.jsonl cut back to the checkpoint: a run that is refused keeps its lines.
+        Only now is metrics.jsonl cut back to the checkpoint, and is a checkpoint that was begun and
+        not finished removed: a run that `restore` or its caller refuses keeps its files.
         """
+        folder = self.out / "checkpoints"
+        self.checkpoints = Checkpoints(folder, self.world, self.keep, self.keep_every)
         self.log = MetricsLog(self.out, self.done, self.world, self.config.log)
         self.total = total
         self.bar = tqdm(

@@ -260,6 +260,10 @@ def test_without_max_tokens_the_context_is_used():
         assert params == SamplingParams(wanted, 1.0, seed=5)
     given = evaluate.sampling_params(replace(config, max_tokens=7), None, Letters(), problems)
     assert given.max_tokens == 7
+    given = evaluate.sampling_params(replace(config, budgets="24,192"), None, Letters(), problems)
+    assert (
+        given.max_tokens == 192
+    )  # and not thousands of tokens that no point of the curve asks for
 
 
 # --- files ----------------------------------------------------------------------------------------

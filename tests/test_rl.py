@@ -896,6 +896,26 @@ def test_dynamic_sampling_without_a_mixed_group():
     assert metrics["dropped"] == 1 and metrics["accuracy"] == 0 and metrics["loss"] == 0
 
 
+@pytest.mark.parametrize(
+    ("penalty", "kept"), [("advantage", [True, True, False]), ("set", 3 * [False])]
+)
+def test_a_punished_group_teaches_under_dynamic_sampling(penalty, kept):
+    """Bug: DAPO leaves out groups of equal outcomes, and with them those in which all ran away.
+
+    Nothing is right in any of three groups; in the first all are overlong, in the second one is.
+    """
+    learner = make_learner()
+    config, recipe = step_config(recipe="dapo", penalty=penalty)
+    responses = make_responses(learner)
+    for number, response in enumerate(responses):
+        response.verdict = Verdict("wrong")
+        response.pattern = "overlong" if number < 5 else None
+    rewards = rl.rewards_of(responses, config, rl.RECIPES["reinforce"])
+    to, _ = rl.PENALTIES[penalty]
+    rewards = rl.penalise(rewards, rl.patterns_of(responses), to)
+    assert rl.teaching_groups(responses, rewards, config, recipe).tolist() == kept
+
+
 # --- bad input: one line, exit code 2, before any rollout -----------------------------------------
 
 

@@ -459,8 +459,12 @@ def test_resuming_with_other_data_is_refused(tmp_path):
     flags = {"task": None, "data": str(data), "batch_tokens": 40, "steps": 2}
     run(tmp_path / "run", **flags)
     data.write_text("\n".join(rows[:-1] + [rows[0]]))
+    under_way = tmp_path / "run" / "checkpoints" / "step-000009.partial"  # another process's, say
+    under_way.mkdir()
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match="the training data is not what"):
         run(tmp_path / "run", **flags, resume=True)
+    assert under_way.exists() and (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
 
 
 @pytest.mark.parametrize("optimizer, names", [("adamw", {"adamw"}), ("muon", {"adamw", "muon"})])
