@@ -209,8 +209,8 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
 
         # The PPO loop: one update for each minibatch.
         tally = Tally()
-        for rows in minibatches(len(batch), config, step):
-            policy_gradient(learner, [batch[i] for i in rows], tally)
+        for chosen in minibatches(len(batch), config, step):
+            policy_gradient(learner, [batch[i] for i in chosen], tally)
             descend(learner, tally)
         metrics |= tally.metrics(learner.exact)
 
