@@ -118,14 +118,6 @@ def first_equal(answers: list[str]) -> dict[str, str]:
     return first
 
 
-def completion_text(tokenizer: Tokenizer, completion: Completion) -> str:
-    """What the model said, without the stop token and other special tokens."""
-    tokens = completion.tokens
-    if completion.finish_reason == "stop":
-        tokens = tokens[:-1]
-    return tokenizer.decode(tokens, skip_special=True)
-
-
 # --- the curve ------------------------------------------------------------------------------------
 
 ANSWER_TOKENS = 48  # a forced answer's most tokens
@@ -176,7 +168,7 @@ def cut_chain(
 ) -> CutChain:
     """A chain that did not end within the budget, nor boxed an answer, is to be completed."""
     short = shorten(chain, budget)
-    text = completion_text(tokenizer, short)
+    text = short.text(tokenizer)
     if short.finish_reason == "stop" or verify.last_boxed(text) is not None:
         return CutChain(budget, number, text, None)
     prefix = forced_prefix(problem, text)
@@ -208,7 +200,7 @@ def budget_curve(
         begun = [prompts[cut.problem] + cut.written for cut in open_ended]
         answers = sampler.generate(begun, 1, greedy, progress=True)
         for cut, [answer] in zip(open_ended, answers):
-            cut.text = close_box(cut.text, completion_text(tokenizer, answer))
+            cut.text = close_box(cut.text, answer.text(tokenizer))
 
     verdicts = tasks.judge_all([problems[cut.problem] for cut in cuts], [cut.text for cut in cuts])
     curve = {budget: [0.0] * len(problems) for budget in budgets}
@@ -349,7 +341,7 @@ def judge_chains(
     problems: list[Problem], chains: list[Completion], tokenizer: Tokenizer, lenient: bool
 ) -> list[Response]:
     """The chains as judged responses; `problems` names the problem of each chain."""
-    texts = [completion_text(tokenizer, chain) for chain in chains]
+    texts = [chain.text(tokenizer) for chain in chains]
     if lenient:
         texts = [tasks.boxed(text) for text in texts]
     responses = []

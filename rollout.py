@@ -145,7 +145,7 @@ def judge(
     given = [prompt for prompt in prompts for _ in range(samples)]
 
     def judge_mine(mine: list[int]) -> list[tuple[str, Verdict, str | None]]:
-        texts = [text_of(completions[i], tokenizer) for i in mine]
+        texts = [completions[i].text(tokenizer, skip_special=False) for i in mine]
         verdicts = tasks.judge_all([asked[i] for i in mine], texts)
         patterns = []
         for i, text in zip(mine, texts):
@@ -164,12 +164,6 @@ def judge(
     judged = parallel.share_out(judge_mine, list(range(len(work))), work, world)
     rows = zip(asked, given, completions, judged, strict=True)
     return [Response(problem, prompt, done, *found) for problem, prompt, done, found in rows]
-
-
-def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
-    """What a completion says: its tokens but for the stop token."""
-    tokens = completion.tokens
-    return tokenizer.decode(tokens[:-1] if completion.finish_reason == "stop" else tokens)
 
 
 def unexpected_pattern(

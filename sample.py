@@ -83,10 +83,10 @@ class Completion:
     logprobs: list[float]  # under the distribution each token was drawn from
     finish_reason: str  # "stop", or "length": max_tokens or the model's context ran out
 
-    def text(self, tokenizer: Tokenizer) -> str:
-        """What was said, without the stop token and other special tokens."""
+    def text(self, tokenizer: Tokenizer, skip_special: bool = True) -> str:
+        """What was said, without the stop token, and without other special tokens if wanted."""
         tokens = self.tokens[:-1] if self.finish_reason == "stop" else self.tokens
-        return tokenizer.decode(tokens, skip_special=True)
+        return tokenizer.decode(tokens, skip_special=skip_special)
 
 
 def sequence_seed(seed: int, key: int, sample: int) -> int:

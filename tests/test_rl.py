@@ -633,7 +633,7 @@ class Scripted:
     def chat(self, messages, add_generation_prompt=True):
         return [STOP, 3, STOP, STOP]
 
-    def decode(self, tokens):
+    def decode(self, tokens, skip_special=False):
         return TOKENIZER.decode(tokens)
 
     def generate(self, prompts, n, params, keys=None, firsts=None):
