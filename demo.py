@@ -2,6 +2,7 @@
 
     python demo.py                 # `make demo`: about sixteen minutes on 2 slow cores
     python demo.py --seed 1 --out runs/demo-1
+    python demo.py --long --out runs/long          # RL from an SFT model that more SFT helps little
     python demo.py --baselines     # afterwards: what more SFT, and better data, would have given
 
 Each stage is the very command that a large run would use; a stage that is done is not repeated, so
@@ -47,6 +48,7 @@ ALL_ATTEMPTS = 99  # the oracle's: more than there are values to try
 BUDGET = 336  # tokens a response may take in RL and in evaluation: room for some twenty attempts
 BUDGETS = "42,56,84,112,168,224,336"
 CURVE_SAMPLES = 2  # of each problem, for the curve: every cut chain costs a forced answer
+LONG_SFT_STEPS, LONG_STEPS = 11_000, 130  # --long: RL begins where SFT has little left to gain
 SHARES = (0.3, 0.6)  # of RL's steps, after which the curve is measured, too
 PROBE = tasks.countdown_problem([3, 5, 7], 22)  # sixteen values to try; 64 responses are counted
 
@@ -67,6 +69,9 @@ class Config:
     """Held-out problems; no set of numbers among them is ever trained on."""
     samples: int = 16
     """Responses to each held-out problem."""
+    long: bool = False
+    """As --sft-steps 11000 --steps 130: SFT until more of it brings little, then RL. Takes about
+    three quarters of an hour."""
     baselines: bool = False
     """Also train and measure the two baselines: about as long again."""
 
@@ -194,7 +199,7 @@ def open_folder(config: Config, out: Path) -> dict[str, float]:
     if config.chains < 100 or min(counts) < 1:
         raise UserError("--chains must be at least 100, and all other counts at least 1")
     flags = dataclasses.asdict(config)
-    del flags["out"], flags["baselines"]
+    del flags["out"], flags["baselines"], flags["long"]  # --long: its two counts stand there
     file, seconds = out / "demo.json", out / "seconds.json"
     if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds no demo: choose another --out")
@@ -357,12 +362,19 @@ def print_ending(config: Config, out: Path, summary: dict) -> None:
     print(f"{probe['problem']}: {probe['sft']} of 64 right after SFT, {probe['rl']} after RL")
     print(f"\nin {summary['seconds']:.0f} s; the figure is {out / 'demo.png'}")
     if not config.baselines:
-        again = f"python demo.py --seed {config.seed} --out {out} --baselines"
+        long = " --long" if config.long else ""
+        again = f"python demo.py{long} --seed {config.seed} --out {out} --baselines"
         print(f"Was it the data? Ask the baselines:  {again}")
     print(f'Watch it think:  python sample.py --model {out} "numbers 3 5 7, target 22"')
 
 
+def lengthened(config: Config) -> Config:
+    """The flags with what --long stands for."""
+    return replace(config, sft_steps=LONG_SFT_STEPS, steps=LONG_STEPS) if config.long else config
+
+
 def main(config: Config) -> None:
+    config = lengthened(config)
     out = Path(config.out)
     seconds = open_folder(config, out)
     stages = Stages(out, seconds)

@@ -23,6 +23,14 @@ def bars():
     return module.bars
 
 
+def test_long_is_a_longer_run_of_both():
+    """Guards against a --long that lengthens only one of the two, or changes the short demo."""
+    short, long = demo.Config(), demo.lengthened(demo.Config(long=True))
+    assert demo.lengthened(short) == short
+    assert long.sft_steps > 3 * short.sft_steps and long.steps > short.steps
+    assert dataclasses.replace(long, sft_steps=3400, steps=90, long=False) == short
+
+
 def test_the_demo_runs_and_a_second_start_repeats_nothing(tmp_path, monkeypatch, capsys):
     """Guards against a stage that breaks the next, a resumed demo that trains again, and baselines
     that do not add to what was measured."""
