@@ -122,12 +122,7 @@ def by_program(config: "Config", show: bool = True) -> Iterator[dict]:
 
     Where there are fewer problems than chains, a problem has several. show: a progress bar.
     """
-    problems = tasks.countdown(
-        config.seed,
-        numbers=config.numbers,
-        operators=config.operators,
-        largest=config.largest,
-    )
+    problems = tasks.TASKS["countdown"].problems(config, False)
     rng = random.Random(f"chains {config.seed}")
     chains = (countdown_chain(problem, rng, config.attempts) for problem in problems)
     found = (chain for chain in chains if chain is not None)

@@ -40,7 +40,7 @@ import tasks
 import verify
 from cli import UserError
 from cot import load_sampler
-from sample import Completion, Sampler, SamplingParams
+from sample import MOST_TOKENS, Completion, Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer
 
@@ -513,7 +513,6 @@ def print_histogram(rates: list[float]) -> None:
 
 # --- command --------------------------------------------------------------------------------------
 
-LONGEST = 10_240  # tokens of T1's longest responses (9B and 14B)
 UNMEASURED = ("model", "out", "resume", "curate", "curate_above", "curate_upto", "max_batch")
 """Flags that change none of a model's numbers: --resume accepts them with another value."""
 
@@ -618,25 +617,28 @@ def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
         return tasks.load(config.data)[: config.limit], rows[: config.limit]
     tasks.check_numbers(config.numbers)
     tasks.check_largest(config.largest)
-    stream = tasks.countdown(config.seed, True, config.numbers, config.operators, config.largest)
+    stream = tasks.TASKS[config.task].problems(config, True)
     problems = list(islice(stream, config.limit or 1024))
     rows = [{"problem": p.question, "answer": p.answer, "task": p.task} for p in problems]
     return problems, rows
 
 
 def sampling_params(
-    config: Config, sampler: Sampler, tokenizer: Tokenizer, problems: list[Problem]
+    config: Config,
+    budgets: tuple[int, ...],
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
 ) -> SamplingParams:
     """How a model is sampled. Without --max-tokens: up to the largest budget, or, without budgets,
     as long as its context leaves room behind the prompts."""
     max_tokens = config.max_tokens
-    budgets = integers(config.budgets, "--budgets")
     if max_tokens is None and budgets:
         max_tokens = max(budgets)
     elif max_tokens is None:
         longest = max(len(tasks.prompt_ids(problem, tokenizer)) for problem in problems)
         # At least 1: the sampler says which prompt fills the context.
-        max_tokens = max(1, min(LONGEST, sampler.model.config.context - longest))
+        max_tokens = max(1, min(MOST_TOKENS, sampler.model.config.context - longest))
     return SamplingParams(max_tokens, config.temperature, config.top_p, config.min_p, config.seed)
 
 
@@ -668,7 +670,7 @@ def measure(
                 f"--answer-model {config.answer_model} cannot go on in {name}'s tokens: "
                 "other tokenizer.json"
             )
-        params = sampling_params(config, sampler, tokenizer, problems)
+        params = sampling_params(config, settings.budgets, sampler, tokenizer, problems)
         print(
             f"{name}: {len(problems)} problems, {config.n} samples each, "
             f"at most {params.max_tokens} tokens",

@@ -1019,6 +1019,8 @@ def room_for_responses(config: Config, problems: list[Problem]) -> int:
 
 def report(run: Run, step: int, history: list[dict], responses: list[Response]) -> None:
     """On the terminal: alarms, and now and then a response, word for word."""
+    if not run.world.main:
+        return
     before = alarms(history[:-1])  # an alarm is named when it begins, not for as long as it lasts
     for alarm in alarms(history):
         if alarm not in before:

@@ -25,7 +25,7 @@ import tasks
 from cli import UserError
 from packing import Example
 from parallel import World
-from sample import Completion, Sampler, SamplingParams
+from sample import MOST_TOKENS, Completion, Sampler, SamplingParams
 from tasks import Problem
 from tokenizer import Tokenizer
 from verify import Verdict
@@ -229,10 +229,6 @@ def shuffled(size: int, seed: int, epoch: int) -> list[int]:
     order = list(range(size))
     random.Random(f"problems {seed} {epoch}").shuffle(order)
     return order
-
-
-MOST_TOKENS = 10_240
-"""T1's limit for its 9B and 14B models."""
 
 
 def room_for_responses(

@@ -47,6 +47,8 @@ from tasks import Problem
 from tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64 adds it before each hash
+MOST_TOKENS = 10_240
+"""What a limit on responses that is left out is at most: T1's, of its 9B and 14B models."""
 
 
 @dataclass(frozen=True)

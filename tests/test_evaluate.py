@@ -256,11 +256,11 @@ def test_without_max_tokens_the_context_is_used():
     prompts = [len(tasks.prompt_ids(problem, Letters())) for problem in problems]
     for context, wanted in ((500, 500 - max(prompts)), (10**6, 10_240), (max(prompts), 1)):
         sampler = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(context=context)))
-        params = evaluate.sampling_params(config, sampler, Letters(), problems)
+        params = evaluate.sampling_params(config, (), sampler, Letters(), problems)
         assert params == SamplingParams(wanted, 1.0, seed=5)
-    given = evaluate.sampling_params(replace(config, max_tokens=7), None, Letters(), problems)
+    given = evaluate.sampling_params(replace(config, max_tokens=7), (), None, Letters(), problems)
     assert given.max_tokens == 7
-    given = evaluate.sampling_params(replace(config, budgets="24,192"), None, Letters(), problems)
+    given = evaluate.sampling_params(config, (24, 192), None, Letters(), problems)
     assert (
         given.max_tokens == 192
     )  # and not thousands of tokens that no point of the curve asks for
