@@ -94,7 +94,7 @@ def test_greedy_equals_transformers(smollm2):
     handled otherwise."""
     transformers = pytest.importorskip("transformers")
     text = "The capital of France is Paris. Once upon a time there was a dog who said: "
-    ids = load_tokenizer(smollm2).encode(text * 3)
+    ids = load_tokenizer(smollm2).encode(text * 5)
     lengths = (1, 2, 7, 31, 32, 33, 60)
     prompts = [ids[first : first + length] for length in lengths for first in (0, 4, 11)]
     sampler = Sampler(load_pretrained(smollm2), max_batch=16, eos_ids=[2])
