@@ -122,7 +122,7 @@ def by_program(config: "Config", show: bool = True) -> Iterator[dict]:
 
     Where there are fewer problems than chains, a problem has several. show: a progress bar.
     """
-    problems = tasks.TASKS["countdown"].problems(config, False)
+    problems = tasks.made("countdown", config)
     rng = random.Random(f"chains {config.seed}")
     chains = (countdown_chain(problem, rng, config.attempts) for problem in problems)
     found = (chain for chain in chains if chain is not None)
@@ -420,8 +420,7 @@ def check_flags(config: Config) -> None:
         raise UserError(
             "--count, --n, --attempts and --limit must be at least 1, --failures at least 0"
         )
-    tasks.check_largest(config.largest)
-    tasks.check_operators(config.operators)
+    tasks.made("countdown", config)  # for its checks
 
 
 def main(config: Config) -> None:

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -92,13 +92,13 @@ def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
 def answer_classes(problem: Problem, responses: list[str], correct: list[bool]) -> list[str | None]:
     """The boxed answers of one problem's responses, for the vote: equal ones have one name.
 
-    Correct answers equal the reference, so they are one class; wrong ones are compared with each
-    other by `verify` (1/2 and 0.5 vote together). Countdown expressions are compared as text: equal
-    values are not equal answers there. None: no box.
+    In maths, correct answers equal the reference, so they are one class; wrong ones are compared
+    with each other by `verify` (1/2 and 0.5 vote together). The answers of any other task are
+    compared as text: countdown's expressions of equal value are not equal. None: no box.
     """
     boxes = [verify.last_boxed(response) for response in responses]
     names = [None if box is None else "".join(box.split()) for box in boxes]
-    if problem.task == "countdown":
+    if problem.task != "math":
         return names
     wrong = [name for name, right in zip(names, correct) if name is not None and not right]
     first = first_equal(list(dict.fromkeys(wrong)))
@@ -134,12 +134,12 @@ def forced_prefix(problem: Problem, text: str) -> str:
     """What is written behind a cut chain: it closes the thought and opens a box."""
     if "\\boxed{" in text:  # the cut fell inside the box
         return ""
-    box = "\\boxed{" if problem.task == "countdown" else "\nThe final answer is \\boxed{"
+    forced = tasks.TASKS[problem.task].forced
     if "<think>" in text and "</think>" not in text:
-        return "\n</think>\n" + box
+        return "\n</think>\n" + forced
     if text.endswith("\n"):
-        return box
-    return "\n" + box
+        return forced
+    return "\n" + forced
 
 
 def close_box(text: str, answer: str) -> str:
@@ -232,7 +232,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Response:
+class Judged:
     """One sample, judged."""
 
     text: str
@@ -263,7 +263,7 @@ class Result:
     failures: dict[str, float]  # kind -> share of all samples
     ks: list[int]
     attempts: list[list[int]]  # countdown: how many attempts a sample made (0 elsewhere)
-    repeats: float  # countdown: share of the attempts that are repeats, see `Response.repeats`
+    repeats: float  # countdown: share of the attempts that are repeats, see `Judged.repeats`
     lost: float  # countdown: share of all samples that failed after a repeat
 
     def rates(self) -> list[float]:
@@ -339,7 +339,7 @@ def evaluate(
 
 def judge_chains(
     problems: list[Problem], chains: list[Completion], tokenizer: Tokenizer, lenient: bool
-) -> list[Response]:
+) -> list[Judged]:
     """The chains as judged responses; `problems` names the problem of each chain."""
     texts = [chain.text(tokenizer) for chain in chains]
     if lenient:
@@ -347,7 +347,7 @@ def judge_chains(
     responses = []
     verdicts = tasks.judge_all(problems, texts)
     for problem, chain, text, verdict in zip(problems, chains, texts, verdicts):
-        response = Response(
+        response = Judged(
             text=text,
             length=len(chain.tokens),
             ended=chain.finish_reason == "stop",
@@ -361,13 +361,13 @@ def judge_chains(
 
 def result_of(
     problems: list[Problem],
-    responses: list[Response],
+    responses: list[Judged],
     settings: Settings,
     curve: dict[int, list[float]],
 ) -> Result:
     """The numbers of all responses, problem by problem."""
 
-    def by_problem(read: Callable[[Response], Any]) -> list[list[Any]]:
+    def by_problem(read: Callable[[Judged], Any]) -> list[list[Any]]:
         values = [read(response) for response in responses]
         n = settings.samples
         return [values[start : start + n] for start in range(0, len(values), n)]
@@ -523,8 +523,8 @@ class Config:
     """Run folders or Hugging Face folders to compare, in the order of the table (SFT before RL)."""
     data: str | None = None
     """Problems: JSONL with `problem` (or `question`) and `answer`."""
-    task: Literal["countdown"] | None = None
-    """Generated problems instead of --data: the held-out ones."""
+    task: str | None = None
+    """Generated problems instead of --data, the held-out ones: countdown, or a task of your own."""
     limit: int | None = None
     """The first so many problems: all of a file, 1024 of a task, unless given."""
     n: int = 16
@@ -615,9 +615,7 @@ def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
     if config.data:
         rows = cli.read_jsonl(config.data)
         return tasks.load(config.data)[: config.limit], rows[: config.limit]
-    tasks.check_numbers(config.numbers)
-    tasks.check_largest(config.largest)
-    stream = tasks.TASKS[config.task].problems(config, True)
+    stream = tasks.made(config.task, config, heldout=True)
     problems = list(islice(stream, config.limit or 1024))
     rows = [{"problem": p.question, "answer": p.answer, "task": p.task} for p in problems]
     return problems, rows

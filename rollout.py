@@ -207,7 +207,7 @@ def read_problems(config: Any, needed: int) -> list[Problem]:
     """The problems to train on: all of --data, or the first `needed` that --task makes."""
     if config.data:
         return tasks.load(config.data)
-    stream = tasks.TASKS[config.task].problems(config, False)
+    stream = tasks.made(config.task, config)
     problems = list(islice(stream, needed))
     if len(problems) < needed:
         raise UserError(

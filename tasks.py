@@ -68,8 +68,11 @@ class Task:
     diagnose: Callable[[Problem, str], str] | None = None
     """By which kind of failure a response fails, or "correct". None: the verdict's outcome."""
     problems: Callable[[Any, bool], Iterator[Problem]] | None = None
-    """For `--task NAME`: (the command's flags, held out or for training?) -> an endless stream. It
-    is seeded by `flags.seed` and by nothing else: every rank draws it, and --resume does again."""
+    """For `--task NAME`: (the command's flags, held out or for training?) -> an endless stream, or
+    a UserError for flags that it cannot take. It is seeded by `flags.seed` and by nothing else:
+    every rank draws it, and --resume does again."""
+    forced: str = "\nThe final answer is \\boxed{"
+    """Opens the answer behind a chain of thought that is cut (evaluate.py's --budgets)."""
 
 
 # --- countdown ------------------------------------------------------------------------------------
@@ -82,21 +85,6 @@ class Walk:
     steps: tuple[str, ...]  # "7-3=4", "5*4=20"
     expression: str  # "(7-3)*5"
     value: int
-
-
-def check_operators(operators: str) -> None:
-    if not operators or set(operators) - set("+-*/"):
-        raise UserError(f"--operators {operators!r}: some of + - * /")
-
-
-def check_numbers(numbers: int) -> None:
-    if not 2 <= numbers <= 4:
-        raise UserError(f"--numbers must be 2, 3 or 4, not {numbers}")
-
-
-def check_largest(largest: int) -> None:
-    if not 2 <= largest <= LARGEST:
-        raise UserError(f"--largest {largest}: from 2 to {LARGEST}")
 
 
 def combine(x: int, operator: str, y: int) -> int:
@@ -161,13 +149,28 @@ def countdown(
     operators: str = "+-*",
     largest: int = LARGEST_GIVEN,
 ) -> Iterator[Problem]:
-    """A stream of solvable problems, of `numbers` numbers from 1 to `largest`.
+    """A stream of solvable problems, of `numbers` numbers from 1 to `largest`; see `draw_problems`.
 
-    Held-out and training problems share no set of numbers. All problems are distinct, for as long
-    as there are new ones (100,000 draws in a row find none). Then the training problems begin
-    again, in another order; the held-out ones, which are to be counted, end in a UserError.
+    UserError at once for numbers or operators that there are no problems of.
     """
-    check_operators(operators)
+    if not 2 <= numbers <= 4:
+        raise UserError(f"--numbers must be 2, 3 or 4, not {numbers}")
+    if not 2 <= largest <= LARGEST:
+        raise UserError(f"--largest {largest}: from 2 to {LARGEST}")
+    if not operators or set(operators) - set("+-*/"):
+        raise UserError(f"--operators {operators!r}: some of + - * /")
+    return draw_problems(seed, heldout, numbers, operators, largest)
+
+
+def draw_problems(
+    seed: int, heldout: bool, numbers: int, operators: str, largest: int
+) -> Iterator[Problem]:
+    """Held-out and training problems share no set of numbers.
+
+    All problems are distinct, for as long as there are new ones (100,000 draws in a row find none).
+    Then the training problems begin again, in another order; the held-out ones, which are to be
+    counted, end in a UserError.
+    """
     rng = random.Random(f"countdown {seed} {heldout}")
     seen = set()
     idle = 0
@@ -338,8 +341,18 @@ TASKS = {
         problems=lambda flags, heldout: countdown(
             flags.seed, heldout, flags.numbers, flags.operators, flags.largest
         ),
+        forced="\\boxed{",
     ),
 }
+
+
+def made(name: str, flags: Any, heldout: bool = False) -> Iterator[Problem]:
+    """The endless stream of `--task NAME`. UserError for a task that makes no problems, or for
+    flags that it cannot take: nothing need be loaded to know."""
+    makers = [known for known, task in TASKS.items() if task.problems]
+    if name not in makers:
+        raise UserError(f"--task {name} is none of {', '.join(makers)}")
+    return TASKS[name].problems(flags, heldout)
 
 
 def judge_all(

@@ -145,6 +145,47 @@ def test_a_fork_on_two_ranks_is_that_on_one(fork):
             assert other[name] == pytest.approx(row[name], rel=1e-4, abs=1e-6)
 
 
+MEASURE = '''"""evaluate.py for the fork's task."""
+
+import dataclasses
+
+import cli
+import evaluate
+import my_recipe  # which registers the task
+
+
+@dataclasses.dataclass
+class Config(evaluate.Config):
+    longest: int = my_recipe.Config.longest
+
+
+if __name__ == "__main__":
+    cli.run(evaluate.main, Config)
+'''
+
+
+def test_a_task_of_ones_own_is_evaluated(fork):
+    """Bug: evaluate.py knows the project's own task only, and a fork's policy cannot be measured:
+    no pass@k, no vote among its answers, no curve against the budget."""
+    (fork / "measure.py").write_text(MEASURE)
+    words = (
+        "measure.py --model model --task reverse --limit 3 --n 4 --k 1,4 --budgets 4,8 --out own"
+    )
+    done = subprocess.run(
+        [sys.executable, *words.split()],
+        cwd=fork,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [model] = json.loads((fork / "own" / "results.json").read_text())["models"].values()
+    summary = model["summary"]
+    assert summary["problems"] == 3 and summary["samples"] == 4
+    assert set(summary["budget_curve"]) == {"4", "8"} and "maj@4" in summary
+
+
 def test_unknown_names_are_one_line(fork):
     """Bug: a misspelt recipe ends in a KeyError, or trains something else."""
     for flag, choices in (

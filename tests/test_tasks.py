@@ -146,7 +146,7 @@ def test_training_problems_begin_again_when_all_have_come():
     first, second = epoch(), epoch()
     assert sorted(first) == sorted(second) == trained and first != second
     with pytest.raises(UserError, match="only 0 distinct"):
-        next(tasks.countdown(0, numbers=2, operators="/", largest=1, heldout=True))
+        next(tasks.countdown(0, numbers=2, operators="/", largest=2, heldout=True))
 
 
 @settings(max_examples=50, deadline=None)
@@ -421,3 +421,20 @@ def test_garbled_text(text, question, broken):
     unpunished.
     """
     assert tasks.garbled(text, question) == broken
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"numbers": 5}, "--numbers must be 2, 3 or 4"),
+        ({"largest": 1}, "--largest 1: from 2 to 99"),
+        ({"largest": 100}, "--largest 100: from 2 to 99"),
+        ({"operators": "+^"}, "--operators '\\+\\^'"),
+        ({"operators": ""}, "--operators ''"),
+    ],
+)
+def test_flags_that_no_countdown_has_are_refused_before_the_first_problem(flags, message):
+    """Guards against a command that loads its models, and only then finds the flag wrong: a stream
+    checks its flags when it is made, not when it is first read."""
+    with pytest.raises(UserError, match=message):
+        tasks.countdown(0, **flags)
