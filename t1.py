@@ -19,20 +19,20 @@ from torch import Tensor, nn
 # --- 1. Problems, and chains of thought that try, fail, notice and verify -------------------------
 WORDS = [*map(str, range(37)), "+", "-", "=", "no", "yes", "check", "target", "<end>"]
 ID = {word: i for i, word in enumerate(WORDS)}
-PROMPT, WAY = 6, 15  # words of a prompt, 3 5 7 9 target 4, and of a way: 9 - 7 = 2 2 + 5 = 7 ...
+PROMPT, WAY = 6, 15  # words: "3 5 7 9 target 4"; three sums, "9 - 7 = 2 2 + 5 = 7 7 - 3 = 4"
 
 
 @functools.cache
 def ways(numbers: str) -> dict[str, list[str]]:
-    """{target: the ways to it} from four numbers: {"4": ["9 - 7 = 2 2 + 5 = 7 7 - 3 = 4"]}."""
+    """{target: all ways to it}. A way: an order of the four numbers and three signs, worked out."""
     found: dict[str, list[str]] = {}
     orders = itertools.permutations(map(int, reversed(numbers.split())))
     for order, signs in itertools.product(orders, itertools.product("+-", repeat=3)):
         terms = [y if sign == "+" else -y for sign, y in zip(signs, order[1:])]
         values = list(itertools.accumulate([order[0], *terms]))
         if min(values) > 0:
-            steps = zip(values, signs, order[1:], values[1:])
-            way = " ".join(f"{x} {sign} {y} = {z}" for x, sign, y, z in steps)
+            sums = zip(values, signs, order[1:], values[1:])
+            way = " ".join(f"{x} {sign} {y} = {z}" for x, sign, y, z in sums)
             found.setdefault(str(values[-1]), []).append(way)
     return found
 
@@ -64,7 +64,7 @@ def outcome(prompt: str, response: str) -> float:
     return float("check" in response and answer in ways(numbers)[target])
 
 
-# --- 2. A small transformer, its scores and samples -----------------------------------------------
+# --- 2. An ordinary transformer with a KV cache, the log-probs of a text, and a sampler -----------
 DIM, LAYERS, HEADS, CONTEXT = 64, 4, 2, 240
 linear = functools.partial(nn.Linear, bias=False)
 
@@ -113,13 +113,13 @@ class Transformer(nn.Module):
         return F.linear(self.norm(x), self.embed.weight)
 
 
-def score(policy, texts: list[str], temperature=1.0, positions=None) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy) of every word behind a prompt, text after text: [W] each."""
-    rows = [torch.tensor([ID[word] for word in text.split()]) for text in texts]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    places = torch.arange(1, tokens.shape[1])
-    lengths = torch.tensor([[len(row)] for row in rows])
-    trained = (places >= PROMPT) & (places < lengths)  # up to each text's own <end>, included
+def log_probs(policy, texts: list[str], temperature=1.0, positions=None) -> tuple[Tensor, Tensor]:
+    """(log-prob, entropy) of each word of the responses, text after text: both flat, [W]."""
+    words = [torch.tensor([ID[word] for word in text.split()]) for text in texts]
+    tokens = nn.utils.rnn.pad_sequence(words, batch_first=True)
+    places = torch.arange(1, tokens.shape[1])  # logits at place t - 1 are for the word at t
+    lengths = torch.tensor([[len(text)] for text in words])
+    trained = (places >= PROMPT) & (places < lengths)  # the response, with its own <end>
     positions = torch.arange(CONTEXT)[None] if positions is None else positions
     logits = policy(tokens[:, :-1], positions[:, : len(places)])[trained]
     # The temperature divides the logits here, too: what is trained is the policy that sampled.
@@ -130,23 +130,24 @@ def score(policy, texts: list[str], temperature=1.0, positions=None) -> tuple[Te
 
 @torch.no_grad()
 def sample(policy: Transformer, prompts: list[str], most: int, temperature=1.0) -> list[str]:
-    """A response of at most so many words to each prompt. The prompts are of one length."""
+    """Responses of at most so many words to prompts of one length. An ordinary cached sampler."""
     tokens = torch.tensor([[ID[word] for word in prompt.split()] for prompt in prompts])
     count, start = tokens.shape
     cache = torch.zeros(LAYERS, 2, count, start + most, HEADS, DIM // HEADS)
     written = torch.full((count, most), ID["<end>"])
-    rows, going = torch.arange(count), torch.ones(count, dtype=torch.bool)
+    alive, going = torch.arange(count), torch.ones(count, dtype=torch.bool)
     logits = policy(tokens, torch.arange(start)[None], cache)
     for place in range(start, start + most):
         words = torch.multinomial((logits[:, -1] / temperature).softmax(dim=1), 1)
-        written[rows, place - start] = words[:, 0]
-        going &= words[:, 0] != ID["<end>"]
-        if going.float().mean() < 0.8:  # let go of those that have ended
-            rows, words, cache, going = rows[going], words[going], cache[:, :, going], going[going]
-        if len(rows) == 0:
+        written[alive, place - start] = words[:, 0]
+        going &= words[:, 0] != ID["<end>"]  # alive: in the batch. going: of these, without <end>
+        if going.float().mean() < 0.8:  # take those that have ended out of the batch
+            alive, words, cache = alive[going], words[going], cache[:, :, going]
+            going = going[going]
+        if len(alive) == 0:
             break
         logits = policy(words, torch.tensor([[place]]), cache, place)
-    texts = [" ".join(WORDS[i] for i in row) for row in written.tolist()]
+    texts = [" ".join(WORDS[i] for i in response) for response in written.tolist()]
     return ["".join(text.partition("<end>")[:2]) for text in texts]
 
 
@@ -159,19 +160,19 @@ def train_sft(policy: Transformer, prompts: list[str], rng: random.Random) -> No
     texts = [f"{p} {found}" for p in prompts for _ in range(30) if (found := chain(p, rng))]
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(SFT_STEPS):
-        # Mostly at a sorted random choice of positions: with 0, 1, 2, ... alone a model never sees
-        # the positions beyond its longest chain (71 words), and what it writes there is garbled.
+        # In 70 % of the batches 72 of all 240 positions, in order. With 0, 1, 2, ... alone, those
+        # behind the longest chain (71 words) are never trained, and longer thoughts are garbled.
         positions = None
         if rng.random() < 0.7:
             positions = torch.rand(SFT_BATCH, CONTEXT).argsort(dim=1)[:, :72].sort(dim=1).values
-        logprob, _ = score(policy, rng.sample(texts, SFT_BATCH), positions=positions)
+        logprob, _ = log_probs(policy, rng.sample(texts, SFT_BATCH), positions=positions)
         loss = -logprob.mean()
         loss.backward()
-        take_step(policy, optimizer, SFT_LR * min((step + 1) / 100, 1 - step / SFT_STEPS))
+        update(policy, optimizer, SFT_LR * min((step + 1) / 100, 1 - step / SFT_STEPS))
         print(f"\rSFT {step + 1} of {SFT_STEPS}: loss {loss:.3f}", end="", flush=True)
 
 
-def take_step(policy: Transformer, optimizer: torch.optim.Optimizer, rate: float) -> None:
+def update(policy: Transformer, optimizer: torch.optim.Optimizer, rate: float) -> None:
     nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.param_groups[0]["lr"] = rate
     optimizer.step()
@@ -179,8 +180,7 @@ def take_step(policy: Transformer, optimizer: torch.optim.Optimizer, rate: float
 
 
 # --- 4. RL ----------------------------------------------------------------------------------------
-# y_i is one of K responses to a prompt x; pi is the policy at the temperature; pi_old sampled; ref
-# is the anchor; [W]: one number for each word of some texts; M: the words of one update (`count`).
+# y_i: one of K responses to a prompt x. pi: the policy; pi_old: the one that sampled; ref: anchor.
 PROMPTS, K, TEMPERATURE, MOST = 64, 16, 1.2, 160  # T1: 32 prompts, K = 64, at 1.2
 RL_LR, MINIBATCHES, CLIP, KL_COEF, ENTROPY_COEF, ANCHOR_DECAY = 3e-4, 2, 0.2, 2e-4, 1e-3, 0.99
 
@@ -192,7 +192,7 @@ def penalise(rewards: Tensor, responses: list[str]) -> Tensor:
 
 
 def centred_kl(old: Tensor, anchor: Tensor, lengths: list[int]) -> Tensor:
-    """k_i - mean k, with k_i = sum_t log pi_old(y_it) / ref(y_it), in nats. [W], [W] -> [K]."""
+    """k_i - mean k of the group, k_i = sum_t log pi_old(y_it) / ref(y_it), in nats. [W] -> [K]."""
     kl = torch.stack([log_ratios.sum() for log_ratios in (old - anchor).split(lengths)])
     return kl - kl.mean()
 
@@ -204,8 +204,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def ppo_clip_loss(logprob: Tensor, old: Tensor, advantage: Tensor, count: int) -> Tensor:
-    """-1/M sum_it min(w A, clip(w, 1 - e, 1 + e) A), w = pi(y_it) / pi_old(y_it). [W] each.
-    Where w = 1 its gradient is that of -A log pi: the plain policy gradient."""
+    """-1/M sum_it min(w A, clip(w, 1 - e, 1 + e) A), w = pi(y_it) / pi_old(y_it), M = count.
+    [W] each. Where w = 1 its gradient is that of -A log pi: the plain policy gradient."""
     ratio = (logprob - old).exp()
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
     return -surrogate.sum() / count
@@ -231,22 +231,22 @@ def train_step(policy, anchor, optimizer, asked: list[str], responses: list[str]
         texts = [f"{prompt} {response}" for response in mine]
         lengths = [len(response.split()) for response in mine]
         rewards = penalise(torch.tensor([outcome(prompt, response) for response in mine]), mine)
-        if rewards.unique().numel() > 1:  # equal rewards have no advantages, and teach nothing
-            with torch.no_grad():
-                old, _ = score(policy, texts, TEMPERATURE)
-                ref, _ = score(anchor, texts, TEMPERATURE)
+        if rewards.unique().numel() > 1:  # else all advantages are 0 (but for the KL: thousandths)
+            with torch.no_grad():  # log-probs before the first update, and the anchor's
+                old, _ = log_probs(policy, texts, TEMPERATURE)
+                ref, _ = log_probs(anchor, texts, TEMPERATURE)
             rewards = rewards - KL_COEF * centred_kl(old, ref, lengths)
-            [advantages] = leave_one_out(rewards[None])
+            [advantages] = leave_one_out(rewards[None])  # a batch of one group, [1, K]
             groups.append((texts, old, advantages.repeat_interleave(torch.tensor(lengths))))
-    for part in range(MINIBATCHES):  # two updates: in the second the ratio is no longer 1
+    for part in range(MINIBATCHES):  # every second group; by the second update pi is not pi_old
         minibatch = groups[part::MINIBATCHES]
         count = sum(len(old) for _, old, _ in minibatch)
         for texts, old, advantage in minibatch:
-            logprob, entropy = score(policy, texts, TEMPERATURE)
+            logprob, entropy = log_probs(policy, texts, TEMPERATURE)
             loss = ppo_clip_loss(logprob, old, advantage, count)
             loss = loss - ENTROPY_COEF * entropy_bonus(entropy, count)
             loss.backward()
-        take_step(policy, optimizer, rate)
+        update(policy, optimizer, rate)
     update_anchor(anchor, policy)
 
 
@@ -255,7 +255,7 @@ BUDGETS = (32, 48, 64, 96, 128, 160)  # words; an attempt has 16
 
 
 def budget_curve(policy: Transformer, prompts: list[str]) -> list[float]:
-    """Thoughts stop at the budget; behind those that had not ended "check" is put, and answered."""
+    """Written anew at each budget. Behind a thought without <end> "check" is put, then answered."""
     curve = []
     for budget in BUDGETS:
         thoughts = sample(policy, prompts, budget)
@@ -264,7 +264,7 @@ def budget_curve(policy: Transformer, prompts: list[str]) -> list[float]:
         for i, answer in zip(begun, sample(policy, asked, WAY + 1) if asked else []):
             thoughts[i] = f"{begun[i]} {answer}"
         curve.append(sum(map(outcome, prompts, thoughts)) / len(prompts))
-    for prompt, thought in list(zip(prompts, thoughts))[::200]:
+    for prompt, thought in list(zip(prompts, thoughts))[::200]:  # of the largest budget
         print(f"  {prompt} : " + thought.replace(" no ", " no\n      "))
     return curve
 

@@ -189,7 +189,7 @@ def step_of_rl(policy, anchor, asked, responses) -> rl.Learner:
         ended = text.endswith("<end>")
         verdict = Verdict("correct" if t1.outcome(prompt, text) else "wrong")
         with torch.no_grad():
-            logprobs, _ = t1.score(policy, [f"{prompt} {text}"], t1.TEMPERATURE)
+            logprobs, _ = t1.log_probs(policy, [f"{prompt} {text}"], t1.TEMPERATURE)
         completion = Completion(ids(text), logprobs.tolist(), "stop" if ended else "length")
         pattern = None if ended else "overlong"
         rows.append(Response(Problem(prompt, ""), ids(prompt), completion, text, verdict, pattern))
@@ -262,7 +262,7 @@ def test_examples_hold_the_stop_token():
     policy = policy_of(4)
     prompt = t1.problems(heldout=False)[0]
     text = next(filter(None, (t1.chain(prompt, random.Random(seed)) for seed in range(50))))
-    logprob, _ = t1.score(policy, [f"{prompt} {text}"])
+    logprob, _ = t1.log_probs(policy, [f"{prompt} {text}"])
     begin, tokens = t1.PROMPT, ids(f"{prompt} {text}")
     assert len(logprob) == Example(tokens, [(begin, len(tokens))]).targets
     assert tokens[-1] == t1.ID["<end>"]
