@@ -240,7 +240,7 @@ def shard(
     return scorer
 
 
-def score(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def log_probs(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """(logprob [M], entropy [M]), fp32: of each trained token, and of the whole distribution that
     it came from. Only these places ever meet the vocabulary.
     """

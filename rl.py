@@ -2,7 +2,7 @@
 
     python rl.py --model DIR --task countdown --out runs/rl
     torchrun --standalone --nproc_per_node=8 rl.py --model DIR --data problems.jsonl --out runs/rl
-    python rl.py ... --out runs/rl --resume                     # goes on, bit for bit
+    python rl.py ... --out runs/rl --resume                     # goes on where it was killed
     python rl.py --model DIR --out runs/rl --export DIR2        # a checkpoint as a model folder
 
 One step: sample K responses to each prompt at a high temperature; judge them; turn outcomes into
@@ -27,41 +27,28 @@ update, beta `kl_coef`, alpha `entropy_coef`, a `anchor_decay`, eps `clip_low` a
 Rewards and advantages are one number for each response, [N]; log-probs, and all that the loss is
 made of, one number for each trained token, [M], response after response.
 
-What we do differently from the paper, and why:
+What we do differently from the paper (GUIDE.md says why, in the part named):
 
-1. The update is a PPO loop (minibatches, epochs, clipped ratios). With one of each, its default,
-   the ratio is 1 and the gradient is T1's on-policy gradient exactly (a test shows it).
-2. The loss is divided once by the number of tokens M of the update, so a token weighs the same
-   however the batch is split over minibatches, micro-batches and GPUs. The paper does not say how
-   it normalises.
-3. Groups of K responses whose advantages are all zero (all right, or all wrong) are dropped before
-   any forward pass. All that they could add is the pull of the regularisers. Their share is logged
-   (`dropped`).
+1. The update is a PPO loop. With one epoch and one minibatch, the default, every ratio is 1 and the
+   gradient is T1's own, exactly (4).
+2. The loss is divided once, by the number of tokens M of the update. The paper does not say how it
+   normalises (4).
+3. Groups of K responses whose advantages are all zero are dropped before any forward pass (3).
 4. Neither coefficient that the paper calls alpha is published. Ours (`entropy_coef`,
-   `anchor_decay`) were chosen on the demo; see the README.
-5. The temperature divides the logits in the trainer just as in the sampler. Otherwise the ratio
-   compares two different policies. Sampling in training never truncates (no top-p, no min-p): the
-   ratio would be biased by what was cut.
-6. The KL is estimated on the sampled tokens (the sum of log-ratios), which needs one pass of the
-   anchor and no more.
+   `anchor_decay`) were chosen on the demo (5, 6).
+5. The temperature divides the logits in training, too, and training never truncates: no top-p, no
+   min-p (8).
+6. The KL is the sum of log-ratios of the sampled tokens: one pass of the anchor and no more (6).
 7. The learning rate may rise at the start (--warmup) and fall at the end (--cooldown). Neither is
    the default, for the demo ends no better with them (benchmarks/RESULTS.md). With a cool-down the
    number of steps is part of the run: --resume then refuses another.
 
 Other algorithms are the same loop with other pieces, see `RECIPES` and relatives.py. To add one,
-write a file of your own; it takes all flags, torchrun and --resume:
+write a file of your own: README.md, "Fork it". rlsp.py goes further: flags, models and a
+`train_step` of its own.
 
-    import dataclasses, rl
-
-    def reward(responses, config):      # a list of judged responses -> [N], any real numbers
-        return rl.outcome(responses, config) - 0.001 * rl.lengths(responses)
-
-    rl.RECIPES["mine"] = dataclasses.replace(rl.RECIPES["t1"], reward=reward)
-
-    if __name__ == "__main__":
-        rl.command()                    # python my_recipe.py --recipe mine --model DIR ...
-
-rlsp.py goes further: flags, models and a `train_step` of its own.
+Reading it for the first time? Down to `RECIPES`, and `teaching_groups`, `advantages_of`,
+`give_log_probs` and `minibatches` behind it. The rest is metrics, flags and the run's bookkeeping.
 """
 
 import math
@@ -98,10 +85,7 @@ def penalise(values: Tensor, patterns: list[str | None], to: float | None = -1.0
     """T1's penalty: -1 (or `to`; None: nothing) for every response that shows an unexpected
     pattern, whatever its answer. [N] -> [N].
 
-    --penalty set, as T1: the rewards are set to -1. If all K responses run away, all are equal, and
-    nothing pushes them back. --penalty advantage, as in the code that T1's authors published later:
-    the rewards count 0 in the baseline, and then the *advantages* are set to -1. So such a group is
-    pushed back.
+    Of the rewards; by --penalty advantage of the advantages, see `PENALTIES` and GUIDE.md, part 7.
     """
     if to is None:
         return values
@@ -165,11 +149,10 @@ def entropy_bonus(entropy: Tensor, weight: Tensor, token_count: float) -> Tensor
 def update_anchor(anchor: nn.Module, policy: nn.Module, decay: float) -> None:
     """The dynamic anchor: ref <- decay * ref + (1 - decay) * policy.
 
-    After n steps towards a fixed policy p: ref_n = decay^n ref_0 + (1 - decay^n) p. Shards move
-    where they lie, so no rank talks to another.
+    Shards move where they lie, so no rank talks to another.
     """
-    for reference, parameter in zip(anchor.parameters(), policy.parameters()):
-        parallel.local(reference).lerp_(parallel.local(parameter), 1 - decay)
+    for slow, fast in zip(anchor.parameters(), policy.parameters()):
+        parallel.local(slow).lerp_(parallel.local(fast), 1 - decay)
 
 
 # --- one step of T1 -------------------------------------------------------------------------------
@@ -184,21 +167,22 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
     config, recipe = learner.config, learner.recipe
 
     # What each response is worth, and which groups leave before any forward pass.
-    penalty, _ = PENALTIES[recipe.penalty]
+    set_reward_to, _ = PENALTIES[recipe.penalty]
     rewards = rewards_of(responses, config, recipe)
-    rewards = penalise(rewards, patterns_of(responses), penalty)
+    rewards = penalise(rewards, patterns_of(responses), set_reward_to)
     for response, reward in zip(responses, rewards.tolist()):
         response.reward = reward
     metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
     teaching = teaching_groups(responses, rewards, config, recipe)
     metrics["dropped"] = 1 - teaching.double().mean().item()
-    groups = torch.arange(len(responses)).view(-1, config.samples)
+    groups = torch.arange(len(responses)).view(-1, config.samples)  # numbers of the responses
+    # Dynamic sampling may have drawn more than are wanted.
     kept = groups[teaching][: config.prompts].flatten()
     batch = [responses[i] for i in kept.tolist()]
 
     if batch:
         # From rewards to advantages, which all tokens of a response share.
-        metrics |= score_tokens(learner, batch)
+        metrics |= give_log_probs(learner, batch)  # .old, .anchor and .weight of each response
         sizes = lengths(batch)
         rewards = rewards[kept]
         if learner.anchor and not recipe.kl_loss:
@@ -229,7 +213,7 @@ def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally
     weight = flat(responses, "weight").to(like.device, like.dtype)
     count = len(old)
     for at, packed in learner.micro_batches(responses):
-        logprob, entropy = parallel.score(learner.policy, packed, recipe.temperature)
+        logprob, entropy = parallel.log_probs(learner.policy, packed, recipe.temperature)
         loss = ppo_clip_loss(
             logprob, old[at], advantage[at], weight[at], recipe.clip_low, recipe.clip_high, count
         )
@@ -244,7 +228,9 @@ def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally
 # --- recipes --------------------------------------------------------------------------------------
 
 PENALTIES = {"set": (-1.0, None), "advantage": (0.0, -1.0), "none": (None, None)}
-"""By --penalty: what an unexpected pattern sets the reward to, and the advantage. None: nothing."""
+"""By --penalty: what an unexpected pattern sets the reward to, and the advantage; None: neither.
+`set` is T1's. `advantage` is of its authors' later code: a group that runs away as a whole is
+pushed back, too."""
 
 
 @dataclass(frozen=True)
@@ -302,7 +288,7 @@ RECIPES = {
 }
 
 
-# --- the pieces of a step -------------------------------------------------------------------------
+# --- the pieces of a step (at first reading: the functions that the docstring names) --------------
 
 
 @dataclass
@@ -319,7 +305,7 @@ class Learner:
     optimizers: dict[str, torch.optim.Optimizer]
     anchor: Scorer | None = None  # None: the recipe has no KL
     start: Scorer | None = None  # the first policy of the run, if the KL to it is to be logged
-    exact: bool = True  # sampler and trainer compute in fp32: their log-probs agree to 1e-5
+    exact: bool = True  # sampler and trainer compute in fp32: their log-probs agree
     guard: runfolder.Guard = field(default_factory=runfolder.Guard)
     cursor: int = 0  # how many problems have been drawn
 
@@ -342,7 +328,7 @@ class Learner:
         """Of each token of the responses, [M], on every rank."""
         temperature = self.recipe.temperature
         return self.token_values(
-            lambda packed: parallel.score(scorer, packed, temperature)[0], responses
+            lambda packed: parallel.log_probs(scorer, packed, temperature)[0], responses
         )
 
     def token_values(
@@ -381,7 +367,9 @@ def rewards_of(responses: list[Response], config: "Config", recipe: Recipe) -> T
 def advantages_of(
     rewards: Tensor, patterns: list[str | None], config: "Config", recipe: Recipe
 ) -> Tensor:
-    """The recipe's advantage of each response, with --penalty advantage. [N] -> [N]."""
+    """The recipe's advantage of each response; by --penalty advantage, -1 where a pattern shows.
+    [N] -> [N].
+    """
     groups = rewards.view(-1, config.samples)
     advantages = recipe.advantage(groups)
     if advantages.shape != groups.shape:
@@ -389,8 +377,8 @@ def advantages_of(
             f"recipe {config.recipe}: its advantage must be of the rewards' shape "
             f"{list(groups.shape)}, and not of {list(advantages.shape)}"
         )
-    _, penalty = PENALTIES[recipe.penalty]
-    return penalise(advantages.flatten(), patterns, penalty)
+    _, set_advantage_to = PENALTIES[recipe.penalty]
+    return penalise(advantages.flatten(), patterns, set_advantage_to)
 
 
 def teaching_groups(
@@ -398,10 +386,9 @@ def teaching_groups(
 ) -> Tensor:
     """Which groups have an advantage that is not zero, bool [P].
 
-    All that the other groups could add is the pull of the entropy bonus and of the KL.
-    The advantages themselves are asked, so this holds for any recipe: by a mean over the batch,
-    say, a group of equal rewards does teach something. (Advantages are then computed anew of the
-    groups that are kept: where a recipe scales them by the whole batch, that is the kept one.)
+    The recipe's own advantage is asked: by a mean over the batch, say, a group of equal rewards
+    does teach. The KL is not in the rewards yet, so equal verdicts are equal rewards. Of the groups
+    that are kept the advantages are computed again, with it.
     """
     advantages = advantages_of(rewards, patterns_of(responses), config, recipe)
     shape = (-1, config.samples)
@@ -431,8 +418,13 @@ def describe(responses: list[Response], rewards: Tensor, samples: int) -> dict[s
     }
 
 
-def score_tokens(learner: Learner, responses: list[Response]) -> dict[str, float]:
-    """Give each response its tokens' `old` and `anchor` log-probs and their `weight`; metrics."""
+def give_log_probs(learner: Learner, responses: list[Response]) -> dict[str, float]:
+    """Set each response's `old`, `anchor` and `weight`: [its tokens] each. Returns metrics.
+
+    old: the sampler's own log-probs if it computes in fp32, else computed here. weight: how much
+    the loss counts a token: the recipe's average, times the importance weight if `old` is not the
+    sampler's.
+    """
     config, recipe = learner.config, learner.recipe
     sizes = lengths(responses)
     weight = recipe.average(sizes, config.max_tokens).repeat_interleave(sizes)
@@ -510,7 +502,7 @@ class Tally:
             "entropy": sums["entropy"] / sums["tokens"],
             "clip_fraction": sums["clipped"] / sums["tokens"],
         }
-        if exact:  # otherwise `score_tokens` has compared all of the tokens
+        if exact:  # otherwise `give_log_probs` has compared all of the tokens
             found["mismatch"] = sums["gap"] / sums["gap_tokens"]
             found["mismatch_max"] = max(parallel.gather_objects(self.widest_gap))
         return found
@@ -618,7 +610,7 @@ def end_step(
     metrics |= {f"seconds_{name}": value for name, value in watch.seconds.items()}
 
 
-# --- the flags ------------------------------------------------------------------------------------
+# --- the flags (at first reading: stop here) ------------------------------------------------------
 
 
 @dataclass
@@ -640,7 +632,7 @@ class Config:
     prompts: int = 32
     """Prompts per step (T1: 32)."""
     samples: int = 64
-    """K, responses per prompt: oversampling (T1: 64; more is better, at the same KL, too)."""
+    """K, responses per prompt: oversampling (T1: 64; the paper finds that more is better)."""
     max_tokens: int | None = None
     """Length at which a response is cut off, and counts as overlong (T1: 10,240; 16,384 for 32B).
     None: what the model's context has room for behind the longest prompt, 10,240 at most."""
@@ -696,7 +688,7 @@ class Config:
     """Longer gradients are scaled down to this."""
     micro_tokens: int | None = None
     """Tokens per forward pass of a rank (None: 8,192 on a GPU, 2,048 on a CPU): bounds memory,
-    changes no result."""
+    changes no result beyond rounding."""
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
     checkpoint_every: int = 10
@@ -988,7 +980,8 @@ def train(
     run = Run(config, may_change, world, keep_every=config.keep_every)
     learner.guard = run.guard
     pieces = {"recipe": written(recipe)}
-    take_up(learner, run.restore(tensors_of(learner), pieces | state_of(learner)))
+    state = run.restore(tensors_of(learner), pieces | state_of(learner))
+    take_up(learner, state)
 
     steps = run.steps(config.steps, "rl")
     history = runfolder.read_metrics(run.log.path)

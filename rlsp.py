@@ -211,7 +211,7 @@ def train_step(learner: RLSPLearner, responses: list[Response], step: int) -> di
     for response, reward in zip(responses, rewards.tolist()):
         response.reward = reward
     metrics = rl.describe(responses, rewards, config.samples)
-    metrics |= rl.score_tokens(learner, responses)
+    metrics |= rl.give_log_probs(learner, responses)
 
     # From rewards to an advantage for every token.
     sizes = lengths(responses)

@@ -19,8 +19,8 @@ Face folder).
 What we do differently from the paper, and why:
 
 1. T1 names 3 epochs and a learning rate of 1e-5, and no more: they are the defaults with --model.
-   Warm-up, cosine decay to a tenth, AdamW's betas, weight decay and clipping are the field's usual
-   values. Random weights learn nothing at 1e-5: without --model the defaults are the demo's.
+   Warm-up, cosine decay to a tenth, AdamW's betas, weight decay and gradient norm are the field's
+   usual values. Random weights learn nothing at 1e-5: without --model the defaults are the demo's.
 2. Sequences are packed into rows, and attention stays within a sequence. Only speed changes: a test
    shows that the loss of a sequence does not depend on its neighbours.
 3. The loss is divided once, by the trained tokens of the whole step. A mean per micro-batch would
@@ -117,7 +117,7 @@ class Config:
     facts, such as sums, in fewer steps (see muon.py)."""
     weight_decay: float | None = None
     """On matrices only; on norms it would rescale layers. None: 0.1 with --model, 0 without."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Largest global gradient norm, so that one odd batch cannot throw the weights."""
     batch_tokens: int | None = None
     """Tokens per update, over all ranks: sequences vary in length, an update's size should not.
@@ -160,8 +160,8 @@ def with_defaults(config: Config) -> Config:
 
 
 POSITIVE = (
-    "chains", "epochs", "steps", "lr", "clip", "batch_tokens", "micro_tokens", "max_length",
-    "eval_every", "checkpoint_every", "keep", "max_skips",
+    "chains", "epochs", "steps", "lr", "max_grad_norm", "batch_tokens", "micro_tokens",
+    "max_length", "eval_every", "checkpoint_every", "keep", "max_skips",
 )  # fmt: skip
 
 
@@ -403,7 +403,7 @@ def loss_of(
     count = sum(example.targets for example in examples)
     total = torch.zeros((), device=world.device)
     for _, packed in parallel.micro_batches(examples, micro_tokens, scorer.model.config.dim, world):
-        logprob, _ = parallel.score(scorer, packed)
+        logprob, _ = parallel.log_probs(scorer, packed)
         loss = -logprob.sum() / count
         if backward:
             loss.backward()
@@ -419,14 +419,14 @@ def update(
     run: Run,
     config: Config,
 ) -> dict[str, float]:
-    """One step: the gradient of the loss, clipped, moves the weights if it is finite.
+    """One update: the gradient of the loss, no longer than --max-grad-norm, if it is finite.
 
     Returns the metrics of the step.
     """
     began = time.perf_counter()
     scorer.zero_grad()
     loss, count = loss_of(scorer, batch, config.micro_tokens, run.world, backward=True)
-    norm = parallel.clip_grad_norm(scorer, config.clip)
+    norm = parallel.clip_grad_norm(scorer, config.max_grad_norm)
     if run.guard.allows(loss=loss, gradient=norm):
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:

@@ -84,9 +84,9 @@ def draw_step(path: Path) -> None:
         ("verdicts", "right or wrong?\nunexpected pattern?", GREEN),
     ]
     lower = [
-        ("step", "AdamW; then\nthe anchor moves", RED),
+        ("update", "AdamW; then\nthe anchor moves", RED),
         ("loss", "clipped ratio,\nentropy bonus", RED),
-        ("score", "log-prob and entropy\nof every token", BLUE),
+        ("log-probs", "of the policy as it is\nnow; its entropy", BLUE),
         ("advantages", "reward, penalty, KL;\nleave-one-out", GREEN),
     ]
     for x, content in zip(columns, upper):

@@ -78,7 +78,7 @@ def mean_entropy(entropy: Tensor) -> Tensor:
     return rl.entropy_bonus(entropy, torch.ones_like(entropy), len(entropy))
 
 
-# --- a policy, its anchor, and how they score tokens ----------------------------------------------
+# --- a policy, its anchor, and the log-probs of a text --------------------------------------------
 
 
 def small_model(tokenizer: Tokenizer) -> Transformer:
@@ -125,7 +125,7 @@ def logits_of(model: Transformer, rows: list[tuple[list[int], list[int]]]) -> tu
     return model.logits(hidden[trained[:, 1:]]), tokens[trained]
 
 
-def score(model: Transformer, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
+def log_probs(model: Transformer, rows: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor]:
     """(log-prob, entropy) of every response token at T1's temperature, both [M]."""
     logits, targets = logits_of(model, rows)
     return kernels.logprob_entropy(logits, targets, RECIPE.temperature)
@@ -233,8 +233,8 @@ def run() -> Step:
     # Log-probs of policy and anchor; KL; advantages.
     lengths = [len(response) for _, response in rows]
     with torch.no_grad():
-        old, _ = score(policy, rows)
-        anchor_old, _ = score(anchor, rows)
+        old, _ = log_probs(policy, rows)
+        anchor_old, _ = log_probs(anchor, rows)
     kl = centred(old, anchor_old, lengths)
     shaped = rewards - RECIPE.kl_coef * kl
     advantages = rl.leave_one_out(shaped[None])[0]  # one prompt: [1, 4]
@@ -255,7 +255,7 @@ def run() -> Step:
     # What the step has changed; the anchor follows.
     traced = place_of(TRACED[1], TRACED[0], rows, tokenizer)
     with torch.no_grad():
-        new, _ = score(policy, rows)
+        new, _ = log_probs(policy, rows)
         new_logits, _ = logits_of(policy, rows)
     gap = largest_gap(policy, anchor)
     rl.update_anchor(anchor, policy, RECIPE.anchor_decay)

@@ -67,7 +67,7 @@ def loss_and_gradients(
     count = sum(example.targets for example in batch)
     total = 0.0
     for _, packed in parallel.micro_batches(batch, micro_tokens, 200, world):
-        logprob, entropy = parallel.score(scorer, packed, temperature=1.2)
+        logprob, entropy = parallel.log_probs(scorer, packed, temperature=1.2)
         loss = -(logprob + 0.1 * entropy).sum() / count
         loss.backward()
         total += loss.item()
@@ -234,7 +234,7 @@ def test_score_is_the_plain_computation():
     """
     scorer, batch, temperature = make_scorer(ALONE), examples(5), 1.7
     packed = pack(batch, row_length=64)
-    logprob, entropy = parallel.score(scorer, packed, temperature)
+    logprob, entropy = parallel.log_probs(scorer, packed, temperature)
     got = zip(batch, by_example(batch, logprob), by_example(batch, entropy))
     for example, example_logprob, example_entropy in got:
         tokens = torch.tensor([example.tokens])
@@ -254,15 +254,15 @@ def test_documents_in_a_row_do_not_see_each_other():
     first, second = Example([1, 2, 3, 4, 5], [(2, 5)]), Example([6, 7, 8, 9], [(1, 4)])
     changed = Example([40, 41, 42, 43, 44], [(2, 5)])
 
-    def score(*batch):
+    def log_probs(*batch):
         packed = pack(list(batch), row_length=16)
         assert packed.tokens.shape[0] == 1  # in one row, or the test shows nothing
-        return by_example(batch, parallel.score(scorer, packed)[0])
+        return by_example(batch, parallel.log_probs(scorer, packed)[0])
 
-    assert torch.equal(score(first, second)[1], score(changed, second)[1])
-    assert not torch.equal(score(first, second)[0], score(changed, second)[0])
+    assert torch.equal(log_probs(first, second)[1], log_probs(changed, second)[1])
+    assert not torch.equal(log_probs(first, second)[0], log_probs(changed, second)[0])
     alone = pack([second])
-    torch.testing.assert_close(score(first, second)[1], parallel.score(scorer, alone)[0])
+    torch.testing.assert_close(log_probs(first, second)[1], parallel.log_probs(scorer, alone)[0])
 
 
 def test_responses_share_a_prompt():
@@ -275,12 +275,12 @@ def test_responses_share_a_prompt():
     assert together.parents is not None
     assert sum(unit.length for unit in units) < sum(len(example.tokens) for example in batch)
     scorer, reference = make_scorer(ALONE), make_scorer(ALONE)
-    logprob, entropy = parallel.score(scorer, together)
+    logprob, entropy = parallel.log_probs(scorer, together)
     (logprob + entropy.square()).sum().backward()
     for got, got_entropy, packed in zip(
         by_example(batch, logprob), by_example(batch, entropy), alone
     ):
-        wanted, wanted_entropy = parallel.score(reference, packed)
+        wanted, wanted_entropy = parallel.log_probs(reference, packed)
         (wanted + wanted_entropy.square()).sum().backward()
         torch.testing.assert_close(got, wanted)
         torch.testing.assert_close(got_entropy, wanted_entropy)
@@ -325,7 +325,7 @@ def test_positions_of_their_own():
     for row_length in (5, 19):  # rows that are full to the end, and one row for all
         packed = pack(batch, row_length, units)
         assert packed.positions is not None and packed.parents is not None
-        got = by_example(batch, parallel.score(scorer, packed)[0])
+        got = by_example(batch, parallel.log_probs(scorer, packed)[0])
         for example, logprob in zip(batch, got):
             tokens, (start, end) = torch.tensor([example.tokens]), example.spans[0]
             positions = torch.tensor([example.positions or list(range(len(example.tokens)))])
@@ -335,7 +335,7 @@ def test_positions_of_their_own():
             wanted = table[range(start - 1, end - 1), example.tokens[start:end]]
             torch.testing.assert_close(logprob.double(), wanted, rtol=1e-6, atol=1e-6)
     plain = pack([dataclasses.replace(example, positions=None) for example in batch], row_length=21)
-    moved = (torch.cat(got) - parallel.score(scorer, plain)[0]).abs()
+    moved = (torch.cat(got) - parallel.log_probs(scorer, plain)[0]).abs()
     assert plain.positions is None and moved[:2].min() > 1e-3 and moved[2] < 1e-6
 
 
@@ -356,12 +356,12 @@ def test_stop_token_has_gradient():
     """
     scorer = make_scorer(ALONE)
     packed = pack([Example([3, 4, 5, STOP], [(3, 4)])])  # the stop token is all that is trained on
-    before, _ = parallel.score(scorer, packed)
+    before, _ = parallel.log_probs(scorer, packed)
     (-before.sum()).backward()
     with torch.no_grad():
         for parameter in scorer.parameters():
             parameter -= 1e-3 * parameter.grad
-        after, _ = parallel.score(scorer, packed)
+        after, _ = parallel.log_probs(scorer, packed)
     assert after.sum() > before.sum()
 
 

@@ -615,7 +615,7 @@ def test_sampler_and_trainer_agree():
     examples = [Example(p + c.tokens, [(len(p), len(p) + len(c.tokens))]) for p, c in pairs]
     scorer = parallel.shard(model, ALONE)
     scored = parallel.values_of_all(
-        lambda packed: parallel.score(scorer, packed, 1.4)[0], examples, 64, 80, ALONE
+        lambda packed: parallel.log_probs(scorer, packed, 1.4)[0], examples, 64, 80, ALONE
     )
     for (_, completion), logprob in zip(
         pairs, scored.split([example.targets for example in examples])
@@ -846,7 +846,7 @@ def test_kl_to_the_start_by_hand():
     learner = make_learner()
     responses = make_responses(learner)[:4]
     learner.start = parallel.shard(random_init(SHAPE, 5, torch.float64), ALONE)
-    metrics = rl.score_tokens(learner, responses)
+    metrics = rl.give_log_probs(learner, responses)
     moved = 0.0
     for response in responses:
         start, _ = token_logprobs(learner.start.model, response.example, 1.2)

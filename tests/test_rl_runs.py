@@ -92,7 +92,7 @@ def save_babbler(folder: Path) -> None:
             )
             batch.append(Example(tokens, [(len(prompt), len(tokens))]))
         optimizer.zero_grad()
-        logprob, _ = parallel.score(scorer, pack(batch))
+        logprob, _ = parallel.log_probs(scorer, pack(batch))
         (-logprob.sum() / sum(example.targets for example in batch)).backward()
         optimizer.step()
     save_pretrained(model, folder, hand.TOKENIZER)
