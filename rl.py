@@ -89,7 +89,7 @@ from rollout import Response, Stopwatch, flat, give, lengths, outcome
 from runfolder import Run
 from sample import Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, require_stop_token
 
 # --- T1, one idea per function --------------------------------------------------------------------
 
@@ -1005,12 +1005,16 @@ def train(
 
 
 def room_for_responses(config: Config, problems: list[Problem]) -> int:
-    """--max-tokens, or what that is where it is left out. UserError if a prompt has no room."""
-    context = read_config(model_folder(config.model)).context
+    """--max-tokens, or what that is where it is left out.
+
+    UserError if a prompt has no room, or if no token of the model ends a response.
+    """
+    shape = read_config(model_folder(config.model))
     tokenizer = load_tokenizer(config.model)
+    require_stop_token(tokenizer, shape.vocab_size, config.model)
     prompts = (tasks.prompt_ids(problem, tokenizer) for problem in problems)
     source = config.data or config.task
-    return rollout.room_for_responses(prompts, config.max_tokens, context, source)
+    return rollout.room_for_responses(prompts, config.max_tokens, shape.context, source)
 
 
 def report(run: Run, step: int, history: list[dict], responses: list[Response]) -> None:

@@ -59,7 +59,7 @@ from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World
 from runfolder import Run
-from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer, require_stop_token
 
 MAY_CHANGE = (
     "out", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every",
@@ -183,13 +183,11 @@ def check_flags(config: Config) -> None:
 def stop_token(tokenizer: Tokenizer) -> int:
     """The token that ends an assistant's turn in the chat template.
 
-    A model may know several tokens that end *something*. UserError if it knows none.
+    A model may know several tokens that end *something*.
     """
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rendered = tokenizer.chat(turns, add_generation_prompt=False)
     ends = [token for token in rendered if token in tokenizer.eos_ids] or list(tokenizer.eos_ids)
-    if not ends:
-        raise UserError("the model's tokenizer names no stop token (eos_token)")
     return ends[-1]
 
 
@@ -456,6 +454,7 @@ def train(config: Config, world: World) -> None:
     check_flags(config)
     runfolder.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
+    require_stop_token(tokenizer, model.config.vocab_size, config.model or "the demo's model")
     context = model.config.context
     max_length = config.max_length or context
     if config.random_positions and max_length > context:

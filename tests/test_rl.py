@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 import json
 import math
+import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -951,6 +953,34 @@ def command(tiny, tmp_path, monkeypatch, capsys):
 
 
 COUNTDOWN = ("--task", "countdown", "--steps", "2", "--max-tokens", "32")
+
+
+@pytest.mark.parametrize("named", [None, [], 10**6, -1])
+def test_a_model_without_a_stop_token(command, tiny, tmp_path, named):
+    """Bug: a policy that cannot end a response is trained for hours on responses that are all cut
+    off; or one that names a token which it cannot draw."""
+    shutil.copytree(tiny, tmp_path / "endless")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        raw = json.loads((tmp_path / "endless" / name).read_text())
+        raw = {key: value for key, value in raw.items() if not key.startswith("eos_token")}
+        if named is not None and name == "generation_config.json":
+            raw["eos_token_id"] = named
+        (tmp_path / "endless" / name).write_text(json.dumps(raw))
+    line = command(*COUNTDOWN, model=tmp_path / "endless")
+    assert f"{tmp_path / 'endless'} names no stop token" in line and "eos_token_id" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite(command, tmp_path, bad):
+    """Bug: a model of NaN is trained (every group is dropped, so no guard sees it), and a model of
+    NaN is exported."""
+    model = random_init(SHAPE, 0)
+    model.blocks[1].down.weight.data[3, 5] = bad
+    save_pretrained(model, tmp_path / "broken", TOKENIZER)
+    line = command(*COUNTDOWN, model=tmp_path / "broken")
+    assert "model.safetensors: model.layers.1.mlp.down_proj.weight holds NaN" in line
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize(
