@@ -919,12 +919,15 @@ SHOWN = ("reward", "accuracy", "length", "entropy", "tokens_per_second")
 """Metrics behind the progress bar."""
 
 PANELS = {
-    "reward": ["reward", "accuracy", "pass_at_k"],
+    "reward": ["pass_at_k", "accuracy", "reward"],
     "length (tokens)": ["length"],
     "entropy (nats per token)": ["entropy"],
     "KL to the anchor and to the start (nats per response)": ["kl", "kl_start"],
-    "share of responses": ["unexpected", "truncated", "dropped"],
-    "sampler against trainer": ["mismatch", "mismatch_max"],
+    "share of responses": ["unexpected", "truncated"],
+    "share of groups dropped": ["dropped"],
+    "loss": ["loss"],
+    "gradient norm": ["grad_norm"],
+    "sampler against trainer": ["mismatch_max", "mismatch"],
 }
 
 

@@ -443,7 +443,7 @@ def update(
 
 
 PANELS = {
-    "loss": ["loss", "heldout_loss"],
+    "loss": ["heldout_loss", "loss"],
     "gradient norm": ["grad_norm"],
     "learning rate": ["lr"],
 }
