@@ -36,7 +36,7 @@ What we do differently from the paper, and why:
    it normalises.
 3. Groups of K responses whose advantages are all zero (all right, or all wrong) are dropped before
    any forward pass. All that they could add is the pull of the regularisers. Their share is logged
-   (`dropped`).
+   (`dropped`), unless the recipe drops no single group: by a mean over the batch, none is.
 4. Neither coefficient that the paper calls alpha is published. Ours (`entropy_coef`,
    `anchor_decay`) were chosen on the demo; see the README.
 5. The temperature divides the logits in the trainer just as in the sampler. Otherwise the ratio
@@ -191,9 +191,11 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
         response.reward = reward
     metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
     teaching = teaching_groups(responses, rewards, config, recipe)
-    metrics["dropped"] = 1 - teaching.double().mean().item()
     groups = torch.arange(len(responses)).view(-1, config.samples)
-    kept = groups[teaching][: config.prompts].flatten()
+    kept = groups[teaching][: config.prompts]
+    if drops_groups(recipe, config.samples):
+        metrics["dropped"] = 1 - len(kept) / len(groups)
+    kept = kept.flatten()
     batch = [responses[i] for i in kept.tolist()]
 
     if batch:
@@ -415,6 +417,16 @@ def teaching_groups(
             wanted = wanted | punished.view(-1, config.samples).any(dim=1)
         teaching = teaching & wanted
     return teaching
+
+
+def drops_groups(recipe: Recipe, samples: int) -> bool:
+    """Whether a recipe may drop one group and keep another.
+
+    By a mean over the batch a group of equal rewards does teach something, beside other groups.
+    """
+    rewards = torch.zeros(2, samples, dtype=torch.float64)
+    rewards[1, 0] = 1.0
+    return recipe.resample or not recipe.advantage(rewards)[0].any()
 
 
 def describe(responses: list[Response], rewards: Tensor, samples: int) -> dict[str, float]:

@@ -762,6 +762,24 @@ def test_only_zero_advantages_are_dropped(advantage, kept):
     )
 
 
+def test_what_is_dropped_is_what_is_logged():
+    """Bug: `dropped` 1.0 in steps of a recipe that drops no single group (its baseline is the mean
+    of the batch); or groups that dynamic sampling has too many of, counted as if they had taught.
+    """
+    learner = make_learner()
+    responses = make_responses(learner)
+    for recipe, wanted in (("reinforce", None), ("dr_grpo", 1 / 3), ("dapo", 1 / 3)):
+        _, metrics, _ = train_once(make_learner(), responses, recipe=recipe)
+        assert metrics.get("dropped") == (wanted and pytest.approx(wanted)), recipe
+    _, metrics, _ = train_once(make_learner(), responses, recipe="dapo", prompts=1)
+    assert metrics["dropped"] == pytest.approx(2 / 3)
+    for samples in (1, 4):
+        given = {"recipe": "reinforce", "samples": samples, "prompts": 12 // samples}
+        same_reward = [dataclasses.replace(r, verdict=Verdict("wrong")) for r in responses]
+        _, metrics, _ = train_once(make_learner(), same_reward, **given)
+        assert "dropped" not in metrics and metrics["loss"] == 0
+
+
 @pytest.mark.parametrize(
     ("piece", "function", "complaint"),
     [
