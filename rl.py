@@ -720,7 +720,7 @@ class Config:
     """Also log the KL to the policy that the run began with: one more copy of the weights, and one
     more pass."""
     show_every: int = 10
-    """Steps between responses shown on the terminal (0: none)."""
+    """Steps between responses shown on the terminal, a right one and a wrong one (0: none)."""
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
     export: str = ""
@@ -1006,6 +1006,7 @@ def train(
     take_up(learner, run.restore(tensors_of(learner), pieces | state_of(learner)))
 
     steps = run.steps(config.steps, "rl")
+    run.say(opening(learner, run))
     history = runfolder.read_metrics(run.log.path)
     for step in steps:
         metrics, responses = run_step(learner, step, train_step)
@@ -1017,6 +1018,7 @@ def train(
             run.save(step, pieces | state_of(learner))
             run.plot(PANELS)
     run.finish(learner.policy, learner.tokenizer)
+    run.say(closing(config))
 
 
 def room_for_responses(config: Config, problems: list[Problem]) -> int:
@@ -1033,7 +1035,7 @@ def room_for_responses(config: Config, problems: list[Problem]) -> int:
 
 
 def report(run: Run, step: int, history: list[dict], responses: list[Response]) -> None:
-    """On the terminal: alarms, and now and then a response, word for word."""
+    """On the terminal: alarms, and now and then a right and a wrong response, word for word."""
     if not run.world.main:
         return
     before = alarms(history[:-1])  # an alarm is named when it begins, not for as long as it lasts
@@ -1042,7 +1044,32 @@ def report(run: Run, step: int, history: list[dict], responses: list[Response]) 
             run.say(f"step {step}: {alarm}")
     every = run.config.show_every
     if every and step % every == 0:
-        run.say(str(responses[step % len(responses)]))
+        right = [response for response in responses if response.verdict.correct]
+        wrong = [response for response in responses if not response.verdict.correct]
+        for kind in (right, wrong):
+            if kind:
+                run.say(str(kind[step % len(kind)]))
+
+
+def opening(learner: Learner, run: Run) -> str:
+    """The first line: what is trained, on what, where, and where it is written."""
+    config = run.config
+    parameters = sum(parameter.numel() for parameter in learner.policy.parameters())
+    return (
+        f"rl: {config.model}, {parameters:,} parameters; {len(learner.problems):,} problems of "
+        f"{config.data or config.task}; {config.prompts} x {config.samples} responses a step, of "
+        f"{learner.config.max_tokens:,} tokens at most; {config.steps:,} steps, {run.done:,} of "
+        f"them done, on {run.world.size} x {run.world.device.type}; writes to {run.out}"
+    )
+
+
+def closing(config: Config) -> str:
+    """The last line: where the model is, and what to run next."""
+    source = f"--task {config.task}" if config.task else "--data TEST.jsonl"
+    return (
+        f"the model is in {config.out}/model; next: python evaluate.py --model {config.model} "
+        f"{config.out} {source}, or python sample.py --model {config.out}"
+    )
 
 
 def main(
