@@ -316,8 +316,14 @@ def copy_weights(source: Scorer, target: Transformer) -> None:
 
 
 def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -> None:
-    """Write the policy as a Hugging Face folder, from rank 0's memory. Every rank calls it."""
+    """Write the policy as a Hugging Face folder, from rank 0's memory. Every rank calls it.
+
+    UserError, and nothing is written, if not every weight is finite.
+    """
     weights = {name: whole.cpu() for name, whole in whole_parameters(scorer) if world.main}
+    for name, whole in weights.items():
+        if not whole.isfinite().all():
+            raise UserError(f"{path} is not written: {name} holds NaN or infinity; lower --lr")
     if world.main:
         save_pretrained(scorer.model, path, tokenizer, weights)
     barrier()

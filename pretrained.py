@@ -359,7 +359,9 @@ def head_is_embedding(tensors: dict[str, safe_open]) -> bool:
     """Whether the head that is stored beside a tied model's embedding is a copy of it."""
     head = tensors["lm_head.weight"].get_tensor("lm_head.weight")
     embedding = tensors["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
-    return torch.equal(head, embedding)
+    if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
+        return False
+    return torch.allclose(head, embedding, rtol=0, atol=0, equal_nan=True)  # see `fill`
 
 
 def fill(
@@ -368,7 +370,11 @@ def fill(
     tensors: dict[str, safe_open],
     folder: Path,
 ) -> None:
-    """Copy the tensors of `folder` into the parameters, which have memory but no values yet."""
+    """Copy the tensors of `folder` into the parameters, which have memory but no values yet.
+
+    UserError for a tensor of another shape, or with a value that is not finite: such a model says
+    nothing, and never learns.
+    """
     table = layout(config)
     for name, parameter in tqdm(parameters.items(), "loading", len(table), delay=3):
         pieces = table[name]
@@ -380,7 +386,22 @@ def fill(
                     f"{folder}: {piece.name} is {tensor.dtype} {list(tensor.shape)}, "
                     f"config.json asks for floats {list(part.shape)}"
                 )
+            if not tensor.isfinite().all():
+                file = file_of(folder, piece.name)
+                raise UserError(
+                    f"{file}: {piece.name} holds NaN or infinity: the model is broken, use an "
+                    "earlier one"
+                )
             part.copy_(piece.from_disk(tensor))
+
+
+def file_of(folder: Path, tensor: str) -> Path:
+    """The safetensors file of a folder that holds the tensor."""
+    for name in file_names(folder):
+        with safe_open(folder / name, framework="pt") as file:
+            if tensor in file.keys():  # noqa: SIM118 (it is no dict)
+                return folder / name
+    raise LookupError(tensor)
 
 
 # --- writing --------------------------------------------------------------------------------------

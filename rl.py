@@ -33,7 +33,8 @@ What we do differently from the paper (GUIDE.md says why, in the part named):
    gradient is T1's own, exactly (4).
 2. The loss is divided once, by the number of tokens M of the update. The paper does not say how it
    normalises (4).
-3. Groups of K responses whose advantages are all zero are dropped before any forward pass (3).
+3. Groups of K responses whose advantages are all zero are dropped before any forward pass (3),
+   unless the recipe drops no single group: by a mean over the batch, none is.
 4. Neither coefficient that the paper calls alpha is published. Ours (`entropy_coef`,
    `anchor_decay`) were chosen on the demo (5, 6).
 5. The temperature divides the logits in training, too, and training never truncates: no top-p, no
@@ -51,11 +52,13 @@ Reading it for the first time? Down to `RECIPES`, and `teaching_groups`, `advant
 `give_log_probs` and `minibatches` behind it. The rest is metrics, flags and the run's bookkeeping.
 """
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -76,7 +79,7 @@ from rollout import Response, Stopwatch, flat, give, lengths, outcome
 from runfolder import Run
 from sample import Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import Tokenizer, load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer, require_stop_token
 
 # --- T1, one idea per function --------------------------------------------------------------------
 
@@ -174,10 +177,12 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
         response.reward = reward
     metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
     teaching = teaching_groups(responses, rewards, config, recipe)
-    metrics["dropped"] = 1 - teaching.double().mean().item()
     groups = torch.arange(len(responses)).view(-1, config.samples)  # numbers of the responses
     # Dynamic sampling may have drawn more than are wanted.
-    kept = groups[teaching][: config.prompts].flatten()
+    kept = groups[teaching][: config.prompts]
+    if drops_groups(recipe, config.samples):
+        metrics["dropped"] = 1 - len(kept) / len(groups)
+    kept = kept.flatten()
     batch = [responses[i] for i in kept.tolist()]
 
     if batch:
@@ -402,6 +407,16 @@ def teaching_groups(
             wanted = wanted | punished.view(-1, config.samples).any(dim=1)
         teaching = teaching & wanted
     return teaching
+
+
+def drops_groups(recipe: Recipe, samples: int) -> bool:
+    """Whether a recipe may drop one group and keep another.
+
+    By a mean over the batch a group of equal rewards does teach something, beside other groups.
+    """
+    rewards = torch.zeros(2, samples, dtype=torch.float64)
+    rewards[1, 0] = 1.0
+    return recipe.resample or not recipe.advantage(rewards)[0].any()
 
 
 def describe(responses: list[Response], rewards: Tensor, samples: int) -> dict[str, float]:
@@ -700,7 +715,7 @@ class Config:
     """Also log the KL to the policy that the run began with: one more copy of the weights, and one
     more pass."""
     show_every: int = 10
-    """Steps between responses shown on the terminal (0: none)."""
+    """Steps between responses shown on the terminal, a right one and a wrong one (0: none)."""
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
     export: str = ""
@@ -811,31 +826,50 @@ def check_one_sample(config: Config, recipe: Recipe) -> None:
 # --- the run --------------------------------------------------------------------------------------
 
 
-def alarms(history: list[dict], window: int = 5) -> list[str]:
-    """What is going wrong, each with the knob that the paper turns: the last `window` steps against
-    the rest.
+def changes(values: list[float], best: Callable[[list[float]], float]) -> list[tuple[float, float]]:
+    """Means (before, now) that differ by more than noise: now is that of the last 5, 10 or 20
+    values, before that of as many earlier ones, where it was `best` (max or min).
+
+    More than noise is 5.5 standard errors. The noise of one value is taken from the differences
+    between neighbours, which a trend hardly moves. A policy that does not change shows such a pair
+    in fewer than 1 of 100 runs of 100 steps, a collapse within ten steps of it (tests simulate it).
+    """
+    differences = [after - value for value, after in itertools.pairwise(values)]
+    squares = sum(difference**2 for difference in differences)
+    variance = squares / (2 * max(1, len(differences)))
+    found = []
+    for window in (5, 10, 20):
+        spans = range(len(values) - 2 * window + 1)  # where windows begin that end before `now`
+        if spans:
+            before = best([fmean(values[i : i + window]) for i in spans])
+            now = fmean(values[-window:])
+            if abs(now - before) > 5.5 * math.sqrt(variance * 2 / window):
+                found.append((before, now))
+    return found
+
+
+def alarms(history: list[dict]) -> list[str]:
+    """What is going wrong, each with the knob that the paper turns, or with the likely reason.
+
+    history: the lines of metrics.jsonl.
     """
 
-    def means(name: str) -> list[float]:
-        values = [row[name] for row in history if name in row]
-        spans = [values[i : i + window] for i in range(len(values) - window + 1)]
-        return [sum(span) / window for span in spans] or [math.nan]
+    def values(name: str) -> list[float]:
+        measured = [row.get(name, math.nan) for row in history]
+        return [value for value in measured if math.isfinite(value)]
 
-    accuracy = means("accuracy")
-    entropy = means("entropy")
-    truncated = means("truncated")
     found = []
-    if accuracy[-1] < 2 / 3 * max(accuracy):
+    if any(now < 2 / 3 * before for before, now in changes(values("accuracy"), max)):
         found.append(
             "reward collapse: accuracy fell by a third; "
             "raise --temperature (T1: 1.2) or --kl-coef, lower --lr"
         )
-    if entropy[-1] < entropy[0] / 5:
+    if any(now < before / 5 for before, now in changes(values("entropy"), max)):
         found.append(
             "entropy collapse: a fifth of what it was; "
             "raise --entropy-coef or --temperature (T1: 1.2)"
         )
-    if truncated[-1] > max(0.2, 2 * truncated[0]):
+    if any(now > max(0.2, 2 * before) for before, now in changes(values("truncated"), min)):
         found.append(
             "length run-away: too many responses never end; T1 penalises them; lower --entropy-coef"
         )
@@ -844,7 +878,36 @@ def alarms(history: list[dict], window: int = 5) -> list[str]:
             "not finite: an update was skipped; "
             "lower --lr or --max-grad-norm, or use --dtype float32"
         )
+    last = history[-5:]
+    if len(last) == 5 and min(row.get("truncated", 0.0) for row in last) > 0.9:
+        found.append(
+            "nothing ends: nearly every response is cut off; raise --max-tokens, "
+            "or lower --temperature if they are gibberish"
+        )
+    last = history[-10:]
+    if len(last) == 10 and all(map(runfolder.without_update, last)):
+        found.append(f"nothing is learned: no update for 10 steps; {likely_reason(last)}")
     return found
+
+
+def likely_reason(rows: list[dict]) -> str:
+    """Why no group had anything to teach in these steps, and what to do."""
+
+    def mean(name: str) -> float:
+        return fmean(row.get(name, 0.0) for row in rows)
+
+    if mean("truncated") > 0.5:
+        return "responses are cut off before they answer: raise --max-tokens"
+    if mean("unexpected") > 0.5:
+        return "responses are garbled or repeat themselves: lower --temperature"
+    if mean("accuracy") < 0.1:
+        return (
+            "the problems are too hard: choose easier ones (evaluate.py --curate), "
+            "raise --samples, or lower --temperature if responses are gibberish"
+        )
+    if mean("accuracy") > 0.9:
+        return "the problems are too easy: choose harder ones (evaluate.py --curate)"
+    return "each problem is solved always or never: raise --samples, or see evaluate.py --curate"
 
 
 def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world: World) -> Learner:
@@ -911,12 +974,15 @@ SHOWN = ("reward", "accuracy", "length", "entropy", "tokens_per_second")
 """Metrics behind the progress bar."""
 
 PANELS = {
-    "reward": ["reward", "accuracy", "pass_at_k"],
+    "reward": ["pass_at_k", "accuracy", "reward"],
     "length (tokens)": ["length"],
     "entropy (nats per token)": ["entropy"],
     "KL to the anchor and to the start (nats per response)": ["kl", "kl_start"],
-    "share of responses": ["unexpected", "truncated", "dropped"],
-    "sampler against trainer": ["mismatch", "mismatch_max"],
+    "share of responses": ["unexpected", "truncated"],
+    "share of groups dropped": ["dropped"],
+    "loss": ["loss"],
+    "gradient norm": ["grad_norm"],
+    "sampler against trainer": ["mismatch_max", "mismatch"],
 }
 
 
@@ -984,6 +1050,7 @@ def train(
     take_up(learner, state)
 
     steps = run.steps(config.steps, "rl")
+    run.say(opening(learner, run))
     history = runfolder.read_metrics(run.log.path)
     for step in steps:
         metrics, responses = run_step(learner, step, train_step)
@@ -995,28 +1062,59 @@ def train(
             run.save(step, pieces | state_of(learner))
             run.plot(PANELS)
     run.finish(learner.policy, learner.tokenizer)
+    run.say(closing(config))
 
 
 def room_for_responses(config: Config, problems: list[Problem]) -> int:
-    """--max-tokens, or what that is where it is left out. UserError if a prompt has no room."""
-    context = read_config(model_folder(config.model)).context
+    """--max-tokens, or what that is where it is left out.
+
+    UserError if a prompt has no room, or if no token of the model ends a response.
+    """
+    shape = read_config(model_folder(config.model))
     tokenizer = load_tokenizer(config.model)
+    require_stop_token(tokenizer, shape.vocab_size, config.model)
     prompts = (tasks.prompt_ids(problem, tokenizer) for problem in problems)
     source = config.data or config.task
-    return rollout.room_for_responses(prompts, config.max_tokens, context, source)
+    return rollout.room_for_responses(prompts, config.max_tokens, shape.context, source)
 
 
 def report(run: Run, step: int, history: list[dict], responses: list[Response]) -> None:
-    """On the terminal: alarms, and now and then a response, word for word."""
+    """On the terminal: alarms, and now and then a right and a wrong response, word for word."""
     if not run.world.main:
         return
-    before = alarms(history[:-1])  # an alarm is named when it begins, not for as long as it lasts
+    # An alarm is named when it begins, not for as long as it lasts.
+    before = [alarm.split(":")[0] for alarm in alarms(history[:-1])]
     for alarm in alarms(history):
-        if alarm not in before:
+        if alarm.split(":")[0] not in before:
             run.say(f"step {step}: {alarm}")
     every = run.config.show_every
     if every and step % every == 0:
-        run.say(str(responses[step % len(responses)]))
+        right = [response for response in responses if response.verdict.correct]
+        wrong = [response for response in responses if not response.verdict.correct]
+        for kind in (right, wrong):
+            if kind:
+                run.say(str(kind[step % len(kind)]))
+
+
+def opening(learner: Learner, run: Run) -> str:
+    """The first line: what is trained, on what, where, and where it is written."""
+    config = run.config
+    parameters = sum(parameter.numel() for parameter in learner.policy.parameters())
+    return (
+        f"rl: {config.model}, {parameters:,} parameters; {len(learner.problems):,} problems of "
+        f"{config.data or config.task}; {config.prompts} x {config.samples} responses a step, of "
+        f"{learner.config.max_tokens:,} tokens at most; {config.steps:,} steps, {run.done:,} of "
+        f"them done, on {run.world.size} x {run.world.device.type}; writes to {run.out}"
+    )
+
+
+def closing(config: Config) -> str:
+    """The last line: where the model is, and what to run next."""
+    source = f"--task {config.task}" if config.task else "--data TEST.jsonl"
+    return (
+        f"the model is in {config.out}/model; next: python evaluate.py --model {config.model} "
+        f"{config.out} {source}, or python sample.py --model {config.out}"
+    )
 
 
 def main(

@@ -59,8 +59,14 @@ class Response:
         return Example(self.prompt + self.completion.tokens, [(begin, end)])
 
     def __str__(self) -> str:
-        outcome = self.pattern or self.verdict.outcome
-        return f"--- {self.problem.question}\n{self.text}\n--- {outcome}: {self.reward:g}"
+        outcome = self.verdict.outcome
+        if self.pattern:
+            outcome += f", {self.pattern}"
+        return (
+            f"--- {self.problem.question}\n{self.text}\n--- {outcome}; "
+            f"reference {self.problem.answer}; reward {self.reward:g}; "
+            f"{len(self.completion.tokens):,} tokens"
+        )
 
 
 def outcome(responses: list[Response], config: Any = None) -> Tensor:

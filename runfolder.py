@@ -148,8 +148,34 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def without_update(row: dict[str, Any]) -> bool:
+    """Whether a step, a line of metrics.jsonl, had nothing to learn from: all groups dropped."""
+    return row.get("dropped") == 1 or (row.get("loss") == 0 and "grad_norm" not in row)
+
+
+def line_of(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """The steps and values of one metric, as they are drawn.
+
+    A step without an update says nothing of what only updates have (entropy, KL, loss): a NaN
+    leaves a gap there. What is measured only now and then (the held-out loss) has no gaps.
+    """
+    steps = []
+    values = []
+    for row in rows:
+        value = row.get(name)
+        if without_update(row) and (value is None or name == "loss"):
+            value = math.nan
+        if value is not None:
+            steps.append(row["step"])
+            values.append(value)
+    return steps, values
+
+
 def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) -> None:
-    """Draw a metrics.jsonl: one panel per title, with a line over the steps for each metric."""
+    """Draw a metrics.jsonl: one panel per title, with a line over the steps for each metric.
+
+    Of several lines in a panel each lies on a wider, paler one, so that equal ones are all seen.
+    """
     # Not at the top: importing it takes a second, which the other ranks need not pay.
     from matplotlib.figure import Figure
 
@@ -159,13 +185,22 @@ def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) ->
     figure = Figure(figsize=(4.2 * columns, 2.8 * height), layout="constrained")
     axes = figure.subplots(height, columns, squeeze=False).flatten()
     for axis, (title, names) in zip(axes, panels.items()):
-        for name in names:
-            measured = [row for row in rows if row.get(name) is not None]
-            steps = [row["step"] for row in measured]
-            axis.plot(steps, [row[name] for row in measured], label=name, linewidth=1.2)
+        measured = [name for name in names if any(row.get(name) is not None for row in rows)]
+        for number, name in enumerate(measured):
+            above = len(measured) - 1 - number  # how many lines will lie on this one
+            width = 1.2 + 2 * above
+            axis.plot(
+                *line_of(rows, name),
+                label=name,
+                linewidth=width,
+                alpha=1 / (1 + 0.6 * above),
+                marker=".",  # for a single step between two gaps; on the line it is not seen
+                markersize=2 * width,
+                markeredgewidth=0,
+            )
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        if len(names) > 1:
+        if measured and len(names) > 1:
             axis.legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)

@@ -25,6 +25,7 @@ and min-p.
 """
 
 import re
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -532,8 +533,8 @@ class Config:
     verify: str | None = None
     """The right answer: show a verdict on each of the n. (A countdown is judged by the target in
     its question.)"""
-    max_tokens: int = 1024
-    """Longest answer. Reasoning models need thousands, the demo a hundred or two."""
+    max_tokens: int | None = None
+    """Longest answer. None: what the model's context has room for, 10,240 at most."""
     temperature: float = 0.7
     """0: always the likeliest token. 1: the policy itself. T1 explores at 1.2 in training."""
     top_p: float = 1.0
@@ -557,16 +558,17 @@ def main(config: Config) -> None:
         dtype = "bfloat16" if on_gpu else "float32"
     tokenizer = load_tokenizer(config.model)
     sampler = Sampler(load_pretrained(config.model, getattr(torch, dtype), device), tokenizer)
-    params = SamplingParams(
-        config.max_tokens, config.temperature, config.top_p, config.min_p, config.seed
-    )
+    most = config.max_tokens
+    if most is None:
+        most = MOST_TOKENS  # the sampler ends earlier where the context does
+    params = SamplingParams(most, config.temperature, config.top_p, config.min_p, config.seed)
     if config.question is None:
         chat(sampler, tokenizer, params)
     elif config.n > 1 or config.verify is not None:
         show_verdicts(sampler, tokenizer, params, config)
     else:
         prompt = tokenizer.chat([{"role": "user", "content": config.question}])
-        show(tokenizer, sampler.stream(prompt, params))
+        answer(sampler, tokenizer, prompt, params)
 
 
 def check_flags(config: Config) -> None:
@@ -576,6 +578,31 @@ def check_flags(config: Config) -> None:
         raise UserError("--n and --verify need a question")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible to torch")
+
+
+def answer(
+    sampler: Sampler, tokenizer: Tokenizer, prompt: list[int], params: SamplingParams
+) -> str:
+    """Print an answer as it is drawn, and return it. A line on stderr says if it was cut off."""
+    drawn: list[int] = []
+
+    def watched() -> Iterator[int]:
+        for token in sampler.stream(prompt, params):
+            drawn.append(token)
+            yield token
+
+    said = show(tokenizer, watched())
+    room = sampler.model.config.context - len(prompt)
+    if len(drawn) == min(room, params.max_tokens) and drawn[-1] not in sampler.eos_ids:
+        print(f"[{cut_off(len(drawn), room)}]", file=sys.stderr)
+    return said
+
+
+def cut_off(count: int, room: int) -> str:
+    """What to say of an answer of `count` tokens that has no end; `room`: behind its prompt."""
+    if count < room:
+        return f"cut off at --max-tokens {count:,}"
+    return f"cut off after {count:,} tokens: the model's context is full"
 
 
 def show(tokenizer: Tokenizer, tokens: Iterator[int]) -> str:
@@ -617,12 +644,12 @@ def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None
             prompt = tokenizer.chat(messages)
         turn = replace(params, seed=params.seed + len(messages))
         try:
-            answer = show(tokenizer, sampler.stream(prompt, turn))
+            said = answer(sampler, tokenizer, prompt, turn)
         except UserError as error:  # this question alone is too long
             print(f"error: {error}")
             messages.pop()
         else:
-            messages.append({"role": "assistant", "content": answer})
+            messages.append({"role": "assistant", "content": said})
 
 
 def show_verdicts(
@@ -641,9 +668,13 @@ def show_verdicts(
     if judged:
         verdicts = tasks.judge_all([problem] * config.n, answers)
         outcomes = [f", {verdict.outcome}" for verdict in verdicts]
-    for number, answer in enumerate(answers, start=1):
-        count = len(completions[number - 1].tokens)
-        print(f"--- {number}: {count} tokens{outcomes[number - 1]}\n{answer.strip()}")
+    room = sampler.model.config.context - len(prompt)
+    for i, completion in enumerate(completions):
+        count = len(completion.tokens)
+        length = f"{count} tokens"
+        if completion.finish_reason == "length":
+            length = cut_off(count, room)
+        print(f"--- {i + 1}: {length}{outcomes[i]}\n{answers[i].strip()}")
     if judged:
         right = sum(verdict.correct for verdict in verdicts)
         print(f"--- {right} of {config.n} right")

@@ -59,7 +59,7 @@ from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World
 from runfolder import Run
-from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer, require_stop_token
 
 MAY_CHANGE = (
     "out", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every",
@@ -183,13 +183,11 @@ def check_flags(config: Config) -> None:
 def stop_token(tokenizer: Tokenizer) -> int:
     """The token that ends an assistant's turn in the chat template.
 
-    A model may know several tokens that end *something*. UserError if it knows none.
+    A model may know several tokens that end *something*.
     """
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     rendered = tokenizer.chat(turns, add_generation_prompt=False)
     ends = [token for token in rendered if token in tokenizer.eos_ids] or list(tokenizer.eos_ids)
-    if not ends:
-        raise UserError("the model's tokenizer names no stop token (eos_token)")
     return ends[-1]
 
 
@@ -256,7 +254,7 @@ def examples_of(
 def read_examples(
     config: Config, tokenizer: Tokenizer, max_length: int, world: World
 ) -> list[Example]:
-    """All training sequences, in the order of the data."""
+    """All training sequences, in the order of the data. Says how many had to be cut."""
     if config.data is not None:
         source = config.data
         rows = cli.read_jsonl(config.data)
@@ -265,10 +263,19 @@ def read_examples(
         chains = cot.Config(out="", seed=config.seed, count=config.chains)
         rows = list(cot.by_program(chains, show=world.main))
     stop = stop_token(tokenizer)
-    examples = []
+    examples: list[Example] = []
+    cut = 0
     bar = tqdm(rows, "tokens", disable=not world.main, leave=False)
     for number, row in enumerate(bar, start=1):
-        examples += examples_of(row, tokenizer, stop, max_length, f"{source}, example {number}")
+        made = examples_of(row, tokenizer, stop, max_length, f"{source}, example {number}")
+        if made and len(made[-1].tokens) == max_length and made[-1].tokens[-1] != stop:
+            cut += 1
+        examples += made
+    if cut and world.main:
+        print(
+            f"{cut:,} of {len(rows):,} responses do not fit into --max-length ({max_length:,} "
+            "tokens, prompt included): they are cut, and trained on without a stop token"
+        )
     examples = [example for example in examples if example.targets]
     if not examples:
         raise UserError(f"{source}: nothing to train on, every response is empty")
@@ -444,8 +451,30 @@ def update(
     }
 
 
+def opening(config: Config, data: Data, run: Run, scorer: Scorer) -> str:
+    """The first line: what is trained, on what, where, and where it is written."""
+    parameters = sum(parameter.numel() for parameter in scorer.parameters())
+    tokens = sum(len(example.tokens) for example in data.examples)
+    return (
+        f"sft: {config.model or 'random weights'}, {parameters:,} parameters; "
+        f"{len(data.examples):,} sequences of {config.data or config.task}, {tokens:,} tokens, and "
+        f"{len(data.heldout):,} held out; {config.batch_tokens:,} tokens a step; "
+        f"{len(data.batches):,} steps, {run.done:,} of them done, on {run.world.size} x "
+        f"{run.world.device.type}; writes to {run.out}"
+    )
+
+
+def closing(config: Config) -> str:
+    """The last line: where the model is, and what to run next."""
+    source = f"--task {config.task}" if config.task else "--data PROBLEMS.jsonl"
+    return (
+        f"the model is in {config.out}/model; next: python rl.py --model {config.out} {source} "
+        f"--out RUN, or python sample.py --model {config.out}"
+    )
+
+
 PANELS = {
-    "loss": ["loss", "heldout_loss"],
+    "loss": ["heldout_loss", "loss"],
     "gradient norm": ["grad_norm"],
     "learning rate": ["lr"],
 }
@@ -456,6 +485,7 @@ def train(config: Config, world: World) -> None:
     check_flags(config)
     runfolder.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
+    require_stop_token(tokenizer, model.config.vocab_size, config.model or "the demo's model")
     context = model.config.context
     max_length = config.max_length or context
     if config.random_positions and max_length > context:
@@ -472,7 +502,9 @@ def train(config: Config, world: World) -> None:
         raise UserError(f"--resume: the training data is not what {run.out} was started with")
 
     total = len(data.batches)
-    for step in run.steps(total, "sft"):
+    steps = run.steps(total, "sft")
+    run.say(opening(config, data, run, scorer))
+    for step in steps:
         batch = batch_of(step, data, config, context)
         rate = learning_rate(step - 1, total, config.lr, config.warmup)
         metrics = update(scorer, optimizers, batch, rate, run, config)
@@ -490,6 +522,7 @@ def train(config: Config, world: World) -> None:
         if measured:
             run.plot(PANELS)
     run.finish(scorer, tokenizer)
+    run.say(closing(config))
 
 
 def product_dtype(config: Config, world: World) -> torch.dtype:

@@ -300,6 +300,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         ) from None
 
 
+def require_stop_token(tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
+    """UserError if none of a model's `vocab_size` tokens ends a response: it is not to be trained.
+
+    model: what the error calls it.
+    """
+    if not any(0 <= token < vocab_size for token in tokenizer.eos_ids):
+        raise UserError(
+            f"{model} names no stop token, so no response would ever end: name it as eos_token in "
+            "its tokenizer_config.json, or as eos_token_id in its generation_config.json"
+        )
+
+
 def stop_ids(raw: dict, where: str) -> list[int]:
     """The `eos_token_id` of a config.json or generation_config.json: none, one, or a list."""
     ids = raw.get("eos_token_id")

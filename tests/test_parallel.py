@@ -6,6 +6,7 @@ tests to compare with one process.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -18,13 +19,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from torch.distributed.checkpoint import FileSystemWriter
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the worker; pytest has it already
 
+import cli  # noqa: E402
 import parallel  # noqa: E402
+import rl  # noqa: E402
 import runfolder  # noqa: E402
+import sft  # noqa: E402
 from cli import UserError  # noqa: E402
 from model import ModelConfig, Transformer, random_init  # noqa: E402
 from muon import Muon  # noqa: E402
@@ -694,6 +699,61 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="wandb is not installed"):
         runfolder.MetricsLog(tmp_path, 2, ALONE, "wandb")
+
+
+def drawn(monkeypatch, folder: Path, rows: list[dict], panels: dict[str, list[str]]) -> list:
+    """The panels of a figure: for each its lines, in the order in which they are drawn."""
+    figures = []
+    save = Figure.savefig
+
+    def watched(figure, *arguments, **options):
+        figures.append(figure)
+        save(figure, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", watched)
+    cli.write_jsonl(folder / "metrics.jsonl", rows)
+    runfolder.plot(folder / "metrics.jsonl", folder / "metrics.png", panels)
+    return [axis.get_lines() for axis in figures[0].axes]
+
+
+@pytest.mark.parametrize("panels", [rl.PANELS, sft.PANELS, {"three": ["a", "b", "c"]}])
+def test_no_line_of_the_figure_hides_another(monkeypatch, tmp_path, panels):
+    """Bug: equal metrics (accuracy and pass@1; unexpected and truncated) are one line to the eye:
+    the one that was drawn last."""
+    names = [name for panel in panels.values() for name in panel]
+    rows = [{"step": step, "grad_norm": 1.0} | dict.fromkeys(names, 0.5) for step in range(1, 4)]
+    for lines in drawn(monkeypatch, tmp_path, rows, panels):
+        assert all(len(line.get_ydata()) == 3 for line in lines)
+        widths = [line.get_linewidth() for line in lines]
+        assert all(below > above + 1 for below, above in itertools.pairwise(widths))
+
+
+@pytest.mark.parametrize("dropped", [{"dropped": 1.0}, {}])
+def test_the_figure_has_gaps_where_nothing_was_learned(monkeypatch, tmp_path, dropped):
+    """Bug: entropy and KL are drawn straight through steps that had none, and the loss as 0."""
+    learnt = {"loss": 0.3, "entropy": 1.0, "grad_norm": 2.0, "length": 9}
+    idle = {"loss": 0.0, "length": 9} | dropped
+    rows = [{"step": step} | (idle if step in (3, 4, 6) else learnt) for step in range(1, 9)]
+    names = ["loss", "entropy", "grad_norm", "length"]
+    panels = drawn(monkeypatch, tmp_path, rows, {name: [name] for name in names})
+    lines = dict(zip(names, [line for [line] in panels[:4]]))
+    for name in ("loss", "entropy", "grad_norm"):
+        values = lines[name].get_ydata()
+        assert [math.isnan(value) for value in values] == [
+            step in (3, 4, 6) for step in range(1, 9)
+        ]
+        assert lines[name].get_marker() != "None"  # step 5 stands alone
+    assert len(lines["length"].get_ydata()) == 8
+    assert all(map(math.isfinite, lines["length"].get_ydata()))
+
+
+def test_what_is_measured_now_and_then_has_no_gaps(monkeypatch, tmp_path):
+    """Bug: the held-out loss, of every 50th step, is drawn as lonely points."""
+    rows = [{"step": step, "loss": 0.3, "grad_norm": 1.0} for step in range(1, 9)]
+    rows[1]["heldout_loss"] = rows[7]["heldout_loss"] = 0.2
+    heldout, loss = drawn(monkeypatch, tmp_path, rows, sft.PANELS)[0]
+    assert list(heldout.get_xdata()) == [2, 8] and list(heldout.get_ydata()) == [0.2, 0.2]
+    assert len(loss.get_ydata()) == 8
 
 
 def test_guard_skips_then_stops():

@@ -10,6 +10,8 @@ import dataclasses
 import itertools
 import json
 import math
+import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -340,6 +342,136 @@ def test_alarms_name_what_goes_wrong():
     for row in silent:
         del row["entropy"]
     assert len(rl.alarms(silent)) == 1
+
+
+POPULATIONS = {  # how likely the policy solves a problem that is drawn
+    "even": lambda rng: rng.random(),
+    "always or never": lambda rng: float(rng.random() < 0.5),
+    "mostly hard": lambda rng: rng.betavariate(0.3, 2),
+    "mostly easy": lambda rng: rng.betavariate(2, 0.3),
+    "rare": lambda rng: rng.random() * (rng.random() < 0.05),
+}
+
+
+def simulated(rng: random.Random, population: str, samples: int, steps: int, left=1.0) -> list:
+    """Steps of 8 prompts of a policy that does not change; it solves `left` times what it did."""
+    rows = []
+    for _ in range(steps):
+        solved = [left * POPULATIONS[population](rng) for _ in range(8)]
+        endless = [rng.betavariate(0.2, 1.2) for _ in range(8)]  # 0.14 in the mean, mostly 0
+        rates = {}
+        for name, chances in (("accuracy", solved), ("truncated", endless)):
+            drawn = [rng.random() < chance for chance in chances for _ in range(samples)]
+            rates[name] = sum(drawn) / len(drawn)
+        entropy = sum(rng.lognormvariate(0, 1) for _ in range(8)) / 8
+        rows.append(rates | {"entropy": entropy, "skipped": 0})
+    return rows
+
+
+def first_alarm(rows: list[dict], after: int = 0) -> int | None:
+    """The step at which the first alarm rings."""
+    return next((n for n in range(after, len(rows) + 1) if rl.alarms(rows[:n])), None)
+
+
+@pytest.mark.parametrize("samples", [1, 8])
+def test_alarms_are_silent_on_a_policy_that_does_not_change(samples):
+    """Bug: the best of 100 noisy steps taken for what the policy could do: with 8 prompts every run
+    had its "collapse", and nobody listens to the alarm that is true."""
+    rng = random.Random(0)
+    rung = 0
+    for population in POPULATIONS:
+        for _ in range(40):
+            rung += first_alarm(simulated(rng, population, samples, 100)) is not None
+    assert rung < 0.02 * 40 * len(POPULATIONS)
+
+
+@pytest.mark.parametrize("left", [0.0, 0.1])
+def test_a_real_collapse_is_seen_within_ten_steps(left):
+    """Bug: an alarm so careful that it rings when the run is over."""
+    rng = random.Random(0)
+    waited = []
+    for population in ("even", "always or never", "mostly easy"):
+        for _ in range(20):
+            rows = simulated(rng, population, 8, 40)
+            rows += simulated(rng, population, 8, 20, left)
+            waited.append((first_alarm(rows, after=41) or 99) - 40)
+    assert sorted(waited)[len(waited) // 2] <= 5
+    assert sum(steps <= 10 for steps in waited) > 0.9 * len(waited)
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"truncated": 1.0, "unexpected": 1.0, "accuracy": 0.0}, "--max-tokens"),
+        ({"unexpected": 0.9, "accuracy": 0.0}, "--temperature"),
+        ({"accuracy": 0.0}, "too hard"),
+        ({"accuracy": 1.0}, "too easy"),
+        ({"accuracy": 0.5}, "--samples"),
+    ],
+)
+def test_a_run_that_learns_nothing_says_why(state, reason):
+    """Bug: 50 steps in which every group is dropped pass without a word: nothing has changed for
+    the worse, so nothing rings. It must ring from the start, once and not at every step."""
+    row = {"truncated": 0.0, "unexpected": 0.0, "skipped": 0, "loss": 0.0, "max_tokens": 8} | state
+    for idle in (row | {"dropped": 1.0}, row):  # the second: a recipe that drops no single group
+        assert all("learned" not in alarm for alarm in rl.alarms([idle] * 9))
+        alarm = rl.alarms([idle] * 50)[-1]
+        assert alarm.startswith("nothing is learned: no update for 10 steps") and reason in alarm
+        learns = idle | {"dropped": 0.9, "loss": 0.1, "grad_norm": 1.0}
+        assert all("learned" not in alarm for alarm in rl.alarms([idle] * 9 + [learns] + [idle]))
+
+
+def test_responses_that_never_end_are_named():
+    """Bug: a run whose responses are all cut off from its first step on is silent, for their share
+    never rose; with --penalty advantage there are updates, too."""
+    row = {"accuracy": 0.0, "entropy": 1.0, "truncated": 1.0, "skipped": 0, "loss": 1.0}
+    (alarm,) = rl.alarms([row] * 5)
+    assert "--max-tokens" in alarm and "--temperature" in alarm
+    assert not rl.alarms([row | {"truncated": 0.5}] * 50)
+
+
+class Said:
+    """A run that keeps what it is told to print."""
+
+    def __init__(self, **flags):
+        self.world, self.config, self.said = ALONE, rl.Config(model="", out="", **flags), []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_an_alarm_is_named_once():
+    """Bug: the same alarm at every step; or again because the likely reason has become another."""
+    run = Said(show_every=0)
+    row = {"accuracy": 0.0, "truncated": 0.0, "skipped": 0, "loss": 0.0, "dropped": 1.0}
+    history = []
+    for step in range(1, 40):
+        history.append(row | {"accuracy": float(step > 20)})
+        rl.report(run, step, history, [])
+    (line,) = run.said
+    assert line.startswith("step 10: nothing is learned")
+
+
+@pytest.mark.parametrize("step", [10, 20, 30, 40])
+def test_a_right_and_a_wrong_response_are_shown(step):
+    """Bug: one response, by chance always a wrong one, without what it should have said; an
+    overlong one whose verdict is hidden."""
+    responses = make_responses(make_learner())
+    for number, response in enumerate(responses):
+        response.problem = Problem(f"question {number}", f"reference {number}")
+        response.reward = 0.5
+    run = Said(show_every=10)
+    rl.report(run, step, [], responses)
+    right, wrong = run.said
+    assert "correct" in right and "correct" not in wrong
+    for text in run.said:
+        number = int(text.split()[2])
+        assert f"reference {number}; reward 0.5; {LENGTHS[number]} tokens" in text
+        assert PATTERNS[number] is None or PATTERNS[number] in text
+    for kind, count in ((RIGHT.index(1), 1), (RIGHT.index(0), 1)):
+        run = Said(show_every=10)
+        rl.report(run, step, [], [responses[kind]] * 3)
+        assert len(run.said) == count
 
 
 def test_entropy_coefficient_moves_towards_its_target():
@@ -760,6 +892,24 @@ def test_only_zero_advantages_are_dropped(advantage, kept):
     )
 
 
+def test_what_is_dropped_is_what_is_logged():
+    """Bug: `dropped` 1.0 in steps of a recipe that drops no single group (its baseline is the mean
+    of the batch); or groups that dynamic sampling has too many of, counted as if they had taught.
+    """
+    learner = make_learner()
+    responses = make_responses(learner)
+    for recipe, wanted in (("reinforce", None), ("dr_grpo", 1 / 3), ("dapo", 1 / 3)):
+        _, metrics, _ = train_once(make_learner(), responses, recipe=recipe)
+        assert metrics.get("dropped") == (wanted and pytest.approx(wanted)), recipe
+    _, metrics, _ = train_once(make_learner(), responses, recipe="dapo", prompts=1)
+    assert metrics["dropped"] == pytest.approx(2 / 3)
+    for samples in (1, 4):
+        given = {"recipe": "reinforce", "samples": samples, "prompts": 12 // samples}
+        same_reward = [dataclasses.replace(r, verdict=Verdict("wrong")) for r in responses]
+        _, metrics, _ = train_once(make_learner(), same_reward, **given)
+        assert "dropped" not in metrics and metrics["loss"] == 0
+
+
 @pytest.mark.parametrize(
     ("piece", "function", "complaint"),
     [
@@ -951,6 +1101,34 @@ def command(tiny, tmp_path, monkeypatch, capsys):
 
 
 COUNTDOWN = ("--task", "countdown", "--steps", "2", "--max-tokens", "32")
+
+
+@pytest.mark.parametrize("named", [None, [], 10**6, -1])
+def test_a_model_without_a_stop_token(command, tiny, tmp_path, named):
+    """Bug: a policy that cannot end a response is trained for hours on responses that are all cut
+    off; or one that names a token which it cannot draw."""
+    shutil.copytree(tiny, tmp_path / "endless")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        raw = json.loads((tmp_path / "endless" / name).read_text())
+        raw = {key: value for key, value in raw.items() if not key.startswith("eos_token")}
+        if named is not None and name == "generation_config.json":
+            raw["eos_token_id"] = named
+        (tmp_path / "endless" / name).write_text(json.dumps(raw))
+    line = command(*COUNTDOWN, model=tmp_path / "endless")
+    assert f"{tmp_path / 'endless'} names no stop token" in line and "eos_token_id" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite(command, tmp_path, bad):
+    """Bug: a model of NaN is trained (every group is dropped, so no guard sees it), and a model of
+    NaN is exported."""
+    model = random_init(SHAPE, 0)
+    model.blocks[1].down.weight.data[3, 5] = bad
+    save_pretrained(model, tmp_path / "broken", TOKENIZER)
+    line = command(*COUNTDOWN, model=tmp_path / "broken")
+    assert "model.safetensors: model.layers.1.mlp.down_proj.weight holds NaN" in line
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,28 @@ def test_resumed_ranks_sample_from_the_resumed_weights(ranks):
 # --- one process ----------------------------------------------------------------------------------
 
 
+def test_a_run_says_where_it_begins_and_ends(model, tmp_path, capsys):
+    """Bug: nobody knows what is trained, or where the model is when it is done."""
+    out = tmp_path / "run"
+    rl.main(flags(model, out, steps=1))
+    first, *_, last = capsys.readouterr().out.splitlines()
+    count = sum(parameter.numel() for parameter in load_pretrained(out).parameters())
+    for word in (model, f"{count:,} parameters", "4 x 6 responses", "24 tokens", "1 x cpu", out):
+        assert str(word) in first
+    assert f"{out}/model" in last and "python evaluate.py" in last and "sample.py" in last
+    rl.main(flags(model, out, steps=2, resume=True))
+    assert "2 steps, 1 of them done" in capsys.readouterr().out
+
+
+def test_a_policy_that_ends_as_nan_is_not_exported(model, tmp_path):
+    """Bug: the last update makes NaN of the weights, the run ends well, and its model is NaN."""
+    policy = parallel.shard(load_pretrained(model), ALONE)
+    next(policy.parameters()).data[0] = float("nan")
+    with pytest.raises(UserError, match=r"embed\.weight holds NaN"):
+        parallel.save_model(policy, tmp_path / "model", hand.TOKENIZER, ALONE)
+    assert not (tmp_path / "model").exists()
+
+
 def test_same_seed_same_run(whole, model, tmp_path):
     """Bug: something random that no seed governs."""
     rl.main(flags(model, tmp_path / "again"))

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import cot
 import kernels
 import sample
 from cli import UserError
 from decode import CPUDecoder, can_pack
-from model import ModelConfig, Transformer, load_pretrained
+from model import ModelConfig, Transformer, load_pretrained, random_init, save_pretrained
 from sample import Batch, Completion, Sampler, SamplingParams, sequence_seed
-from tokenizer import load_tokenizer
+from tokenizer import demo_tokenizer, load_tokenizer
 
 EOS = 7
 CONTEXT = 160
@@ -556,6 +557,50 @@ def test_a_chat_forgets_to_leave_room_and_survives_a_question_that_is_too_long(m
     answer, second, refusal, last = capsys.readouterr().out.splitlines()
     assert len(answer) == len(second) == len(last) == 60
     assert refusal == f"error: a prompt of 200 tokens fills the model's context of {CONTEXT}"
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "note"),
+    [
+        (7, "[cut off at --max-tokens 7]"),
+        (10_240, "[cut off after 155 tokens: the model's context"),
+    ],
+)
+def test_an_answer_that_was_cut_off_says_so(capsys, max_tokens, note):
+    """An answer without its end taken for a model that answers nonsense; which limit it was."""
+    params = SamplingParams(max_tokens, temperature=0.0)
+    prompt = [1, 2, 3, 4, 5]
+    said = sample.answer(Sampler(MODEL, eos_ids=[]), Letters(), prompt, params)
+    out, err = capsys.readouterr()
+    assert out == said + "\n" and err.startswith(note)
+    first = next(Sampler(MODEL).stream(prompt, params))
+    sample.answer(Sampler(MODEL, eos_ids=[first]), Letters(), prompt, params)
+    assert capsys.readouterr().err == ""  # it ended by itself
+
+
+@pytest.mark.parametrize(
+    ("flags", "length"),
+    [
+        ({}, "cut off after {room} tokens: the model's context is full"),
+        ({"max_tokens": 9}, "cut off at --max-tokens 9"),
+    ],
+)
+def test_the_command_answers_as_far_as_the_context_goes(tmp_path, capsys, flags, length):
+    """Answers cut at 1,024 tokens, whatever the model has room for, and nothing said of it."""
+    tokenizer = demo_tokenizer(cot.WORDS)
+    ends = tuple(tokenizer.eos_ids)
+    shape = dataclasses.replace(CONFIG, context=1100, tied=True, eos_ids=ends)
+    model = random_init(dataclasses.replace(shape, vocab_size=tokenizer.vocab_size), 0)
+    model.embed.weight.data[list(ends)] = 0  # a logit of 0 is never the largest: it does not stop
+    save_pretrained(model, tmp_path / "model", tokenizer)
+    question = "numbers 3 5 7, target 22"
+    room = shape.context - len(tokenizer.chat([{"role": "user", "content": question}]))
+    asked = {"model": str(tmp_path / "model"), "question": question, "temperature": 0} | flags
+    sample.main(sample.Config(**asked, device="cpu", n=2))
+    out = capsys.readouterr().out
+    assert f"--- 1: {length.format(room=f'{room:,}')}" in out
+    sample.main(sample.Config(**asked, device="cpu"))
+    assert length.format(room=f"{room:,}") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [{"n": 2}, {"verify": "3"}, {"n": 0, "question": "1+2?"}])

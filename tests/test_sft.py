@@ -102,6 +102,24 @@ def test_cut_off_chains_have_no_stop_token(tokenizer):
     assert cut.tokens == whole.tokens[:-2] and cut.spans == [(whole.spans[0][0], len(cut.tokens))]
 
 
+def test_responses_that_are_cut_are_counted(tokenizer, tmp_path, capsys):
+    """Bug: --max-length cuts half of the data, no stop token is trained on it, and nobody is told.
+    A response that just fits is not cut."""
+    rows = [{"problem": "1", "response": "3*5=15 " * n, "task": "countdown"} for n in (1, 3, 3, 9)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fits = len(make(rows[1], tokenizer)[0].tokens)
+    config = sft.Config(out="", data=str(data))
+    world = parallel.World(0, 1, torch.device("cpu"))
+    for max_length, count in ((500, 0), (fits, 1), (fits - 1, 3)):
+        sft.read_examples(config, tokenizer, max_length, world)
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == min(count, 1)
+        assert not count or f"{count} of 4 responses do not fit into --max-length" in said[0]
+    sft.read_examples(config, tokenizer, fits, parallel.World(1, 2, torch.device("cpu")))
+    assert not capsys.readouterr().out
+
+
 def test_a_stop_token_spelled_in_the_prompt_is_not_trained(tokenizer):
     """Bug: masks found by looking for the stop token begin or end at the one that the user
     typed."""
@@ -232,6 +250,30 @@ def test_loss_is_the_mean_over_trained_tokens(tokenizer):
 
 
 # --- whole runs -----------------------------------------------------------------------------------
+
+
+def test_a_run_says_where_it_begins_and_ends(tmp_path, capsys):
+    """Bug: nobody knows what is trained, or where the model is when it is done."""
+    out = tmp_path / "run"
+    run(out, steps=2)
+    first, *_, last = capsys.readouterr().out.splitlines()
+    count = sum(parameter.numel() for parameter in load_pretrained(out).parameters())
+    for word in (f"{count:,} parameters", "108 sequences of countdown", "12 held out", "2 steps"):
+        assert word in first
+    assert "700 tokens a step" in first and "cpu" in first and str(out) in first
+    assert f"{out}/model" in last and f"python rl.py --model {out} --task countdown" in last
+
+
+def test_a_model_without_a_stop_token(finished, tmp_path):
+    """Bug: a model that names no stop token is taught everything but to stop."""
+    shutil.copytree(finished / "model", tmp_path / "endless")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        raw = json.loads((tmp_path / "endless" / name).read_text())
+        raw = {key: value for key, value in raw.items() if not key.startswith("eos_token")}
+        (tmp_path / "endless" / name).write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"names no stop token.*eos_token_id"):
+        run(tmp_path / "new", model=str(tmp_path / "endless"))
+    assert not (tmp_path / "new").exists()
 
 
 def run(out: Path, **flags) -> None:
