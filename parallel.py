@@ -70,17 +70,48 @@ def start(device: str = "auto") -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: cpu, cuda or auto")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA device")
-    if "RANK" not in os.environ:
-        return World(0, 1, torch.device(device))
-    if device.startswith("cuda"):
+    ranked = bool(os.environ.get("RANK"))
+    if ranked:
+        check_environment(on_gpu)
+    if ranked and on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
-    else:
-        dist.init_process_group("gloo")
+    if on_gpu and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if not ranked:
+        return World(0, 1, torch.device(device))
+    try:
+        if on_gpu:
+            torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:  # an address that nobody answers at, say
+        reason = str(error).split("\n")[0]
+        raise UserError(f"cannot join the ranks that torchrun has started: {reason}") from None
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def check_environment(on_gpu: bool) -> None:
+    """UserError if the variables that torchrun sets are not all there, or make no sense.
+
+    A cluster, or an old shell, may have set some of them.
+    """
+    numbers = ["RANK", "WORLD_SIZE", "MASTER_PORT"]
+    if on_gpu:
+        numbers.append("LOCAL_RANK")
+    advice = "start with torchrun, which sets them all, or unset RANK to run one process"
+    missing = [name for name in (*numbers, "MASTER_ADDR") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"RANK is set, but not {', '.join(missing)}: {advice}")
+    for name in numbers:
+        if not re.fullmatch("[0-9]+", os.environ[name]):
+            raise UserError(f"{name} is {os.environ[name]!r} and no whole number: {advice}")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise UserError(f"RANK is {rank}, but there are {size} ranks (WORLD_SIZE): {advice}")
 
 
 @contextlib.contextmanager

@@ -644,6 +644,46 @@ def test_unknown_devices_are_one_line():
             parallel.start(device)
 
 
+RANKS = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29517"}
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        *[({name: None}, f"RANK is set, but not {name}") for name in RANKS if name != "RANK"],
+        (dict.fromkeys(RANKS, None) | {"RANK": "0"}, "not WORLD_SIZE, MASTER_PORT, MASTER_ADDR"),
+        ({"WORLD_SIZE": ""}, "not WORLD_SIZE"),
+        ({"RANK": "first"}, "RANK is 'first' and no whole number"),
+        ({"RANK": "1"}, "RANK is 1, but there are 1 ranks"),
+        ({"MASTER_PORT": "99999"}, "cannot join the ranks"),
+    ],
+)
+def test_half_of_torchruns_variables_is_one_line(changed, said, monkeypatch):
+    """Bug: a cluster or an old shell has set RANK: the traceback of a KeyError, or of a rendezvous."""
+    for name, value in (RANKS | changed).items():
+        monkeypatch.setenv(name, "" if value is None else value)
+        if value is None:
+            monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=said):
+        parallel.start("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
+    """Bug: more ranks than GPUs, or no LOCAL_RANK to choose one by, shows as torch's traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="cuda:2: this machine has 2 CUDA devices"):
+        parallel.start("cuda:2")
+    for name, value in RANKS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="RANK is set, but not LOCAL_RANK"):
+        parallel.start("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    with pytest.raises(UserError, match="cuda:7: this machine has 2 CUDA devices"):
+        parallel.start("cuda")
+
+
 # --- the run folder -------------------------------------------------------------------------------
 
 
