@@ -11,12 +11,13 @@ one line that says what is wrong and where. `run` prints that line and exits wit
 exception is a bug of ours and keeps its traceback.
 """
 
+import dataclasses
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -33,13 +34,40 @@ def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | Non
     Exit codes: 0, 2 (bad input), 130 (Ctrl-C).
     """
     try:
-        main(tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__))
+        read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
+        main(expand_home(read))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+POSITIONAL = tyro.conf.Positional[str].__metadata__[0]
+
+
+def expand_home(flags: Flags) -> Flags:
+    """The flags with `~` and `~/x` as a shell expands them.
+
+    A shell does so only at the beginning of a bare word, not in --data=~/x and not in quotes. What
+    is positional is no path but a text, such as a question, and stays as it is.
+    """
+    hints = get_type_hints(type(flags), include_extras=True)
+    expanded = {}
+    for field in dataclasses.fields(flags):
+        if POSITIONAL not in getattr(hints[field.name], "__metadata__", ()):
+            expanded[field.name] = expand_value(getattr(flags, field.name))
+    return dataclasses.replace(flags, **expanded)
+
+
+def expand_value(value: Any) -> Any:
+    """One flag's value; of a list, each of its own."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_value, value))
+    if isinstance(value, str | Path):
+        return type(value)(os.path.expanduser(value))
+    return value
 
 
 # --- reading --------------------------------------------------------------------------------------
