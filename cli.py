@@ -7,21 +7,30 @@ A command is a dataclass of flags (the string under each field is its `--help`) 
         cli.run(main, Config)
 
 Bad input of any kind (a flag, a file, a checkpoint, a line of JSON) is raised as `UserError`, with
-one line that says what is wrong and where. `run` prints that line and exits with code 2. Any other
-exception is a bug of ours and keeps its traceback.
+one line that says what is wrong and where. `run` prints that line and exits with code 2. So it does
+where the system refuses to read or write (a full disk, no permission). Any other exception is a bug
+of ours and keeps its traceback.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
 Flags = TypeVar("Flags")
+
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EIO, errno.EMFILE, errno.EPIPE),
+)
+"""Errors of the system that are not ours: a disk, a permission, a name, a pipe that has closed."""
 
 
 class UserError(Exception):
@@ -31,17 +40,31 @@ class UserError(Exception):
 def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | None = None) -> None:
     """Read the dataclass `flags` from the command line (or from `args`) and call `main` with it.
 
-    Exit codes: 0, 2 (bad input), 130 (Ctrl-C).
+    Exit codes: 0, 2 (bad input, or nowhere to write), 130 (Ctrl-C).
     """
     try:
         read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
         main(expand_home(read))
+        sys.stdout.flush()  # a full disk behind `> file` shows here, and not after us
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        leave(f"error: {where}{error.strerror}", 2)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        leave("\ninterrupted", 130)
+
+
+def leave(line: str, code: int) -> NoReturn:
+    """Say the line and exit."""
+    print(line, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it would be flushed once more on the way out, with a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 POSITIONAL = tyro.conf.Positional[str].__metadata__[0]
@@ -115,19 +138,39 @@ def read_jsonl(path: str | Path) -> list[dict]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or nothing: a killed process leaves the old file, never half a new one."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around whatever writes `path`: where the system refuses, a UserError says why."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A name to write to. It becomes `path` when the block has gone well: all of a file or nothing.
+
+    A killed process leaves the old file, never half a new one.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()  # what a failure leaves takes room on a full disk
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file to the disk, whole or not at all."""
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
@@ -143,6 +186,9 @@ def check_parent(path: str | Path) -> None:
         raise UserError(f"cannot write {path}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"cannot write {path}: no permission to write in {nearest}")
+    path = Path(path)
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        os.stat(path.with_name(f".{path.name}.partial"))  # a name that is too long shows here
 
 
 def sync_folder(folder: Path) -> None:

@@ -433,8 +433,8 @@ def plot_budgets(results: dict[str, Result], path: str | Path) -> None:
         figsize=(6.4, 4.2), layout="constrained"
     )  # not pyplot: no display, no global state
     draw_budgets(figure.subplots(), results)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with cli.whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def percent(share: float) -> str:

@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cli import UserError, sync_folder, write_text
+from cli import UserError, sync_folder, write_text, writing
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
 from packing import Example, Packed, Unit, fill_rows, pack, share_stems
@@ -350,7 +350,8 @@ def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -
     """Write the policy as a Hugging Face folder, from rank 0's memory. Every rank calls it."""
     weights = {name: whole.cpu() for name, whole in whole_parameters(scorer) if world.main}
     if world.main:
-        save_pretrained(scorer.model, path, tokenizer, weights)
+        with writing(path):
+            save_pretrained(scorer.model, path, tokenizer, weights)
     barrier()
 
 
@@ -494,7 +495,8 @@ class Checkpoints:
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
         if self.world.main:
-            partial.mkdir(parents=True)
+            with writing(final):
+                partial.mkdir(parents=True)
         barrier()
         written = dcp.async_save(
             named_tensors(parts) | random_state(self.world),
@@ -529,8 +531,23 @@ class Checkpoints:
                 written.result()
         except (CheckpointException, OSError) as error:  # a full disk, most likely
             raise UserError(
-                f"cannot write a checkpoint into {self.folder} ({type(error).__name__})"
+                f"cannot write a checkpoint into {self.folder}: {reason_of(error)}"
             ) from None
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system said when a checkpoint could not be written, in a few words.
+
+    torch wraps the errors of all ranks. Where it loses the system's own, its own has to do.
+    """
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        found = found.__cause__ or found.__context__
+    return str(error).split("\n")[0]
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

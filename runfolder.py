@@ -11,14 +11,14 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cli import UserError, check_parent, read_json, write_text
+import cli
+from cli import UserError, check_parent, read_json, whole_file, write_text, writing
 from parallel import (
     Checkpoints,
     Scorer,
@@ -89,9 +89,10 @@ def open_run(
     if world.main and not resume:
         # Under another name first, so that no kill leaves a folder without its config.json.
         staging = out.with_name(out.name + ".partial")
-        (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
-        staging.rename(out)
+        with writing(out):
+            (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
+            staging.rename(out)
     return out
 
 
@@ -169,9 +170,8 @@ def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) ->
             axis.legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    partial = Path(path).with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 # --- the guard ------------------------------------------------------------------------------------

@@ -100,3 +100,82 @@ def test_a_question_is_no_path(monkeypatch, tmp_path):
     assert seen[0].question == "~/x is what?"
     run(lambda config: seen.append(config), verify.Config, ["~ 5", "~/5"])
     assert (seen[1].response, seen[1].gold) == ("~ 5", "~/5")
+
+
+# --- nowhere to write -----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Flags:
+    out: str = ""
+
+
+REFUSALS = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "ENAMETOOLONG", "EIO", "EPIPE")
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_the_system_refuses_is_one_line(name, capsys):
+    """Bug: a disk that is full where nobody thought of it ends in a traceback."""
+    code = getattr(errno, name)
+
+    def main(config):
+        raise OSError(code, os.strerror(code), "runs/a")
+
+    with pytest.raises(SystemExit) as left:
+        run(main, Flags)
+    assert left.value.code == 2
+    assert capsys.readouterr().err == f"error: runs/a: {os.strerror(code)}\n"
+
+
+def test_a_bug_of_ours_keeps_its_traceback():
+    """Bug: every OSError is taken for the user's, and a wrong path in our code shows as one line."""
+
+    def main(config):
+        open("nowhere/at/all")  # noqa: SIM115
+
+    with pytest.raises(FileNotFoundError):
+        run(main, Flags)
+
+
+def test_output_to_a_full_disk_is_one_line():
+    """Bug: python verify.py ... > file on a full disk: exit code 120 and "Exception ignored"."""
+    words = [sys.executable, "verify.py", r"\boxed{1}", "1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+def full(*args, **more):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    """Bug: half a file, or a rest of one that keeps the disk full; for texts and for figures."""
+    file = tmp_path / "file"
+    file.write_text("old")
+
+    class Figure:
+        def savefig(self, path, **more):
+            Path(path).write_text("half")
+            full()
+
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "loss": 2.0}\n')
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", Figure.savefig)
+    with pytest.raises(cli.UserError, match=r"cannot write .*/file: No space left"):
+        runfolder.plot(metrics, file, {"loss": ["loss"]})
+    with pytest.raises(cli.UserError, match=r"cannot write .*/file: No space left"):
+        evaluate.plot_budgets({}, file)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(cli.UserError, match=r"cannot write .*/file: No space left"):
+        cli.write_text(file, "new")
+    assert file.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "metrics.jsonl"}
+
+
+def test_names_that_are_too_long_are_refused_at_the_start(tmp_path):
+    """Bug: cot.py works for hours, and then its --out has a name that the disk does not take."""
+    for length in (248, 255, 300):
+        with pytest.raises(cli.UserError, match="File name too long"):
+            cli.check_parent(tmp_path / ("x" * length))
+    cli.check_parent(tmp_path / ("x" * 200))

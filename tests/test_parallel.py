@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -593,6 +594,32 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     checkpoints.save(2, {"policy": scorer}, {})
     with pytest.raises(UserError, match="cannot write a checkpoint"):
         checkpoints.finish()
+
+
+@pytest.fixture
+def small_files():
+    """Files may have 1,000 bytes: as on a full disk, torch's own code is what fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_that_does_not_fit_says_so(tmp_path, small_files):
+    """Bug: the disk is full, and all that is said is "(CheckpointException)"."""
+    with pytest.raises(UserError, match=r"cannot write a checkpoint into .*: File too large$"):
+        save(tmp_path, 1, {"policy": make_scorer(ALONE)}, {})
+    assert not parallel.complete_checkpoints(tmp_path)
+
+
+def test_a_model_that_does_not_fit_says_so(tmp_path, small_files):
+    """Bug: a run of days ends in a traceback, for its model does not fit onto the disk; or the old
+    model is gone."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("whole")
+    with pytest.raises(UserError, match=r"cannot write .*/model: .*File too large"):
+        parallel.save_model(make_scorer(ALONE), tmp_path / "model", None, ALONE)
+    assert (tmp_path / "model" / "old").read_text() == "whole"
 
 
 def test_bad_checkpoints_are_named(tmp_path):
