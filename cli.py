@@ -15,11 +15,15 @@ of ours and keeps its traceback.
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import json
 import os
+import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
@@ -40,8 +44,10 @@ class UserError(Exception):
 def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | None = None) -> None:
     """Read the dataclass `flags` from the command line (or from `args`) and call `main` with it.
 
-    Exit codes: 0, 2 (bad input, or nowhere to write), 130 (Ctrl-C).
+    Exit codes: 0, 2 (bad input, or nowhere to write), 130 (Ctrl-C, or a scheduler's SIGTERM).
     """
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
         main(expand_home(read))
@@ -53,8 +59,20 @@ def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | Non
             raise
         where = f"{error.filename}: " if error.filename else ""
         leave(f"error: {where}{error.strerror}", 2)
-    except KeyboardInterrupt:
-        leave("\ninterrupted", 130)
+    except KeyboardInterrupt as interruption:
+        leave(f"\ninterrupted: {str(interruption) or 'nothing was written'}", 130)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C and SIGTERM do: a KeyboardInterrupt, once.
+
+    A second one ends the process at once, which loses nothing that is whole. But to its ranks
+    torchrun passes on what the terminal has told them already: they let the second one pass.
+    """
+    again = signal.SIG_IGN if os.environ.get("RANK") else signal.SIG_DFL
+    signal.signal(signal.SIGINT, again)
+    signal.signal(signal.SIGTERM, again)
+    raise KeyboardInterrupt
 
 
 def leave(line: str, code: int) -> NoReturn:
@@ -196,3 +214,58 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+# --- one process at a time ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def holding(
+    path: str | Path, kept: Callable[[], str] = lambda: "nothing was written"
+) -> Iterator[None]:
+    """Keep other processes from writing `path`, a file or a folder, while the block runs.
+
+    UserError if one is at it. kept: what an interrupted block leaves, and how to go on, for `run`
+    to print.
+    """
+    made: list[Path] = []
+    lock = None
+    with contextlib.suppress(OSError):  # no place for it, or no locks there: we go without
+        lock = take_lock(path, made)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
+    finally:
+        if lock:
+            Path(lock.name).unlink(missing_ok=True)
+            lock.close()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is still empty
+
+
+def take_lock(path: str | Path, made: list[Path]) -> Any:
+    """The open file PATH.lock, locked. UserError if another process has it.
+
+    The kernel's lock is on the open file, not on its name: it ends with its process, however that
+    ends. Folders that the file needs are made, and added to `made`, the innermost first.
+    """
+    name = Path(f"{os.path.realpath(path)}.lock")
+    made += [folder for folder in name.parents if not folder.exists()]
+    name.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = open(name, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as it is held)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read() or "another process"
+            raise UserError(f"{path} is in use by {holder}: wait for it, or end it") from None
+        if name.exists() and os.path.samestat(os.fstat(lock.fileno()), name.stat()):
+            break
+        lock.close()  # its last owner has just removed it: what we hold has no name any more
+    with contextlib.suppress(OSError):  # a full disk must not cost us the lock
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return lock

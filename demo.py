@@ -376,6 +376,15 @@ def lengthened(config: Config) -> Config:
 
 
 def main(config: Config) -> None:
+    def kept() -> str:
+        return f"finished stages are in {config.out}; the same command goes on"
+
+    with cli.holding(config.out, kept):
+        demonstrate(config)
+
+
+def demonstrate(config: Config) -> None:
+    """All stages that are not done yet, and what came of them."""
     config = lengthened(config)
     out = Path(config.out)
     seconds = open_folder(config, out)

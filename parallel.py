@@ -117,6 +117,7 @@ def check_environment(on_gpu: bool) -> None:
 @contextlib.contextmanager
 def session(device: str = "auto") -> Iterator[World]:
     """`with session() as world:` around a command. A UserError on any rank ends all, printed once.
+    So does Ctrl-C, or SIGTERM: rank 0 speaks.
 
     The first rank to fail leaves a note in the store that torchrun keeps, outside of all ranks, and
     exits; the others find out when their next collective breaks (or torchrun ends them), see the
@@ -125,18 +126,28 @@ def session(device: str = "auto") -> Iterator[World]:
     world = start(device)
     try:
         yield world
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if world.size == 1:
             raise
         # Leaving without a goodbye (destroy_process_group), which could wait for stuck ranks.
         # The store is our one private call to torch: rendezvous hands out none.
         notes = dist.distributed_c10d._get_default_store()
-        if isinstance(error, UserError):
-            if notes.add("failed", 1) == 1:
-                raise
-        elif notes.add("failed", 0) == 0:
-            raise  # nobody's bad input: a bug of ours, with its traceback
-        raise SystemExit(2) from None
+        interrupted = isinstance(error, KeyboardInterrupt)
+        bad_input = isinstance(error, UserError)
+        try:
+            failures = notes.add("failed", int(bad_input))
+            interruptions = notes.add("interrupted", int(interrupted))
+        except RuntimeError:  # torchrun has left: it was interrupted, too
+            failures, interruptions = int(bad_input), 1
+        if interrupted:
+            speaks = world.main and not failures  # torchrun ends the ranks of one that failed
+        elif bad_input:
+            speaks = failures == 1
+        else:
+            speaks = not failures and not interruptions  # a bug of ours, with its traceback
+        if speaks:
+            raise
+        raise SystemExit(130 if interrupted else 2) from None
     if dist.is_initialized():
         dist.destroy_process_group()
 

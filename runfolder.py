@@ -2,9 +2,10 @@
 
 It holds config.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/.
 
-Read in this order: opening a folder, or refusing to (nothing is ever overwritten); its metrics;
-their figure; the guard that lets a step pass; and `Run`, which holds them together around the steps
-of a training loop. How a checkpoint is written is in parallel.py.
+Read in this order: opening a folder, or refusing to (nothing is ever overwritten, and no two
+processes write into one); its metrics; their figure; the guard that lets a step pass; and `Run`,
+which holds them together around the steps of a training loop. How a checkpoint is written is in
+parallel.py.
 """
 
 import contextlib
@@ -28,10 +29,34 @@ from parallel import (
     load_checkpoint,
     same_on_all_ranks,
     save_model,
+    step_of,
 )
 from tokenizer import Tokenizer
 
 # --- the folder -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reserved(out: str | Path, world: World) -> Iterator[None]:
+    """Keep the folder of a run to this command. UserError if another process runs in it.
+
+    An interrupted command says what of the run is kept.
+    """
+    if not world.main:
+        yield
+        return
+    with cli.holding(out, lambda: kept(Path(out))):
+        yield
+
+
+def kept(out: Path) -> str:
+    """What an interrupted run leaves in its folder, and how to go on."""
+    saved = complete_checkpoints(out / "checkpoints")
+    if saved:
+        return f"checkpoint of step {step_of(saved[-1])} in {out}; go on with --resume"
+    if (out / "config.json").exists():
+        return f"no checkpoint yet in {out}; --resume starts from the first step"
+    return "nothing was written"
 
 
 def check_run(
@@ -209,14 +234,16 @@ class Guard:
 class Run:
     """What `sft.py` and `rl.py` do alike around their steps.
 
-        run = Run(config, MAY_CHANGE, world)          # opens the folder: all inputs are read by now
-        state = run.restore(parts, {"cursor": 0})     # as the last checkpoint has it, if any
-        for step in run.steps(100, "rl"):             # 1 to 100, or on from where it was killed
-            ...
-            run.record(step, metrics, shown={"loss": ...})
-            if run.is_due(step, config.checkpoint_every):
-                run.save(step, state)
-        run.finish(scorer, tokenizer)                 # OUT/model
+        with Run(config, MAY_CHANGE, world) as run:   # opens the folder: all inputs are read by now
+            state = run.restore(parts, {"cursor": 0})     # as the last checkpoint has it, if any
+            for step in run.steps(100, "rl"):             # 1 to 100, or on from where it was killed
+                ...
+                run.record(step, metrics, shown={"loss": ...})
+                if run.is_due(step, config.checkpoint_every):
+                    run.save(step, state)
+            run.finish(scorer, tokenizer)                 # OUT/model
+
+    However the block ends, a checkpoint that is being written is completed first.
 
     config: the command's dataclass, with `out`, `resume` and `log`. may_change: see `open_run`.
     keep, keep_every: see `parallel.Checkpoints`. max_skips: the guard's limit.
@@ -237,6 +264,16 @@ class Run:
         self.keep_every = keep_every
         self.out = open_run(config.out, config, config.resume, may_change, world)
         self.guard = Guard(max_skips)
+        self.checkpoints: Checkpoints | None = None  # from the first step on
+        self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, since the last checkpoint
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        # Where other ranks have left, there is nobody to complete it with.
+        if self.checkpoints and self.world.size == 1:
+            self.checkpoints.finish()
 
     def restore(self, parts: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         """Fill `parts` in place from the last checkpoint; returns `state` as it was then.

@@ -27,6 +27,7 @@ and min-p.
 import contextlib
 import math
 import re
+import signal
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -651,6 +652,7 @@ def show(tokenizer: Tokenizer, tokens: Iterator[int]) -> str:
 
 def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None:
     """Questions from the terminal until Ctrl-D. Old turns are forgotten to leave room to answer."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # each Ctrl-C stops one answer
     messages: list[dict] = []
     context = sampler.model.config.context
     room = min(params.max_tokens, context // 4)

@@ -179,3 +179,167 @@ def test_names_that_are_too_long_are_refused_at_the_start(tmp_path):
         with pytest.raises(cli.UserError, match="File name too long"):
             cli.check_parent(tmp_path / ("x" * length))
     cli.check_parent(tmp_path / ("x" * 200))
+
+
+# --- one process at a time ------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+import cli
+with cli.holding(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def held(path: Path):
+    """Another process that holds `path`."""
+    words = [sys.executable, "-c", HOLD, str(path)]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_one_process_at_a_time(tmp_path):
+    """Bug: two processes write one folder. Or a killed one keeps it closed for ever."""
+    out = tmp_path / "new" / "run"
+    with held(out) as other:
+        (out.parent / "link").symlink_to(out)
+        for spelling in (out, out.parent / "link", out.parent / ".." / "new" / "run"):
+            wanted = f"{spelling} is in use by process {other.pid} on .*: wait for it"
+            with pytest.raises(cli.UserError, match=wanted), cli.holding(spelling):
+                pass
+        with cli.holding(tmp_path / "other"):
+            pass
+    (out.parent / "link").unlink()
+    with cli.holding(out):  # it was killed, and its file is still there
+        pass
+    assert not list(out.parent.iterdir())  # and none is left by one that ended well
+
+
+def test_holding_leaves_no_folders(tmp_path):
+    """Bug: a command that is refused leaves the folders above its --out."""
+    with pytest.raises(cli.UserError), cli.holding(tmp_path / "a" / "b" / "c"):
+        raise cli.UserError("no such file")
+    assert not list(tmp_path.iterdir())
+    with cli.holding("/proc/nowhere/x"):  # no lock can be made there: the command says the rest
+        pass
+
+
+@pytest.mark.parametrize(
+    "command, flags",
+    [
+        (cot, {"count": 1}),
+        (demo, {}),
+        (evaluate, {"model": ["m"], "task": "countdown"}),
+        (sft, {"task": "countdown"}),
+        (rl, {"model": "m", "task": "countdown"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_commands_hold_their_out(command, flags, tmp_path):
+    """Bug: the later of two processes overwrites what the other has measured, or deletes it."""
+    with held(tmp_path / "out"), pytest.raises(cli.UserError, match="in use by process"):
+        command.main(command.Config(out=str(tmp_path / "out"), **flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.lock"]
+
+
+# --- signals --------------------------------------------------------------------------------------
+
+SFT = "sft.py --task countdown --chains 200 --checkpoint-every 1 --batch-tokens 300 --device cpu"
+
+
+def start(*more: str) -> subprocess.Popen:
+    words = [sys.executable, *SFT.split(), *more]
+    return subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> tuple[Path, str]:
+    """(a run that SIGTERM has ended, what it said last); while it was live another tried to resume
+    it.
+    """
+    out = tmp_path_factory.mktemp("signals") / "run"
+    process = start("--steps", "4000", "--out", str(out))
+    while process.poll() is None and len(parallel.complete_checkpoints(out / "checkpoints")) < 2:
+        time.sleep(0.05)
+    beside = start("--steps", "4000", "--out", str(out), "--resume")
+    assert "is in use by process" in beside.communicate()[1] and beside.returncode == 2
+    process.terminate()
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    return out, said
+
+
+def newest(out: Path) -> int:
+    return parallel.step_of(parallel.complete_checkpoints(out / "checkpoints")[-1])
+
+
+def test_sigterm_says_what_is_kept(half):
+    """Bug: a scheduler ends the job, and its log says nothing; a --resume beside a live run deletes
+    the checkpoint that this one is writing, and both die.
+    """
+    out, said = half
+    line = f"interrupted: checkpoint of step {newest(out)} in {out}; go on with --resume"
+    assert said.splitlines()[-1] == line
+    assert "Traceback" not in said
+    assert not list(out.glob("checkpoints/*.partial")) and not out.with_name("run.lock").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(half, tmp_path):
+    """Bug: Ctrl-C says "interrupted", and not that the run can go on, nor from where."""
+    out = tmp_path / "run"
+    shutil.copytree(half[0], out)
+    begun = newest(out)
+    process = start("--steps", "4000", "--out", str(out), "--resume")
+    while process.poll() is None and newest(out) == begun:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert newest(out) > begun
+    line = f"interrupted: checkpoint of step {newest(out)} in {out}; go on with --resume"
+    assert said.splitlines()[-1] == line
+
+
+def interrupted(*args, **more):
+    raise KeyboardInterrupt
+
+
+def test_other_commands_say_what_is_kept(tmp_path, monkeypatch, capsys):
+    """Bug: whoever stops a command has to look for what it has left."""
+    monkeypatch.setattr(cot, "by_program", interrupted)
+    monkeypatch.setattr(evaluate, "measure", interrupted)
+    monkeypatch.setattr(sft, "begin", interrupted)
+    cases = (
+        (cot, ["--out", str(tmp_path / "a")], "nothing was written"),
+        (evaluate, ["--model", "m", "--task", "countdown"], "nothing was written"),
+        (sft, ["--task", "countdown", "--out", str(tmp_path / "b")], "nothing was written"),
+        (demo, ["--out", str(tmp_path / "c")], "the same command goes on"),
+    )
+    for command, args, wanted in cases:
+        with pytest.raises(SystemExit) as left:
+            run(command.main, command.Config, args)
+        assert left.value.code == 130
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("interrupted: ") and said.endswith(wanted)
+    out = tmp_path / "e"
+    out.mkdir()
+    (out / "results.json").write_text("{}")
+    args = ["--model", "m", "--task", "countdown", "--out", str(out)]
+    with pytest.raises(SystemExit):
+        run(evaluate.main, evaluate.Config, args)
+    assert "results.json; go on with --resume" in capsys.readouterr().err
