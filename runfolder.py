@@ -10,6 +10,7 @@ parallel.py.
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -69,6 +70,7 @@ def check_run(
     """
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     same_on_all_ranks(flags)
+    check_backend(flags.get("log", "none"))
     out = Path(out)
     if resume:
         check_same_run(out, flags, may_change)
@@ -125,52 +127,78 @@ def open_run(
 
 
 class MetricsLog:
-    """metrics.jsonl: one line per step, flushed. On ranks other than 0 it swallows everything.
+    """metrics.jsonl: one line per step. On ranks other than 0 it swallows everything.
 
     A resumed run goes on after its checkpoint's `step`. The lines after that are cut off, for these
     steps are done again; so the file ends up as that of a run which was never interrupted.
+
+    remembered: the rows that the checkpoint holds, see `Run.save`. A power cut may have taken their
+    lines, or one may be damaged. A row that is in neither is gone, and is named.
     """
 
-    def __init__(self, out: Path, step: int, world: World, backend: str = "none"):
+    def __init__(
+        self,
+        out: Path,
+        step: int,
+        world: World,
+        backend: str = "none",
+        remembered: Iterable[dict[str, Any]] = (),
+    ):
         self.path = out / "metrics.jsonl"
-        self.file = None
+        self.main = world.main
         self.tensorboard = None
         self.wandb = None
-        if not world.main:
+        if not self.main:
             return
-        try:
-            if backend == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        if backend == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
+            with writing(out / "tensorboard"):
                 self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-            elif backend == "wandb":
-                import wandb
+        elif backend == "wandb":
+            import wandb
 
-                self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
-        except ImportError:
-            raise UserError(f"--log {backend}: {backend} is not installed") from None
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+            self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
+        rows = {row["step"]: row for row in (*read_metrics(self.path), *remembered)}
+        lost = [number for number in range(1, step + 1) if number not in rows]
+        if lost:
+            print(f"{self.path}: the lines of {len(lost)} steps are missing, from {lost[0]} on")
+        kept = [json.dumps(rows[number]) + "\n" for number in sorted(rows) if number <= step]
+        write_text(self.path, "".join(kept))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        if self.file is None:
+        if not self.main:
             return
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
-        self.file.flush()
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
         if self.tensorboard:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with writing(self.path.with_name("tensorboard")):
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
 
 
+def check_backend(backend: str) -> None:
+    """UserError if what --log names is not installed."""
+    try:
+        if backend == "tensorboard":
+            importlib.import_module("torch.utils.tensorboard")
+        elif backend == "wandb":
+            importlib.import_module("wandb").init  # noqa: B018 (a mere folder `wandb` has none)
+    except (ImportError, AttributeError):
+        raise UserError(f"--log {backend}: {backend} is not installed") from None
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """The rows of a metrics.jsonl, without damaged lines: a kill cuts the last one, a disk any."""
     rows = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            rows.append(json.loads(line))
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows
 
 
@@ -290,6 +318,7 @@ class Run:
             self.done = found["step"]
             self.guard.skipped = found["skipped"]
             self.guard.in_a_row = found["in_a_row"]
+            self.rows = found.get("rows", [])
             state = {name: found[name] for name in state}
         return state
 
@@ -301,7 +330,8 @@ class Run:
         """
         folder = self.out / "checkpoints"
         self.checkpoints = Checkpoints(folder, self.world, self.keep, self.keep_every)
-        self.log = MetricsLog(self.out, self.done, self.world, self.config.log)
+        self.log = MetricsLog(self.out, self.done, self.world, self.config.log, self.rows)
+        self.rows = []
         self.total = total
         self.bar = tqdm(
             range(self.done + 1, total + 1),
@@ -320,6 +350,7 @@ class Run:
     def record(self, step: int, metrics: dict[str, Any], shown: dict[str, str]) -> None:
         """A line of metrics.jsonl; `shown` goes behind the progress bar."""
         self.log.write(step, metrics)
+        self.rows.append({"step": step} | metrics)
         self.bar.set_postfix(shown)
 
     def say(self, text: str) -> None:
@@ -328,9 +359,13 @@ class Run:
             self.bar.write(text)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint of `parts` and `state`. Every rank calls it."""
+        """Write a checkpoint of `parts` and `state`. Every rank calls it.
+
+        It remembers the metrics since the one before it, whose lines may not be on the disk yet.
+        """
         counters = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
-        self.checkpoints.save(step, self.parts, state | counters)
+        self.checkpoints.save(step, self.parts, state | counters | {"rows": self.rows})
+        self.rows = []
 
     def plot(self, panels: dict[str, list[str]]) -> None:
         """metrics.png: see the function `plot`."""

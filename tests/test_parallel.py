@@ -759,8 +759,54 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
         {"loss": ["loss", "absent"], "b": ["b"]},
     )
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="wandb is not installed"):
-        runfolder.MetricsLog(tmp_path, 2, ALONE, "wandb")
+
+
+def test_metrics_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
+    """Bug: the line that does not fit onto the disk ends a run in a traceback."""
+    log = runfolder.MetricsLog(tmp_path, 0, ALONE)
+    monkeypatch.setattr(log, "path", Path("/dev/full"))
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        log.write(1, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\0" * 40, b"\xff\xfe", b"7", b"[" * 9999])
+def test_damaged_metrics_lose_nothing_else(tmp_path, damage, capsys):
+    """Bug: a damaged line, the last or any, takes all lines behind it along when a run is resumed,
+    or ends it in a traceback."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": step / 3} for step in (1, 2, 3, 4)]
+    lines = [json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    runfolder.MetricsLog(tmp_path, 4, ALONE)
+    assert runfolder.read_metrics(path) == [rows[0], *rows[2:]]
+    assert "the lines of 1 steps are missing, from 2 on" in capsys.readouterr().out
+    path.write_bytes(b"\n".join([*lines[:3], damage]))  # a line that is joined to it, too
+    runfolder.MetricsLog(tmp_path, 4, ALONE, remembered=rows[2:]).write(5, {"loss": 2.0})
+    assert runfolder.read_metrics(path) == [*rows, {"step": 5, "loss": 2.0}]
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "backend, broken", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")]
+)
+def test_a_missing_logger_is_refused_at_once(tmp_path, backend, broken, monkeypatch):
+    """Bug: --log wandb without wandb leaves a folder that the next try refuses. (A mere folder of
+    that name is none.)"""
+
+    @dataclasses.dataclass
+    class Logged(Flags):
+        log: str = "none"
+
+    monkeypatch.setitem(sys.modules, broken, None)
+    with pytest.raises(UserError, match=f"--log {backend}: {backend} is not installed"):
+        runfolder.open_run(tmp_path / "run", Logged(log=backend), False, (), ALONE)
+    monkeypatch.delitem(sys.modules, broken)
+    if backend == "wandb":
+        (tmp_path / "wandb").mkdir()
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        with pytest.raises(UserError, match="wandb is not installed"):
+            runfolder.check_run(tmp_path / "run", Logged(log=backend), False, ())
+    assert not list(tmp_path.glob("run*"))
 
 
 def test_guard_skips_then_stops():
