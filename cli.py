@@ -7,20 +7,34 @@ A command is a dataclass of flags (the string under each field is its `--help`) 
         cli.run(main, Config)
 
 Bad input of any kind (a flag, a file, a checkpoint, a line of JSON) is raised as `UserError`, with
-one line that says what is wrong and where. `run` prints that line and exits with code 2. Any other
-exception is a bug of ours and keeps its traceback.
+one line that says what is wrong and where. `run` prints that line and exits with code 2. So it does
+where the system refuses to read or write (a full disk, no permission). Any other exception is a bug
+of ours and keeps its traceback.
 """
 
+import contextlib
+import dataclasses
+import errno
+import fcntl
 import json
 import os
+import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from types import FrameType
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
 Flags = TypeVar("Flags")
+
+REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EIO, errno.EMFILE, errno.EPIPE),
+)
+"""Errors of the system that are not ours: a disk, a permission, a name, a pipe that has closed."""
 
 
 class UserError(Exception):
@@ -30,16 +44,71 @@ class UserError(Exception):
 def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | None = None) -> None:
     """Read the dataclass `flags` from the command line (or from `args`) and call `main` with it.
 
-    Exit codes: 0, 2 (bad input), 130 (Ctrl-C).
+    Exit codes: 0, 2 (bad input, or nowhere to write), 130 (Ctrl-C, or a scheduler's SIGTERM).
     """
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
-        main(tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__))
+        read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
+        main(expand_home(read))
+        sys.stdout.flush()  # a full disk behind `> file` shows here, and not after us
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(f"error: {error}", 2)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        leave(f"error: {where}{error.strerror}", 2)
+    except KeyboardInterrupt as interruption:
+        leave(f"\ninterrupted: {str(interruption) or 'nothing was written'}", 130)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """What Ctrl-C and SIGTERM do: a KeyboardInterrupt, once.
+
+    A second one ends the process at once, which loses nothing that is whole. But to its ranks
+    torchrun passes on what the terminal has told them already: they let the second one pass.
+    """
+    again = signal.SIG_IGN if os.environ.get("RANK") else signal.SIG_DFL
+    signal.signal(signal.SIGINT, again)
+    signal.signal(signal.SIGTERM, again)
+    raise KeyboardInterrupt
+
+
+def leave(line: str, code: int) -> NoReturn:
+    """Say the line and exit."""
+    print(line, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it would be flushed once more on the way out, with a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+POSITIONAL = tyro.conf.Positional[str].__metadata__[0]
+
+
+def expand_home(flags: Flags) -> Flags:
+    """The flags with `~` and `~/x` as a shell expands them.
+
+    A shell does so only at the beginning of a bare word, not in --data=~/x and not in quotes. What
+    is positional is no path but a text, such as a question, and stays as it is.
+    """
+    hints = get_type_hints(type(flags), include_extras=True)
+    expanded = {}
+    for field in dataclasses.fields(flags):
+        if POSITIONAL not in getattr(hints[field.name], "__metadata__", ()):
+            expanded[field.name] = expand_value(getattr(flags, field.name))
+    return dataclasses.replace(flags, **expanded)
+
+
+def expand_value(value: Any) -> Any:
+    """One flag's value; of a list, each of its own."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_value, value))
+    if isinstance(value, str | Path):
+        return type(value)(os.path.expanduser(value))
+    return value
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -87,19 +156,39 @@ def read_jsonl(path: str | Path) -> list[dict]:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or nothing: a killed process leaves the old file, never half a new one."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Around whatever writes `path`: where the system refuses, a UserError says why."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A name to write to. It becomes `path` when the block has gone well: all of a file or nothing.
+
+    A killed process leaves the old file, never half a new one.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()  # what a failure leaves takes room on a full disk
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file to the disk, whole or not at all."""
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_jsonl(path: str | Path, rows: list[dict]) -> None:
@@ -115,6 +204,9 @@ def check_parent(path: str | Path) -> None:
         raise UserError(f"cannot write {path}: {nearest} is not a folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"cannot write {path}: no permission to write in {nearest}")
+    path = Path(path)
+    with writing(path), contextlib.suppress(FileNotFoundError):
+        os.stat(path.with_name(f".{path.name}.partial"))  # a name that is too long shows here
 
 
 def sync_folder(folder: Path) -> None:
@@ -122,3 +214,58 @@ def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+# --- one process at a time ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def holding(
+    path: str | Path, kept: Callable[[], str] = lambda: "nothing was written"
+) -> Iterator[None]:
+    """Keep other processes from writing `path`, a file or a folder, while the block runs.
+
+    UserError if one is at it. kept: what an interrupted block leaves, and how to go on, for `run`
+    to print.
+    """
+    made: list[Path] = []
+    lock = None
+    with contextlib.suppress(OSError):  # no place for it, or no locks there: we go without
+        lock = take_lock(path, made)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
+    finally:
+        if lock:
+            Path(lock.name).unlink(missing_ok=True)
+            lock.close()
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if it is still empty
+
+
+def take_lock(path: str | Path, made: list[Path]) -> Any:
+    """The open file PATH.lock, locked. UserError if another process has it.
+
+    The kernel's lock is on the open file, not on its name: it ends with its process, however that
+    ends. Folders that the file needs are made, and added to `made`, the innermost first.
+    """
+    name = Path(f"{os.path.realpath(path)}.lock")
+    made += [folder for folder in name.parents if not folder.exists()]
+    name.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        lock = open(name, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as it is held)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read() or "another process"
+            raise UserError(f"{path} is in use by {holder}: wait for it, or end it") from None
+        if name.exists() and os.path.samestat(os.fstat(lock.fileno()), name.stat()):
+            break
+        lock.close()  # its last owner has just removed it: what we hold has no name any more
+    with contextlib.suppress(OSError):  # a full disk must not cost us the lock
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return lock

@@ -425,8 +425,9 @@ def check_flags(config: Config) -> None:
 
 def main(config: Config) -> None:
     check_flags(config)
-    rows = by_attempts(config) if config.data else list(by_program(config))
-    cli.write_jsonl(config.out, rows)
+    with cli.holding(config.out):
+        rows = by_attempts(config) if config.data else list(by_program(config))
+        cli.write_jsonl(config.out, rows)
     print(f"wrote {len(rows)} chains to {config.out}")
 
 

@@ -292,7 +292,8 @@ def draw(
     failures.set_yticks([place + 0.2 for place in range(len(kinds))], kinds)
     failures.set(xlabel="% of all responses", title="What the failures are made of")
     failures.legend()
-    figure.savefig(path, dpi=130)
+    with cli.whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=130)
 
 
 def run_stages(config: Config, out: Path, stages: Stages) -> None:
@@ -314,8 +315,9 @@ def run_stages(config: Config, out: Path, stages: Stages) -> None:
     flags = probe_flags(config, trained, out)
     stages.run("probe", "evaluate.py", out / "probe" / "budgets.png", flags, evaluate.main)
     if not (out / "model").exists():  # so that runs/demo is itself a --model
-        shutil.copytree(out / "rl" / "model", out / "model.partial", dirs_exist_ok=True)
-        (out / "model.partial").rename(out / "model")
+        with cli.writing(out / "model"):
+            shutil.copytree(out / "rl" / "model", out / "model.partial", dirs_exist_ok=True)
+            (out / "model.partial").rename(out / "model")
 
 
 def read_results(config: Config, out: Path) -> dict[str, Result]:
@@ -374,6 +376,15 @@ def lengthened(config: Config) -> Config:
 
 
 def main(config: Config) -> None:
+    def kept() -> str:
+        return f"finished stages are in {config.out}; the same command goes on"
+
+    with cli.holding(config.out, kept):
+        demonstrate(config)
+
+
+def demonstrate(config: Config) -> None:
+    """All stages that are not done yet, and what came of them."""
     config = lengthened(config)
     out = Path(config.out)
     seconds = open_folder(config, out)

@@ -22,6 +22,7 @@ Read in this order: the estimators; answers, and which are equal; the curve; one
 (`evaluate`); tables and figures; the command.
 """
 
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -433,8 +434,8 @@ def plot_budgets(results: dict[str, Result], path: str | Path) -> None:
         figsize=(6.4, 4.2), layout="constrained"
     )  # not pyplot: no display, no global state
     draw_budgets(figure.subplots(), results)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    with cli.whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 def percent(share: float) -> str:
@@ -688,6 +689,20 @@ def print_gain(before: Result, after: Result) -> None:
 
 
 def main(config: Config) -> None:
+    def kept() -> str:
+        file = Path(config.out or "") / "results.json"
+        if not config.out or not file.exists():
+            return "nothing was written"
+        return f"the models measured so far are in {file}; go on with --resume"
+
+    with contextlib.ExitStack() as held:
+        for path in filter(None, (config.out, config.curate)):
+            held.enter_context(cli.holding(path, kept))
+        compare(config)
+
+
+def compare(config: Config) -> None:
+    """Measure the models; the table, the figure, and the problems that --curate keeps."""
     settings = read_settings(config)
     problems, rows = read_problems(config)
     file = Path(config.out) / "results.json" if config.out else None

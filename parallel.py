@@ -38,7 +38,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from cli import UserError, sync_folder, write_text
+from cli import UserError, sync_folder, write_text, writing
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
 from packing import Example, Packed, Unit, fill_rows, pack, share_stems
@@ -70,22 +70,54 @@ def start(device: str = "auto") -> World:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UserError(f"--device {device}: cpu, cuda or auto")
-    if device.startswith("cuda") and not torch.cuda.is_available():
+    on_gpu = device.startswith("cuda")
+    if on_gpu and not torch.cuda.is_available():
         raise UserError(f"--device {device}: this machine has no CUDA device")
-    if "RANK" not in os.environ:
-        return World(0, 1, torch.device(device))
-    if device.startswith("cuda"):
+    ranked = bool(os.environ.get("RANK"))
+    if ranked:
+        check_environment(on_gpu)
+    if ranked and on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
-    else:
-        dist.init_process_group("gloo")
+    if on_gpu and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise UserError(f"{device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if not ranked:
+        return World(0, 1, torch.device(device))
+    try:
+        if on_gpu:
+            torch.cuda.set_device(device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
+        else:
+            dist.init_process_group("gloo")
+    except (ValueError, RuntimeError) as error:  # an address that nobody answers at, say
+        reason = str(error).split("\n")[0]
+        raise UserError(f"cannot join the ranks that torchrun has started: {reason}") from None
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def check_environment(on_gpu: bool) -> None:
+    """UserError if the variables that torchrun sets are not all there, or make no sense.
+
+    A cluster, or an old shell, may have set some of them.
+    """
+    numbers = ["RANK", "WORLD_SIZE", "MASTER_PORT"]
+    if on_gpu:
+        numbers.append("LOCAL_RANK")
+    advice = "start with torchrun, which sets them all, or unset RANK to run one process"
+    missing = [name for name in (*numbers, "MASTER_ADDR") if not os.environ.get(name)]
+    if missing:
+        raise UserError(f"RANK is set, but not {', '.join(missing)}: {advice}")
+    for name in numbers:
+        if not re.fullmatch("[0-9]+", os.environ[name]):
+            raise UserError(f"{name} is {os.environ[name]!r} and no whole number: {advice}")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank >= size:
+        raise UserError(f"RANK is {rank}, but there are {size} ranks (WORLD_SIZE): {advice}")
 
 
 @contextlib.contextmanager
 def session(device: str = "auto") -> Iterator[World]:
     """`with session() as world:` around a command. A UserError on any rank ends all, printed once.
+    So does Ctrl-C, or SIGTERM: rank 0 speaks.
 
     The first rank to fail leaves a note in the store that torchrun keeps, outside of all ranks, and
     exits; the others find out when their next collective breaks (or torchrun ends them), see the
@@ -94,18 +126,28 @@ def session(device: str = "auto") -> Iterator[World]:
     world = start(device)
     try:
         yield world
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         if world.size == 1:
             raise
         # Leaving without a goodbye (destroy_process_group), which could wait for stuck ranks.
         # The store is our one private call to torch: rendezvous hands out none.
         notes = dist.distributed_c10d._get_default_store()
-        if isinstance(error, UserError):
-            if notes.add("failed", 1) == 1:
-                raise
-        elif notes.add("failed", 0) == 0:
-            raise  # nobody's bad input: a bug of ours, with its traceback
-        raise SystemExit(2) from None
+        interrupted = isinstance(error, KeyboardInterrupt)
+        bad_input = isinstance(error, UserError)
+        try:
+            failures = notes.add("failed", int(bad_input))
+            interruptions = notes.add("interrupted", int(interrupted))
+        except RuntimeError:  # torchrun has left: it was interrupted, too
+            failures, interruptions = int(bad_input), 1
+        if interrupted:
+            speaks = world.main and not failures  # torchrun ends the ranks of one that failed
+        elif bad_input:
+            speaks = failures == 1
+        else:
+            speaks = not failures and not interruptions  # a bug of ours, with its traceback
+        if speaks:
+            raise
+        raise SystemExit(130 if interrupted else 2) from None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -325,7 +367,8 @@ def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -
         if not whole.isfinite().all():
             raise UserError(f"{path} is not written: {name} holds NaN or infinity; lower --lr")
     if world.main:
-        save_pretrained(scorer.model, path, tokenizer, weights)
+        with writing(path):
+            save_pretrained(scorer.model, path, tokenizer, weights)
     barrier()
 
 
@@ -469,7 +512,8 @@ class Checkpoints:
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
         if self.world.main:
-            partial.mkdir(parents=True)
+            with writing(final):
+                partial.mkdir(parents=True)
         barrier()
         written = dcp.async_save(
             named_tensors(parts) | random_state(self.world),
@@ -504,8 +548,23 @@ class Checkpoints:
                 written.result()
         except (CheckpointException, OSError) as error:  # a full disk, most likely
             raise UserError(
-                f"cannot write a checkpoint into {self.folder} ({type(error).__name__})"
+                f"cannot write a checkpoint into {self.folder}: {reason_of(error)}"
             ) from None
+
+
+def reason_of(error: BaseException) -> str:
+    """What the system said when a checkpoint could not be written, in a few words.
+
+    torch wraps the errors of all ranks. Where it loses the system's own, its own has to do.
+    """
+    while isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        found = found.__cause__ or found.__context__
+    return str(error).split("\n")[0]
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

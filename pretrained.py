@@ -445,7 +445,10 @@ def write_weights(folder: Path, config: "ModelConfig", weights: dict[str, Tensor
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Only one shard at a time is copied to the host's memory.
         tensors = {piece.name: piece.to_disk(part) for piece, part in shard.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, which is an OSError everywhere else
+            raise OSError(str(error)) from None
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) == 1:
         return {}

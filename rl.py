@@ -1043,26 +1043,26 @@ def train(
     problems = rollout.read_problems(config, draws)
     room = room_for_responses(config, problems)
     learner = make_learner(replace(config, max_tokens=room), recipe, problems, world)
-    run = Run(config, may_change, world, keep_every=config.keep_every)
-    learner.guard = run.guard
-    pieces = {"recipe": written(recipe)}
-    state = run.restore(tensors_of(learner), pieces | state_of(learner))
-    take_up(learner, state)
+    with Run(config, may_change, world, keep_every=config.keep_every) as run:
+        learner.guard = run.guard
+        pieces = {"recipe": written(recipe)}
+        state = run.restore(tensors_of(learner), pieces | state_of(learner))
+        take_up(learner, state)
 
-    steps = run.steps(config.steps, "rl")
-    run.say(opening(learner, run))
-    history = runfolder.read_metrics(run.log.path)
-    for step in steps:
-        metrics, responses = run_step(learner, step, train_step)
-        names = [name for name in SHOWN if name in metrics]
-        run.record(step, metrics, shown={name: f"{metrics[name]:.3g}" for name in names})
-        history.append(metrics)
-        report(run, step, history, responses)
-        if run.is_due(step, config.checkpoint_every):
-            run.save(step, pieces | state_of(learner))
-            run.plot(PANELS)
-    run.finish(learner.policy, learner.tokenizer)
-    run.say(closing(config))
+        steps = run.steps(config.steps, "rl")
+        run.say(opening(learner, run))
+        history = runfolder.read_metrics(run.log.path)
+        for step in steps:
+            metrics, responses = run_step(learner, step, train_step)
+            names = [name for name in SHOWN if name in metrics]
+            run.record(step, metrics, shown={name: f"{metrics[name]:.3g}" for name in names})
+            history.append(metrics)
+            report(run, step, history, responses)
+            if run.is_due(step, config.checkpoint_every):
+                run.save(step, pieces | state_of(learner))
+                run.plot(PANELS)
+        run.finish(learner.policy, learner.tokenizer)
+        run.say(closing(config))
 
 
 def room_for_responses(config: Config, problems: list[Problem]) -> int:
@@ -1126,7 +1126,8 @@ def main(
     with parallel.session(config.device) as world:
         if config.export:
             export(config, world)
-        else:
+            return
+        with runfolder.reserved(config.out, world):
             train(config, world, make_learner, train_step)
 
 

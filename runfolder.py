@@ -2,23 +2,25 @@
 
 It holds config.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/.
 
-Read in this order: opening a folder, or refusing to (nothing is ever overwritten); its metrics;
-their figure; the guard that lets a step pass; and `Run`, which holds them together around the steps
-of a training loop. How a checkpoint is written is in parallel.py.
+Read in this order: opening a folder, or refusing to (nothing is ever overwritten, and no two
+processes write into one); its metrics; their figure; the guard that lets a step pass; and `Run`,
+which holds them together around the steps of a training loop. How a checkpoint is written is in
+parallel.py.
 """
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cli import UserError, check_parent, read_json, write_text
+import cli
+from cli import UserError, check_parent, read_json, whole_file, write_text, writing
 from parallel import (
     Checkpoints,
     Scorer,
@@ -28,10 +30,34 @@ from parallel import (
     load_checkpoint,
     same_on_all_ranks,
     save_model,
+    step_of,
 )
 from tokenizer import Tokenizer
 
 # --- the folder -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reserved(out: str | Path, world: World) -> Iterator[None]:
+    """Keep the folder of a run to this command. UserError if another process runs in it.
+
+    An interrupted command says what of the run is kept.
+    """
+    if not world.main:
+        yield
+        return
+    with cli.holding(out, lambda: kept(Path(out))):
+        yield
+
+
+def kept(out: Path) -> str:
+    """What an interrupted run leaves in its folder, and how to go on."""
+    saved = complete_checkpoints(out / "checkpoints")
+    if saved:
+        return f"checkpoint of step {step_of(saved[-1])} in {out}; go on with --resume"
+    if (out / "config.json").exists():
+        return f"no checkpoint yet in {out}; --resume starts from the first step"
+    return "nothing was written"
 
 
 def check_run(
@@ -44,6 +70,7 @@ def check_run(
     """
     flags = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     same_on_all_ranks(flags)
+    check_backend(flags.get("log", "none"))
     out = Path(out)
     if resume:
         check_same_run(out, flags, may_change)
@@ -89,9 +116,10 @@ def open_run(
     if world.main and not resume:
         # Under another name first, so that no kill leaves a folder without its config.json.
         staging = out.with_name(out.name + ".partial")
-        (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
-        staging.rename(out)
+        with writing(out):
+            (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
+            staging.rename(out)
     return out
 
 
@@ -99,52 +127,78 @@ def open_run(
 
 
 class MetricsLog:
-    """metrics.jsonl: one line per step, flushed. On ranks other than 0 it swallows everything.
+    """metrics.jsonl: one line per step. On ranks other than 0 it swallows everything.
 
     A resumed run goes on after its checkpoint's `step`. The lines after that are cut off, for these
     steps are done again; so the file ends up as that of a run which was never interrupted.
+
+    remembered: the rows that the checkpoint holds, see `Run.save`. A power cut may have taken their
+    lines, or one may be damaged. A row that is in neither is gone, and is named.
     """
 
-    def __init__(self, out: Path, step: int, world: World, backend: str = "none"):
+    def __init__(
+        self,
+        out: Path,
+        step: int,
+        world: World,
+        backend: str = "none",
+        remembered: Iterable[dict[str, Any]] = (),
+    ):
         self.path = out / "metrics.jsonl"
-        self.file = None
+        self.main = world.main
         self.tensorboard = None
         self.wandb = None
-        if not world.main:
+        if not self.main:
             return
-        try:
-            if backend == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        if backend == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
+            with writing(out / "tensorboard"):
                 self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
-            elif backend == "wandb":
-                import wandb
+        elif backend == "wandb":
+            import wandb
 
-                self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
-        except ImportError:
-            raise UserError(f"--log {backend}: {backend} is not installed") from None
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+            self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
+        rows = {row["step"]: row for row in (*read_metrics(self.path), *remembered)}
+        lost = [number for number in range(1, step + 1) if number not in rows]
+        if lost:
+            print(f"{self.path}: the lines of {len(lost)} steps are missing, from {lost[0]} on")
+        kept = [json.dumps(rows[number]) + "\n" for number in sorted(rows) if number <= step]
+        write_text(self.path, "".join(kept))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        if self.file is None:
+        if not self.main:
             return
-        self.file.write(json.dumps({"step": step} | metrics) + "\n")
-        self.file.flush()
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
         if self.tensorboard:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, step)
+            with writing(self.path.with_name("tensorboard")):
+                for name, value in metrics.items():
+                    self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
 
 
+def check_backend(backend: str) -> None:
+    """UserError if what --log names is not installed."""
+    try:
+        if backend == "tensorboard":
+            importlib.import_module("torch.utils.tensorboard")
+        elif backend == "wandb":
+            importlib.import_module("wandb").init  # noqa: B018 (a mere folder `wandb` has none)
+    except (ImportError, AttributeError):
+        raise UserError(f"--log {backend}: {backend} is not installed") from None
+
+
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """The rows of a metrics.jsonl, without damaged lines: a kill cuts the last one, a disk any."""
     rows = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            rows.append(json.loads(line))
+    with contextlib.suppress(FileNotFoundError):
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict) and isinstance(row.get("step"), int):
+                    rows.append(row)
     return rows
 
 
@@ -204,9 +258,8 @@ def plot(metrics: str | Path, path: str | Path, panels: dict[str, list[str]]) ->
             axis.legend(fontsize=7)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    partial = Path(path).with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=120)
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
 
 
 # --- the guard ------------------------------------------------------------------------------------
@@ -244,14 +297,16 @@ class Guard:
 class Run:
     """What `sft.py` and `rl.py` do alike around their steps.
 
-        run = Run(config, MAY_CHANGE, world)          # opens the folder: all inputs are read by now
-        state = run.restore(parts, {"cursor": 0})     # as the last checkpoint has it, if any
-        for step in run.steps(100, "rl"):             # 1 to 100, or on from where it was killed
-            ...
-            run.record(step, metrics, shown={"loss": ...})
-            if run.is_due(step, config.checkpoint_every):
-                run.save(step, state)
-        run.finish(scorer, tokenizer)                 # OUT/model
+        with Run(config, MAY_CHANGE, world) as run:   # opens the folder: all inputs are read by now
+            state = run.restore(parts, {"cursor": 0})     # as the last checkpoint has it, if any
+            for step in run.steps(100, "rl"):             # 1 to 100, or on from where it was killed
+                ...
+                run.record(step, metrics, shown={"loss": ...})
+                if run.is_due(step, config.checkpoint_every):
+                    run.save(step, state)
+            run.finish(scorer, tokenizer)                 # OUT/model
+
+    However the block ends, a checkpoint that is being written is completed first.
 
     config: the command's dataclass, with `out`, `resume` and `log`. may_change: see `open_run`.
     keep, keep_every: see `parallel.Checkpoints`. max_skips: the guard's limit.
@@ -272,6 +327,16 @@ class Run:
         self.keep_every = keep_every
         self.out = open_run(config.out, config, config.resume, may_change, world)
         self.guard = Guard(max_skips)
+        self.checkpoints: Checkpoints | None = None  # from the first step on
+        self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, since the last checkpoint
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        # Where other ranks have left, there is nobody to complete it with.
+        if self.checkpoints and self.world.size == 1:
+            self.checkpoints.finish()
 
     def restore(self, parts: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         """Fill `parts` in place from the last checkpoint; returns `state` as it was then.
@@ -288,6 +353,7 @@ class Run:
             self.done = found["step"]
             self.guard.skipped = found["skipped"]
             self.guard.in_a_row = found["in_a_row"]
+            self.rows = found.get("rows", [])
             state = {name: found[name] for name in state}
         return state
 
@@ -299,7 +365,8 @@ class Run:
         """
         folder = self.out / "checkpoints"
         self.checkpoints = Checkpoints(folder, self.world, self.keep, self.keep_every)
-        self.log = MetricsLog(self.out, self.done, self.world, self.config.log)
+        self.log = MetricsLog(self.out, self.done, self.world, self.config.log, self.rows)
+        self.rows = []
         self.total = total
         self.bar = tqdm(
             range(self.done + 1, total + 1),
@@ -318,6 +385,7 @@ class Run:
     def record(self, step: int, metrics: dict[str, Any], shown: dict[str, str]) -> None:
         """A line of metrics.jsonl; `shown` goes behind the progress bar."""
         self.log.write(step, metrics)
+        self.rows.append({"step": step} | metrics)
         self.bar.set_postfix(shown)
 
     def say(self, text: str) -> None:
@@ -326,9 +394,13 @@ class Run:
             self.bar.write(text)
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Write a checkpoint of `parts` and `state`. Every rank calls it."""
+        """Write a checkpoint of `parts` and `state`. Every rank calls it.
+
+        It remembers the metrics since the one before it, whose lines may not be on the disk yet.
+        """
         counters = {"skipped": self.guard.skipped, "in_a_row": self.guard.in_a_row}
-        self.checkpoints.save(step, self.parts, state | counters)
+        self.checkpoints.save(step, self.parts, state | counters | {"rows": self.rows})
+        self.rows = []
 
     def plot(self, panels: dict[str, list[str]]) -> None:
         """metrics.png: see the function `plot`."""

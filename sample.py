@@ -24,7 +24,10 @@ The log-probs are those of the very distribution the token was drawn from: after
 and min-p.
 """
 
+import contextlib
+import math
 import re
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -512,11 +515,62 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + held
+    return int(min(machine_memory(Path("/")), container_memory(Path("/"))))
+
+
+def machine_memory(root: Path) -> int:
+    """Bytes that the machine can give. root: the file system's, which only a test replaces."""
     try:
-        text = Path("/proc/meminfo").read_text()
+        text = (root / "proc/meminfo").read_text()
         return int(re.search(r"MemAvailable: +(\d+) kB", text)[1]) * 1024
     except (OSError, TypeError):
         return 8 * 2**30  # not Linux: a guess
+
+
+def container_memory(root: Path) -> float:
+    """Bytes that the control groups of this process leave to it; inf without a limit.
+
+    A container's memory is a limit on its group, of which /proc/meminfo knows nothing. Groups lie
+    within groups, and a limit holds for all within: the least counts. root: as above.
+    """
+    least = math.inf
+    try:
+        text = (root / "proc/self/cgroup").read_text()
+    except OSError:
+        return least  # not Linux
+    for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", text, re.MULTILINE):
+        if not controllers:  # control groups of version 2, alone or beside those of version 1
+            mounts, limit, usage, total = ("", "unified"), "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            mounts, total = ("memory",), "total_"
+            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        for mount in mounts:
+            # From the root down. In a container the path may be the host's: the root is there.
+            folder = root / "sys/fs/cgroup" / mount
+            for part in ("", *Path(path).parts[1:]):
+                folder = folder / part
+                least = min(least, room_in_group(folder, limit, usage, total))
+    return least
+
+
+def room_in_group(folder: Path, limit: str, usage: str, total: str) -> float:
+    """Bytes below a group's limit; inf without one. limit, usage: files of the group.
+
+    Cached files count as used, but the kernel gives them up before it kills. total: what the names
+    of their sizes begin with.
+    """
+    try:
+        room = int((folder / limit).read_text()) - int((folder / usage).read_text())
+    except (OSError, ValueError):  # no such group here, or "max"
+        return math.inf
+    cached = 0
+    with contextlib.suppress(OSError):
+        text = (folder / "memory.stat").read_text()
+        sizes = re.findall(rf"^{total}(?:in)?active_file (\d+)$", text, re.MULTILINE)
+        cached = sum(map(int, sizes))
+    return max(0, room + cached)
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -625,6 +679,7 @@ def show(tokenizer: Tokenizer, tokens: Iterator[int]) -> str:
 
 def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None:
     """Questions from the terminal until Ctrl-D. Old turns are forgotten to leave room to answer."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # each Ctrl-C stops one answer
     messages: list[dict] = []
     context = sampler.model.config.context
     room = min(params.max_tokens, context // 4)

@@ -496,33 +496,33 @@ def train(config: Config, world: World) -> None:
     scorer = parallel.shard(model, world, product_dtype(config, world), config.recompute)
     optimizers = make_optimizers(scorer, config.optimizer, config.lr, config.weight_decay)
 
-    run = Run(config, MAY_CHANGE, world, keep=config.keep, max_skips=config.max_skips)
-    state = run.restore({"policy": scorer} | optimizers, {"data": data.fingerprint})
-    if state["data"] != data.fingerprint:
-        raise UserError(f"--resume: the training data is not what {run.out} was started with")
+    with Run(config, MAY_CHANGE, world, keep=config.keep, max_skips=config.max_skips) as run:
+        state = run.restore({"policy": scorer} | optimizers, {"data": data.fingerprint})
+        if state["data"] != data.fingerprint:
+            raise UserError(f"--resume: the training data is not what {run.out} was started with")
 
-    total = len(data.batches)
-    steps = run.steps(total, "sft")
-    run.say(opening(config, data, run, scorer))
-    for step in steps:
-        batch = batch_of(step, data, config, context)
-        rate = learning_rate(step - 1, total, config.lr, config.warmup)
-        metrics = update(scorer, optimizers, batch, rate, run, config)
-        loss = f"{metrics['loss']:.4f}"
-        measured = data.heldout and run.is_due(step, config.eval_every)
-        if measured:
-            with torch.no_grad():
-                heldout_loss, _ = loss_of(scorer, data.heldout, config.micro_tokens, world)
-            metrics["heldout_loss"] = heldout_loss
-            run.say(f"step {step}: loss {loss}, held-out {heldout_loss:.4f}")
-        speed = f"{metrics['tokens_per_second']:,.0f}"
-        run.record(step, metrics, shown={"loss": loss, "tokens/s": speed})
-        if run.is_due(step, config.checkpoint_every):
-            run.save(step, state)
-        if measured:
-            run.plot(PANELS)
-    run.finish(scorer, tokenizer)
-    run.say(closing(config))
+        total = len(data.batches)
+        steps = run.steps(total, "sft")
+        run.say(opening(config, data, run, scorer))
+        for step in steps:
+            batch = batch_of(step, data, config, context)
+            rate = learning_rate(step - 1, total, config.lr, config.warmup)
+            metrics = update(scorer, optimizers, batch, rate, run, config)
+            loss = f"{metrics['loss']:.4f}"
+            measured = data.heldout and run.is_due(step, config.eval_every)
+            if measured:
+                with torch.no_grad():
+                    heldout_loss, _ = loss_of(scorer, data.heldout, config.micro_tokens, world)
+                metrics["heldout_loss"] = heldout_loss
+                run.say(f"step {step}: loss {loss}, held-out {heldout_loss:.4f}")
+            speed = f"{metrics['tokens_per_second']:,.0f}"
+            run.record(step, metrics, shown={"loss": loss, "tokens/s": speed})
+            if run.is_due(step, config.checkpoint_every):
+                run.save(step, state)
+            if measured:
+                run.plot(PANELS)
+        run.finish(scorer, tokenizer)
+        run.say(closing(config))
 
 
 def product_dtype(config: Config, world: World) -> torch.dtype:
@@ -534,7 +534,7 @@ def product_dtype(config: Config, world: World) -> torch.dtype:
 
 
 def main(config: Config) -> None:
-    with parallel.session(config.device) as world:
+    with parallel.session(config.device) as world, runfolder.reserved(config.out, world):
         train(with_defaults(config), world)
 
 

@@ -29,6 +29,7 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -265,8 +266,8 @@ class Pool:
         if worker is None or worker.poll() is not None:
             command = [sys.executable, "-c", "import verify; verify.serve()"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
-            # it ends with us: see `serve`
-            worker = subprocess.Popen(command, cwd=Path(__file__).parent, **pipes)
+            # It ends with us: see `serve`. In a group of its own, which Ctrl-C does not reach.
+            worker = subprocess.Popen(command, cwd=Path(__file__).parent, process_group=0, **pipes)
             if worker.stdout.readline() != "ready\n":  # importing does not count
                 worker.kill()
                 reason = f"{' '.join(command)}, code {worker.wait()}"
@@ -300,6 +301,8 @@ def serve() -> None:
 
     A JSON pair per line in, a verdict per line out, until the parent closes the pipe or dies.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent has died: end without a traceback
     with contextlib.suppress(ValueError, OSError):  # where the system has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     print("ready", flush=True)

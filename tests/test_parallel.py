@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -600,6 +601,32 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         checkpoints.finish()
 
 
+@pytest.fixture
+def small_files():
+    """Files may have 1,000 bytes: as on a full disk, torch's own code is what fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_checkpoint_that_does_not_fit_says_so(tmp_path, small_files):
+    """Bug: the disk is full, and all that is said is "(CheckpointException)"."""
+    with pytest.raises(UserError, match=r"cannot write a checkpoint into .*: File too large$"):
+        save(tmp_path, 1, {"policy": make_scorer(ALONE)}, {})
+    assert not parallel.complete_checkpoints(tmp_path)
+
+
+def test_a_model_that_does_not_fit_says_so(tmp_path, small_files):
+    """Bug: a run of days ends in a traceback, for its model does not fit onto the disk; or the old
+    model is gone."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("whole")
+    with pytest.raises(UserError, match=r"cannot write .*/model: .*File too large"):
+        parallel.save_model(make_scorer(ALONE), tmp_path / "model", None, ALONE)
+    assert (tmp_path / "model" / "old").read_text() == "whole"
+
+
 def test_bad_checkpoints_are_named(tmp_path):
     """Bug: a checkpoint of another model, or a damaged one, ends in a traceback from deep inside
     torch.
@@ -647,6 +674,46 @@ def test_unknown_devices_are_one_line():
     for device in ("foo", "cuda:x", "mps:", ""):
         with pytest.raises(UserError, match="--device"):
             parallel.start(device)
+
+
+RANKS = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29517"}
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        *[({name: None}, f"RANK is set, but not {name}") for name in RANKS if name != "RANK"],
+        (dict.fromkeys(RANKS, None) | {"RANK": "0"}, "not WORLD_SIZE, MASTER_PORT, MASTER_ADDR"),
+        ({"WORLD_SIZE": ""}, "not WORLD_SIZE"),
+        ({"RANK": "first"}, "RANK is 'first' and no whole number"),
+        ({"RANK": "1"}, "RANK is 1, but there are 1 ranks"),
+        ({"MASTER_PORT": "99999"}, "cannot join the ranks"),
+    ],
+)
+def test_half_of_torchruns_variables_is_one_line(changed, said, monkeypatch):
+    """Bug: a cluster or an old shell has set RANK: the traceback of a KeyError, or of a rendezvous."""
+    for name, value in (RANKS | changed).items():
+        monkeypatch.setenv(name, "" if value is None else value)
+        if value is None:
+            monkeypatch.delenv(name)
+    with pytest.raises(UserError, match=said):
+        parallel.start("cpu")
+
+
+def test_a_gpu_that_is_not_there_is_one_line(monkeypatch):
+    """Bug: more ranks than GPUs, or no LOCAL_RANK to choose one by, shows as torch's traceback."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="cuda:2: this machine has 2 CUDA devices"):
+        parallel.start("cuda:2")
+    for name, value in RANKS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(UserError, match="RANK is set, but not LOCAL_RANK"):
+        parallel.start("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    with pytest.raises(UserError, match="cuda:7: this machine has 2 CUDA devices"):
+        parallel.start("cuda")
 
 
 # --- the run folder -------------------------------------------------------------------------------
@@ -697,8 +764,54 @@ def test_metrics_go_on_from_the_checkpoint(tmp_path):
         {"loss": ["loss", "absent"], "b": ["b"]},
     )
     assert (tmp_path / "metrics.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="wandb is not installed"):
-        runfolder.MetricsLog(tmp_path, 2, ALONE, "wandb")
+
+
+def test_metrics_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
+    """Bug: the line that does not fit onto the disk ends a run in a traceback."""
+    log = runfolder.MetricsLog(tmp_path, 0, ALONE)
+    monkeypatch.setattr(log, "path", Path("/dev/full"))
+    with pytest.raises(UserError, match="cannot write /dev/full: No space left on device"):
+        log.write(1, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\0" * 40, b"\xff\xfe", b"7", b"[" * 9999])
+def test_damaged_metrics_lose_nothing_else(tmp_path, damage, capsys):
+    """Bug: a damaged line, the last or any, takes all lines behind it along when a run is resumed,
+    or ends it in a traceback."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "loss": step / 3} for step in (1, 2, 3, 4)]
+    lines = [json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    runfolder.MetricsLog(tmp_path, 4, ALONE)
+    assert runfolder.read_metrics(path) == [rows[0], *rows[2:]]
+    assert "the lines of 1 steps are missing, from 2 on" in capsys.readouterr().out
+    path.write_bytes(b"\n".join([*lines[:3], damage]))  # a line that is joined to it, too
+    runfolder.MetricsLog(tmp_path, 4, ALONE, remembered=rows[2:]).write(5, {"loss": 2.0})
+    assert runfolder.read_metrics(path) == [*rows, {"step": 5, "loss": 2.0}]
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "backend, broken", [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")]
+)
+def test_a_missing_logger_is_refused_at_once(tmp_path, backend, broken, monkeypatch):
+    """Bug: --log wandb without wandb leaves a folder that the next try refuses. (A mere folder of
+    that name is none.)"""
+
+    @dataclasses.dataclass
+    class Logged(Flags):
+        log: str = "none"
+
+    monkeypatch.setitem(sys.modules, broken, None)
+    with pytest.raises(UserError, match=f"--log {backend}: {backend} is not installed"):
+        runfolder.open_run(tmp_path / "run", Logged(log=backend), False, (), ALONE)
+    monkeypatch.delitem(sys.modules, broken)
+    if backend == "wandb":
+        (tmp_path / "wandb").mkdir()
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        with pytest.raises(UserError, match="wandb is not installed"):
+            runfolder.check_run(tmp_path / "run", Logged(log=backend), False, ())
+    assert not list(tmp_path.glob("run*"))
 
 
 def drawn(monkeypatch, folder: Path, rows: list[dict], panels: dict[str, list[str]]) -> list:

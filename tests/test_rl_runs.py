@@ -349,6 +349,17 @@ def test_resuming_a_finished_run_changes_nothing(whole, model, tmp_path):
     assert_same_run(tmp_path / "short", whole[0])
 
 
+def test_a_cut_line_of_metrics_leaves_no_hole(whole, model, tmp_path):
+    """Bug: the last lines did not reach the disk, but the checkpoint behind them did: the resumed
+    run's metrics lack these steps."""
+    shutil.copytree(whole[0], tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-2]) + lines[-2][:20])
+    rl.main(flags(model, tmp_path / "run", resume=True))
+    assert_same_run(tmp_path / "run", whole[0])
+
+
 def test_rlsp_resumes_bitwise(model, tmp_path):
     """Bug: the critic, its head or its moments are not in the checkpoint."""
     rlsp.main(rlsp_flags(model, tmp_path / "straight", samples=1, prompts=8))

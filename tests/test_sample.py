@@ -387,6 +387,72 @@ def test_free_memory_counts_what_the_page_cache_would_give_back(monkeypatch):
     assert sample.free_memory(torch.device("cpu")) == 8 * 2**30
 
 
+def v1(limit: object, usage: int) -> dict[str, object]:
+    return {"memory.limit_in_bytes": limit, "memory.usage_in_bytes": usage}
+
+
+def v2(limit: object, usage: int) -> dict[str, object]:
+    return {"memory.max": limit, "memory.current": usage}
+
+
+UNLIMITED = 9223372036854771712  # what version 1 says for "no limit"
+NO_LIMIT = float("inf")
+ROOT_OF_V1 = {"memory": v1(UNLIMITED, 900)}
+GROUPS = {  # /proc/self/cgroup, the files of each group, the bytes that are left
+    "none": ("", {}, NO_LIMIT),
+    "v2": ("0::/a\n", {"a": v2(100, 30)}, 70),
+    "v2, no limit": ("0::/a\n", {"a": v2("max", 30)}, NO_LIMIT),
+    "v2, the outer is less": ("0::/a/b\n", {"a": v2(100, 80), "a/b": v2(90, 30)}, 20),
+    "v2, the inner is less": ("0::/a/b\n", {"a": v2(100, 80), "a/b": v2(40, 30)}, 10),
+    "v2, the outer alone": ("0::/a/b\n", {"a": v2(100, 80), "a/b": v2("max", 30)}, 20),
+    "v2, in a container": ("0::/\n", {"": v2(100, 30)}, 70),
+    "v2, the host's path": ("0::/docker/7\n", {"": v2(100, 30)}, 70),
+    "v2, above the limit": ("0::/a\n", {"a": v2(100, 130)}, 0),
+    "v2 beside v1": ("4:memory:/\n0::/a\n", {"unified/a": v2(100, 30)} | ROOT_OF_V1, 70),
+    "v1": ("5:cpu:/c\n4:memory:/a\n", {"memory/a": v1(100, 30), "memory/c": v1(9, 8)}, 70),
+    "v1, no limit": ("4:memory:/a\n", {"memory/a": v1(UNLIMITED, 30)}, UNLIMITED - 30),
+    "v1, nested": ("4:memory:/a/b\n", {"memory/a": v1(50, 30), "memory/a/b": v1(40, 5)}, 20),
+    "v1, shared": ("4:cpu,memory:/a\n", {"memory/a": v1(100, 30)}, 70),
+    "v1, the host's path": ("4:memory:/docker/7\n", {"memory": v1(100, 30)}, 70),
+    "v2, cached": (
+        "0::/a\n",
+        {"a": v2(100, 90) | {"memory.stat": "file 60\ninactive_file 40\nactive_file 20\n"}},
+        70,
+    ),
+    "v1, cached": (
+        "4:memory:/a\n",
+        {
+            "memory/a": v1(100, 90)
+            | {"memory.stat": "inactive_file 1\ntotal_inactive_file 40\ntotal_active_file 20\n"}
+        },
+        70,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_containers_memory_is_its_limit(tmp_path, monkeypatch, name):
+    """Bug: a container of 2 GB on a machine of 64: the cache is sized by the machine, and the
+    kernel kills the process."""
+    mine, groups, left = GROUPS[name]
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(mine)
+    (tmp_path / "proc" / "meminfo").write_text("MemAvailable: 2000 kB\n")
+    for path, files in groups.items():
+        folder = tmp_path / "sys" / "fs" / "cgroup" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, content in files.items():
+            (folder / file).write_text(f"{content}\n")
+    assert sample.container_memory(tmp_path) == left
+    monkeypatch.setattr(sample, "Path", lambda path: tmp_path if path == "/" else Path(path))
+    assert sample.free_memory(torch.device("cpu")) == min(left, 2000 * 1024)
+
+
+def test_a_machine_without_control_groups_has_no_such_limit(tmp_path):
+    """Bug: the sampler of a machine that is no Linux ends in a traceback."""
+    assert sample.container_memory(tmp_path) == NO_LIMIT
+
+
 @pytest.mark.parametrize("budget", [90_000, 130_000, 300_000])
 def test_memory_budget_is_respected(reference, monkeypatch, budget):
     """A cache that grows past its budget (the crash comes hours into a run), counted where it is

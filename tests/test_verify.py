@@ -10,6 +10,7 @@ import json
 import os
 import random
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -1215,6 +1216,52 @@ def test_a_hung_worker_is_killed_and_counted_as_a_timeout():
     assert (
         pool.threads.submit(pool.check, (r"\boxed{1}", "1"), 2.0).result().correct
     )  # a new worker
+
+
+CHECKS = r"""
+import sys, time
+import verify
+pairs = [(r"\boxed{\int_0^1 e^{-x^%d} dx}" % n, "1") for n in range(9)]
+verify.verify_many(pairs[:2], workers=2)
+print("ready", flush=True)
+while True:
+    verify.verify_many(pairs, workers=2)
+"""
+
+
+def workers_of(process: int) -> list[int]:
+    """The processes that it has started, and that are alive."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = file.read_text().rsplit(")", 1)[1].split()[:2]
+            if int(parent) == process and state != "Z":
+                found.append(int(file.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("ending", ["Ctrl-C", "to each", "killed"])
+def test_workers_end_in_silence_with_their_parent(ending):
+    """Bug: Ctrl-C prints a traceback for every worker; or a killed run leaves workers behind."""
+    command = [sys.executable, "-c", CHECKS]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    assert process.stdout.readline() == "ready\n"
+    workers = workers_of(process.pid)
+    assert len(workers) == 2
+    if ending == "to each":
+        for worker in workers:
+            os.kill(worker, signal.SIGINT)
+        time.sleep(0.5)
+        assert workers_of(process.pid) == workers  # and they go on
+    os.killpg(process.pid, signal.SIGKILL if ending == "killed" else signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    # The parent, which is no command of ours here, has a traceback; each worker would have its own.
+    assert said.count("Traceback (most recent call last)") <= 1 and "serve" not in said
+    began = time.monotonic()
+    while any(Path(f"/proc/{worker}").exists() for worker in workers):
+        assert time.monotonic() - began < 30
+        time.sleep(0.05)
 
 
 def test_time_limit_is_a_timeout_not_a_wrong_answer():
