@@ -2,7 +2,7 @@
 
     python demo.py                 # `make demo`: about sixteen minutes on 2 slow cores
     python demo.py --seed 1 --out runs/demo-1
-    python demo.py --long --out runs/long          # RL from an SFT model that more SFT helps little
+    python demo.py --long --out runs/long          # more RL from the same SFT: half an hour in all
     python demo.py --baselines     # afterwards: what more SFT, and better data, would have given
 
 Each stage is the very command that a large run would use; a stage that is done is not repeated, so
@@ -48,7 +48,7 @@ ALL_ATTEMPTS = 99  # the oracle's: more than there are values to try
 BUDGET = 336  # tokens a response may take in RL and in evaluation: room for some twenty attempts
 BUDGETS = "42,56,84,112,168,224,336"
 CURVE_SAMPLES = 2  # of each problem, for the curve: every cut chain costs a forced answer
-LONG_SFT_STEPS, LONG_STEPS = 11_000, 130  # --long: RL begins where SFT has little left to gain
+LONG_STEPS, LONG_COOLDOWN = 240, 80  # --long: at a constant rate RL stops rising after some 120
 SHARES = (0.3, 0.6)  # of RL's steps, after which the curve is measured, too
 PROBE = tasks.countdown_problem([3, 5, 7], 22)  # sixteen values to try; 64 responses are counted
 
@@ -65,13 +65,14 @@ class Config:
     """Steps of SFT."""
     steps: int = 90
     """Steps of RL."""
+    cooldown: int = 0
+    """The last so many steps of RL, over which the learning rate falls to 0."""
     heldout: int = 1024
     """Held-out problems; no set of numbers among them is ever trained on."""
     samples: int = 16
     """Responses to each held-out problem."""
     long: bool = False
-    """As --sft-steps 11000 --steps 130: SFT until more of it brings little, then RL. Takes about
-    three quarters of an hour."""
+    """As --steps 240 --cooldown 80: RL until it rises no more. Takes about half an hour."""
     baselines: bool = False
     """Also train and measure the two baselines: about as long again."""
 
@@ -116,6 +117,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         micro_tokens=4096,
         lr=5e-4,
         warmup=4,
+        cooldown=config.cooldown,
         checkpoint_every=every,
         keep_every=every,
         resume=(out / "rl").exists(),
@@ -199,7 +201,7 @@ def open_folder(config: Config, out: Path) -> dict[str, float]:
     if config.chains < 100 or min(counts) < 1:
         raise UserError("--chains must be at least 100, and all other counts at least 1")
     flags = dataclasses.asdict(config)
-    del flags["out"], flags["baselines"], flags["long"]  # --long: its two counts stand there
+    del flags["out"], flags["baselines"], flags["long"]  # what --long changes stands there
     file, seconds = out / "demo.json", out / "seconds.json"
     if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and holds no demo: choose another --out")
@@ -372,7 +374,7 @@ def print_ending(config: Config, out: Path, summary: dict) -> None:
 
 def lengthened(config: Config) -> Config:
     """The flags with what --long stands for."""
-    return replace(config, sft_steps=LONG_SFT_STEPS, steps=LONG_STEPS) if config.long else config
+    return replace(config, steps=LONG_STEPS, cooldown=LONG_COOLDOWN) if config.long else config
 
 
 def main(config: Config) -> None:

@@ -23,12 +23,13 @@ def bars():
     return module.bars
 
 
-def test_long_is_a_longer_run_of_both():
-    """Guards against a --long that lengthens only one of the two, or changes the short demo."""
+def test_long_is_more_rl_from_the_same_sft():
+    """Guards against a --long that changes the SFT model that RL starts from, or the short demo."""
     short, long = demo.Config(), demo.lengthened(demo.Config(long=True))
     assert demo.lengthened(short) == short
-    assert long.sft_steps > 3 * short.sft_steps and long.steps > short.steps
-    assert dataclasses.replace(long, sft_steps=3400, steps=90, long=False) == short
+    assert long.steps > 2 * short.steps and 0 < long.cooldown < long.steps
+    assert dataclasses.replace(long, steps=short.steps, cooldown=0, long=False) == short
+    assert demo.rl_flags(long, Path("out")).cooldown == long.cooldown
 
 
 def test_the_demo_runs_and_a_second_start_repeats_nothing(tmp_path, monkeypatch, capsys):
