@@ -1,15 +1,12 @@
-"""Text to tokens and back: tiktoken, built from the `tokenizer.json` of any byte-level BPE.
+"""Text to tokens and back: the `tokenizers` library, with special tokens that a text cannot spell.
 
     tokenizer = load_tokenizer("path/to/Qwen2.5-0.5B-Instruct")
     tokenizer.encode("2 + 2 =")                               # special tokens in it are only text
     tokenizer.chat([{"role": "user", "content": "2 + 2?"}])   # the model's chat template, encoded
 
-A text becomes tokens in four steps, each of which is read from the file and never guessed by the
-model's name:
-
-    added tokens are cut out -> the normal form -> a pattern cuts words -> each word's bytes merge
-
-Whatever in the file would be computed differently here is refused.
+The library defines `tokenizer.json` and reads every kind of it: byte-level BPE (Qwen, Llama 3,
+GLM) and SentencePiece's (Llama 2). Added here are the chat template, the tokens that end a turn,
+and `MARK`, by which a template's special tokens are told from those that a message spells.
 
 `demo_tokenizer` makes a small tokenizer of the same format, so that nothing else needs to know
 where a tokenizer came from.
@@ -17,8 +14,8 @@ where a tokenizer came from.
 
 import json
 import re
-import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -26,17 +23,12 @@ from pathlib import Path
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
-import regex  # comes with tiktoken
-import tiktoken
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
 from cli import UserError, parse_json, read_json
 
-# The regex inside the `ByteLevel` pre-tokenizer (GPT-2's).
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same when `Digits` has cut out the digits before it: a piece of text then ends before a digit,
-# so its \s+(?!\S) stops there too.
-GPT2_AFTER_DIGITS = r"%s|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-NORMAL_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # For a folder without a template (a base model). No space ends the prompt: it belongs to the first
 # token of the answer.
@@ -55,13 +47,14 @@ TEMPLATE_ERRORS = (  # jinja2's own, and those of the Python operations that exp
     AttributeError,
     RecursionError,
 )
-QUOTE = "\ufdd0"  # a code point that stands for nothing in Unicode: see `Tokenizer.chat`
+MARK = "\ufdd0"  # a code point that stands for nothing in Unicode: see `Tokenizer.chat`
 
 
 class Tokenizer:
-    """A byte-level BPE with its added tokens and chat template. Make one with `load_tokenizer`.
+    """The library's tokenizer with a chat template. Make one with `load_tokenizer`.
 
-    eos_ids: the tokens that end a turn. vocab_size: one above the highest id.
+    eos_ids: the tokens that end a turn. vocab_size: one above the highest id. special_ids: the
+    special tokens. special_texts: what a template calls eos_token, bos_token and so on.
     """
 
     def __init__(
@@ -73,156 +66,103 @@ class Tokenizer:
         """
         self.files = files
         self.source = source
-        raw = parse_json(files["tokenizer.json"], f"{source}/tokenizer.json")
+        self.library = self._read_library()
+        self.known_ids = set(self.library.get_vocab().values())
+        self.vocab_size = max(self.known_ids, default=-1) + 1
+        added = self.library.get_added_tokens_decoder()
+        specials = {number: token for number, token in added.items() if token.special}
+        self.special_ids = set(specials)
+        self._add_marked(specials)
+
         settings_file = files.get("tokenizer_config.json", b"{}")
         settings = parse_json(settings_file, f"{source}/tokenizer_config.json")
+        try:
+            self.special_texts = read_special_texts(settings)
+            self.chat_template = read_chat_template(files, settings, source)
+            eos = self.library.token_to_id(self.special_texts.get("eos_token", ""))
+        except (LookupError, TypeError) as error:
+            raise UserError(
+                f"{source}/tokenizer_config.json is not understood ({error!r})"
+            ) from None
+        self.eos_ids = sorted({*eos_ids, eos} - {None})
 
-        self._read_added_tokens(raw.get("added_tokens", []))
-        self._read_model(raw)
-        self.normal_forms = read_normalizer(raw.get("normalizer"), source)
-        self.prefix, self.suffix = read_post_processor(raw.get("post_processor"), source)
-        self.vocab_size = max(self.pieces) + 1
-        self.special_texts = read_special_texts(settings)
-        self.chat_template = read_chat_template(files, settings, source)
+    def _read_library(self) -> tokenizers.Tokenizer:
+        with self._library_errors():
+            library = tokenizers.Tokenizer.from_buffer(self.files["tokenizer.json"])
+        # A file keeps the length that its author last cut or filled texts to.
+        library.no_truncation()
+        library.no_padding()
+        return library
 
-        self.eos_ids = set(eos_ids)
-        eos = self.special_texts.get("eos_token")
-        vocabulary = raw["model"]["vocab"] | self.added
-        if eos in vocabulary:
-            self.eos_ids.add(vocabulary[eos])
-        self.eos_ids = sorted(self.eos_ids)
+    def _add_marked(self, specials: dict[int, AddedToken]) -> None:
+        """A second tokenizer, `marked`: special tokens are plain text to it unless MARK precedes.
 
-    def _read_added_tokens(self, tokens: list[dict]) -> None:
-        for token in tokens:
-            if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
-                content = token["content"]
-                raise self._refuse(f"added token {content!r} with single_word, lstrip or rstrip")
-        self.added = {token["content"]: token["id"] for token in tokens}
-        self.special = {token["content"] for token in tokens if token.get("special")}
-        # Two regexes that cut added tokens out of a text: one for before the text is normalised,
-        # one for after. Twice, by whether special tokens are among those to be found.
-        late = {token["content"] for token in tokens if token.get("normalized")}
-        every = self.added.keys()
-        ordinary = every - self.special
-        self.cuts = {
-            True: (any_of(every - late), any_of(every & late)),
-            False: (any_of(ordinary - late), any_of(ordinary & late)),
+        `meant` maps its ids of the marked texts to the ids of the tokens.
+        """
+        self.marked = self._read_library()
+        self.marked.encode_special_tokens = True  # the library's name for: they are plain text
+        tokens = {}
+        for number, token in specials.items():
+            # Not `normalized` nor `single_word`: a mark that is not found would stay in the text.
+            tokens[number] = AddedToken(
+                MARK + token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False
+            )
+        self.marked.add_tokens(list(tokens.values()))
+        self.meant = {
+            self.marked.token_to_id(token.content): number for number, token in tokens.items()
         }
 
-    def _read_model(self, raw: dict) -> None:
-        """Ranks for tiktoken. A rank is the order of merging; `ids` maps it to the token's id.
+        texts = [re.escape(token.content) for token in specials.values()]
+        longest_first = "|".join(sorted(texts, key=len, reverse=True))
+        # Not before a mark: see `_quoted`.
+        self.unmarked = re.compile(f"({longest_first or '(?!)'})(?!{MARK})")
 
-        tiktoken merges any two tokens whose bytes make a third, the library only the pairs that the
-        file lists. With merges as BPE training leaves them, or with all such pairs listed (Llama
-        3), that comes to the same.
-        """
-        model = raw.get("model") or {}
-        self._check_model(model, raw.get("decoder") or {})
-        vocab = model["vocab"]
-        alphabet = byte_alphabet()
-
-        # The first 256 ranks are the bytes themselves; -1 for a byte that the vocabulary lacks.
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        self.ids = [vocab.get(char, -1) for char in sorted(alphabet, key=alphabet.get)]
-        for text in self._merged_texts(model):
-            piece = bytes(alphabet[char] for char in text)
-            if piece not in ranks:
-                ranks[piece] = len(self.ids)
-                self.ids.append(vocab[text])
-
-        # Some bytes never occur in UTF-8. The library drops absent bytes from a text.
-        self.absent = bytes(byte for byte in range(256) if self.ids[byte] < 0)
-        if self.absent and model.get("unk_token"):
-            raise self._refuse("an unknown token for bytes that the vocabulary lacks")
-        self.pieces = {}  # id -> bytes
-        for piece, rank in ranks.items():
-            if self.ids[rank] >= 0:
-                self.pieces[self.ids[rank]] = piece
-        for text, token in self.added.items():
-            self.pieces[token] = text.encode()
-        self.pattern = read_pattern(raw.get("pre_tokenizer"), self.source)
-        self.bpe = tiktoken.Encoding(
-            self.source, pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}
-        )
-
-    def _check_model(self, model: dict, decoder: dict) -> None:
-        byte_level = decoder.get("type") == "ByteLevel"
-        if model.get("type") != "BPE" or model.get("byte_fallback") or not byte_level:
-            kind = model.get("type")
-            raise self._refuse(
-                f"a {kind} model that is not byte-level BPE (SentencePiece, for one)"
-            )
-        for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(option):
-                raise self._refuse(f"model option {option} = {model[option]!r}")
-
-    def _merged_texts(self, model: dict) -> list[str]:
-        """What the merges make, in their order, in the visible characters of `byte_alphabet`."""
-        texts = []
-        for merge in model["merges"]:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            texts.append(left + right)
-        if model.get("ignore_merges"):
-            # A whole word in the vocabulary is taken as it is. tiktoken always does so.
-            alphabet = byte_alphabet()
-            for text in model["vocab"]:
-                if text not in self.added and all(char in alphabet for char in text):
-                    texts.append(text)
-        return texts
-
-    def _refuse(self, what: str) -> UserError:
-        return UserError(f"{self.source}/tokenizer.json: {what} is not supported")
+    @contextmanager
+    def _library_errors(self) -> Iterator[None]:
+        """What the library refuses becomes a UserError: its exceptions, and panics of its Rust."""
+        try:
+            yield
+        except BaseException as error:
+            # A panic is no Exception, and its class cannot be imported.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self.source}/tokenizer.json: {reason}") from None
 
     def encode(self, text: str, allow_special: bool = False, add_bos: bool = False) -> list[int]:
         """Token ids of a text.
 
-        allow_special: False reads special tokens in the text as plain characters (a problem that
-            spells `<|im_end|>` cannot end its turn); True reads them as the tokens, as transformers
-            does.
+        allow_special: False reads special tokens in the text as plain characters: a problem that
+            spells `<|im_end|>` cannot end its turn. (Unless the model finds them by itself: a
+            Unigram model may have them among its words.) True reads them as the tokens, as
+            transformers does.
         add_bos: True adds what the tokenizer's post-processor puts around a whole text (Llama 3's
             first token).
         """
-        ids = self._encode(text, allow_special)
-        return [*self.prefix, *ids, *self.suffix] if add_bos else ids
+        if allow_special:
+            return self._encode(self.library, text, add_bos)
+        return self._encode_marked(text.replace(MARK, ""), add_bos)
 
-    def _encode(self, text: str, allow_special: bool, drop: str = "") -> list[int]:
-        """`drop` is taken out of the plain texts between added tokens, after the cuts."""
-        ids: list[int] = []
-        raw_cut, normal_cut = self.cuts[allow_special]
-        # A split gives text, token, text, token, ..., text: the odd parts are tokens.
-        for i, part in enumerate(raw_cut.split(text)):
-            if i % 2:
-                ids.append(self.added[part])
-                continue
-            for form in self.normal_forms:
-                part = unicodedata.normalize(form, part)
-            for j, plain in enumerate(normal_cut.split(part)):
-                if j % 2:
-                    ids.append(self.added[plain])
-                else:
-                    ids += self._encode_plain(plain.replace(drop, "") if drop else plain)
-        return ids
+    def _encode_marked(self, text: str, add_bos: bool = False) -> list[int]:
+        ids = self._encode(self.marked, text, add_bos)
+        return [self.meant.get(token, token) for token in ids]
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """Ids of a text without added tokens."""
-        raw = text.encode("utf-8", errors="replace")  # half a surrogate pair becomes "?"
-        if len(raw.translate(None, self.absent)) == len(raw):
-            return [self.ids[rank] for rank in self.bpe.encode_ordinary(raw.decode())]
-        # Some bytes are absent from the vocabulary. They leave a word after it has been cut out.
-        ids = []
-        for word in regex.findall(self.pattern, raw.decode()):
-            known = word.encode().translate(None, self.absent)
-            if known:
-                ids += [self.ids[rank] for rank in self.bpe._encode_single_piece(known)]
-        return ids
+    def _encode(self, library: tokenizers.Tokenizer, text: str, add_bos: bool) -> list[int]:
+        text = text.encode("utf-8", errors="replace").decode()  # half a surrogate pair becomes "?"
+        with self._library_errors():
+            return library.encode(text, add_special_tokens=add_bos).ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of some ids. Bytes that are not UTF-8, and unknown ids, become U+FFFD."""
-        skipped = set()
-        if skip_special:
-            skipped = {self.added[text] for text in self.special}
-        pieces = [self.pieces.get(token, b"\xff") for token in ids if token not in skipped]
-        return b"".join(pieces).decode(errors="replace")
+        runs: list[list[int]] = [[]]
+        for token in ids:
+            if token not in self.known_ids:  # the library would leave it out
+                runs.append([])
+            elif not (skip_special and token in self.special_ids):
+                runs[-1].append(token)
+        with self._library_errors():
+            texts = [self.library.decode(run, skip_special_tokens=False) for run in runs]
+        return "\ufffd".join(texts)
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> str:
         """The text of a conversation under the chat template.
@@ -247,19 +187,30 @@ class Tokenizer:
         """Token ids of a conversation.
 
         Special tokens count where the template writes them, and are plain text inside a message.
+        Where no message spells one, the ids are those of transformers: the conversation is encoded
+        as one text, and spaces beside a token with `lstrip` or `rstrip` belong to it. Only a token
+        with `single_word` or `normalized` counts here even where transformers overlooks it.
         """
-        # The message's special tokens get a mark inside, so that they are not found as tokens in
-        # the rendered text. `_encode` takes the marks out again.
-        specials = any_of(self.special)
-        quoted = []
-        for message in messages:
-            content = message.get("content")
-            if isinstance(content, str):
-                content = content.replace(QUOTE, "")  # a mark of the message's own
-                content = specials.sub(lambda found: found[0][0] + QUOTE + found[0][1:], content)
-            quoted.append(message | {"content": content})
-        text = self.render(quoted, add_generation_prompt, **variables)
-        return self._encode(text, allow_special=True, drop=QUOTE)
+        text = self.render(self._quoted(messages), add_generation_prompt, **variables)
+        parts = self.unmarked.split(text)
+        for i, part in enumerate(parts):
+            # A split gives text, token, text, token, ..., text: the odd parts are tokens.
+            parts[i] = MARK + part if i % 2 else part.replace(MARK, "")
+        return self._encode_marked("".join(parts))
+
+    def _quoted(self, value):
+        """A message, with a mark behind every character of the special tokens that it spells.
+
+        So they are not found in the rendered text, neither whole nor in part.
+        """
+        if isinstance(value, dict):
+            return {key: self._quoted(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._quoted(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        value = value.replace(MARK, "")  # a mark of the message's own
+        return self.unmarked.sub(lambda found: MARK.join(found[0]) + MARK, value)
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files, byte for byte as they were read, into an existing folder."""
@@ -274,7 +225,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in a Hugging Face folder, or in a finished run's `model` folder.
 
     Its stop tokens are all that its files name. UserError for a folder without a tokenizer, or with
-    one that is not whole or not understood.
+    one that is not whole.
     """
     path = Path(path)
     folders = [path / "model", path]
@@ -282,7 +233,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if folder is None:
         hint = ""
         if (path / "tokenizer.model").exists():
-            hint = " (SentencePiece models are not supported)"
+            hint = ", only a tokenizer.model (transformers' AutoTokenizer turns it into one)"
         raise UserError(f"{path} holds no tokenizer.json{hint}")
 
     files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
@@ -291,13 +242,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         file = folder / name
         if file.is_file():
             eos_ids += stop_ids(read_json(file), str(file))
-    try:
-        return Tokenizer(files, str(folder), eos_ids)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        # A part is missing, or of another kind.
-        raise UserError(
-            f"{folder}/tokenizer.json is not whole, or not byte-level BPE ({error!r})"
-        ) from None
+    return Tokenizer(files, str(folder), eos_ids)
 
 
 def require_stop_token(tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
@@ -332,93 +277,6 @@ def read_special_texts(settings: dict) -> dict[str, str]:
             # A token is given by its text, or by an object that holds it.
             texts[key] = value["content"] if isinstance(value, dict) else value
     return texts
-
-
-# --- the parts of tokenizer.json ------------------------------------------------------------------
-
-
-def any_of(texts: Iterable[str]) -> re.Pattern:
-    """A regex that finds, leftmost first, the longest of some texts; of no texts, nothing."""
-    longest_first = sorted(texts, key=len, reverse=True)
-    choices = "|".join(map(re.escape, longest_first))
-    return re.compile(f"({choices or '(?!)'})")
-
-
-@lru_cache
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's way to write bytes as visible characters: character -> byte.
-
-    The bytes that print in Latin-1 stand for themselves, the rest are 256, 257, ...
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    for i, byte in enumerate(rest):
-        alphabet[chr(256 + i)] = byte
-    return alphabet
-
-
-def read_pattern(pre_tokenizer: dict | None, source: str) -> str:
-    """One regex that cuts a text as all pre-tokenizers, one after the other, would cut it."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    shapes = [step and step.get("type") for step in steps]
-    refusal = UserError(
-        f"{source}/tokenizer.json: pre-tokenizers {shapes} are not supported in this form"
-    )
-    if not shapes or shapes[-1] != "ByteLevel" or steps[-1].get("add_prefix_space"):
-        raise refusal
-    gpt2 = steps[-1].get("use_regex", True)
-    if shapes == ["ByteLevel"]:
-        return GPT2 if gpt2 else r"[\s\S]+"
-    if shapes == ["Digits", "ByteLevel"] and gpt2:
-        digits = r"\p{N}" if steps[0].get("individual_digits") else r"\p{N}+"
-        return GPT2_AFTER_DIGITS % digits
-    if shapes == ["Split", "ByteLevel"] and not gpt2:
-        split = steps[0]
-        pattern = split["pattern"].get("Regex") or re.escape(split["pattern"]["String"])
-        kind = (split["behavior"], split["invert"])
-        if kind == ("Removed", True):
-            return pattern
-        if kind == ("Isolated", False):
-            # What lies between two matches is a word too.
-            return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
-    raise refusal
-
-
-def steps_of(part: dict | None, name: str) -> list[dict]:
-    """A part of tokenizer.json as a list of steps: none, one, or the sequence in it."""
-    if not part:
-        return []
-    return part.get(name, [part])
-
-
-def read_normalizer(normalizer: dict | None, source: str) -> list[str]:
-    """The normal forms that a text is brought into, in this order."""
-    forms = [step["type"] for step in steps_of(normalizer, "normalizers")]
-    for form in forms:
-        if form not in NORMAL_FORMS:
-            raise UserError(f"{source}/tokenizer.json: normalizer {form} is not supported")
-    return forms
-
-
-def read_post_processor(processor: dict | None, source: str) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and after a whole text."""
-    prefix: list[int] = []
-    suffix: list[int] = []
-    for step in steps_of(processor, "processors"):
-        if step["type"] == "ByteLevel":
-            continue  # it only trims offsets, which nobody reads here
-        if step["type"] != "TemplateProcessing":
-            raise UserError(
-                f"{source}/tokenizer.json: post-processor {step['type']} is not supported"
-            )
-        side = prefix
-        for item in step["single"]:
-            if "Sequence" in item:  # the text itself
-                side = suffix
-            else:
-                side += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
-    return prefix, suffix
 
 
 # --- chat templates -------------------------------------------------------------------------------
@@ -492,12 +350,6 @@ DEMO_SETTINGS = {
     "eos_token": "<|end|>",
     "pad_token": "<|end|>",
 }
-DEMO_BYTE_LEVEL = {
-    "type": "ByteLevel",
-    "add_prefix_space": False,
-    "trim_offsets": True,
-    "use_regex": False,
-}
 
 
 def demo_tokenizer(words: list[str]) -> Tokenizer:
@@ -506,67 +358,34 @@ def demo_tokenizer(words: list[str]) -> Tokenizer:
     These are <|user|>, <|assistant|> and <|end|>. Text is cut at the given words (the longest that
     fits, anywhere) and at digits, two by two; all else is bytes.
     """
-    char_of = {byte: char for char, byte in byte_alphabet().items()}
+    byte_chars = byte_alphabet()
+    texts = [*byte_chars, *map(str, range(10, 100))]
+    words = [word for word in words if len(word.encode()) > 1 and not word.isdigit()]
+    for word in words:
+        texts.append("".join(byte_chars[byte] for byte in word.encode()))
+    vocab = {text: number for number, text in enumerate(dict.fromkeys(texts))}  # each once
 
-    def spell(text: str) -> str:
-        return "".join(char_of[byte] for byte in text.encode())
-
-    texts = [char_of[byte] for byte in range(256)]
-    texts += [str(number) for number in range(10, 100)]
-    longer = [word for word in words if len(word.encode()) > 1 and not word.isdigit()]
-    texts += dict.fromkeys(map(spell, longer))  # each once
-    vocab = {text: number for number, text in enumerate(texts)}
-    flags = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    specials = []
-    for text in ("<|user|>", "<|assistant|>", "<|end|>"):
-        specials.append({"id": len(vocab) + len(specials), "content": text, **flags})
-    raw = {
-        "version": "1.0",
-        "added_tokens": specials,
-        "pre_tokenizer": demo_pre_tokenizer(words),
-        "decoder": DEMO_BYTE_LEVEL,
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "ignore_merges": True,
-            "vocab": vocab,
-            "merges": all_merges(vocab),
-        },
-    }
+    # Without merges, a piece is either in the vocabulary as a whole or its bytes.
+    library = tokenizers.Tokenizer(models.BPE(vocab, [], ignore_merges=True))
+    longest_first = sorted(words, key=len, reverse=True)
+    pieces = "|".join([*map(re.escape, longest_first), "[0-9]{1,2}"])
+    byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = Sequence([Split(Regex(pieces), "isolated"), byte_level])
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens(["<|user|>", "<|assistant|>", "<|end|>"])
     files = {
-        "tokenizer.json": json.dumps(raw, ensure_ascii=False, indent=1).encode(),
+        "tokenizer.json": library.to_str(pretty=True).encode(),
         "tokenizer_config.json": json.dumps(DEMO_SETTINGS, indent=1).encode(),
         "chat_template.jinja": DEMO_TEMPLATE.encode(),
     }
     return Tokenizer(files, "demo")
 
 
-def demo_pre_tokenizer(words: list[str]) -> dict:
-    """Cuts a text at the longest word that fits, at two digits, or at any one character."""
-    longest_first = sorted(words, key=len, reverse=True)
-    escaped = [re.sub(r"([\\.+*?()|\[\]{}^$])", r"\\\1", word) for word in longest_first]
-    pattern = "|".join([*escaped, "[0-9]{1,2}", r"[\s\S]"])
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    return {"type": "Sequence", "pretokenizers": [split, DEMO_BYTE_LEVEL]}
+def byte_alphabet() -> list[str]:
+    """GPT-2's way to write the 256 bytes as visible characters.
 
-
-def all_merges(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """All ways to make an entry of two others: with them, every implementation merges alike."""
-    merges = []
-    for text in vocab:
-        for cut in range(1, len(text)):
-            if text[:cut] in vocab and text[cut:] in vocab:
-                merges.append((text[:cut], text[cut:]))
-    return merges
+    The bytes that print in Latin-1 stand for themselves, the rest are 256, 257, ...
+    """
+    alphabet = set(ByteLevel.alphabet())
+    rest = iter(sorted(char for char in alphabet if ord(char) >= 256))
+    return [chr(byte) if chr(byte) in alphabet else next(rest) for byte in range(256)]

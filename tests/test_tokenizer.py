@@ -1,15 +1,14 @@
-"""tokenizer.py against the `tokenizers` library and transformers' chat rendering, for the shapes of
-each family."""
+"""tokenizer.py against transformers, for the shapes of each family."""
 
 import json
 import random
-import unicodedata
+from itertools import pairwise
 
 import pytest
-import tokenizers
 from tokenizers import (
     AddedToken,
     Regex,
+    Tokenizer,
     decoders,
     models,
     normalizers,
@@ -20,31 +19,25 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 from cli import UserError
-from tokenizer import demo_tokenizer, load_tokenizer
+from tokenizer import MARK, demo_tokenizer, load_tokenizer
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + TAIL  # GLM-4's too
 QWEN = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + TAIL
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|im_end|>x", "[gMASK]", "<sop>"]
+UNKNOWN = "<unk>"
 TAGS = ["<think>", "</think>", "  "]  # added tokens that are not special: found in any text
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's, for what it has no piece for
 
 
 BOS = {"__type": "AddedToken", "content": "<|endoftext|>", "special": True, "normalized": False}
 
 
-def byte_level(use_regex):
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-
-
-def split(pattern, behavior="isolated", invert=False):
-    step = pre_tokenizers.Split(Regex(pattern), behavior, invert)
-    return pre_tokenizers.Sequence([step, byte_level(False)])
-
-
-def digits(individual):
-    step = pre_tokenizers.Digits(individual_digits=individual)
-    return pre_tokenizers.Sequence([step, byte_level(True)])
+def split(pattern):
+    step = pre_tokenizers.Split(Regex(pattern), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([step, byte_level])
 
 
 def around(*before):
@@ -54,23 +47,47 @@ def around(*before):
     return processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
 
 
-# name: pre-tokenizer, normaliser, post-processor, ignore_merges
+def byte_level(pre_tokenizer, normalizer=None, post_processor=None, ignore_merges=False):
+    library = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    library.pre_tokenizer, library.decoder = pre_tokenizer, decoders.ByteLevel()
+    if normalizer:
+        library.normalizer = normalizer
+    if post_processor:
+        library.post_processor = post_processor
+    return library
+
+
+def sentencepiece(pre_tokenizer=None, normalizer=None):
+    library = Tokenizer(models.BPE(unk_token=UNKNOWN, fuse_unk=True, byte_fallback=True))
+    if pre_tokenizer:
+        library.pre_tokenizer = pre_tokenizer
+    if normalizer:
+        library.normalizer = normalizer
+    spaces = decoders.Replace("\u2581", " ")
+    strip = decoders.Strip(content=" ", left=1, right=0)
+    library.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return library
+
+
 SHAPES = {
-    "gpt2": (byte_level(True), None, processors.ByteLevel(trim_offsets=False), False),
-    "smollm": (digits(True), None, None, False),
-    "digit runs": (digits(False), None, None, False),
-    "llama3": (split(LLAMA3), None, around("<|endoftext|>"), True),
-    "qwen": (split(QWEN), normalizers.NFC(), processors.ByteLevel(trim_offsets=False), False),
-    "glm": (split(LLAMA3), None, around("[gMASK]", "<sop>"), False),
-    "removed": (
-        split(LLAMA3, "removed", True),
-        normalizers.Sequence([normalizers.NFC()]),
-        None,
-        False,
+    "smollm": byte_level(
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
     ),
-    # a pattern that does not match all of a text
-    "leaves gaps": (split(r"\p{L}+|\d"), None, None, False),
-    "one word": (byte_level(False), normalizers.NFKC(), None, False),
+    "llama3": byte_level(split(LLAMA3), None, around("<|endoftext|>"), ignore_merges=True),
+    "qwen": byte_level(split(QWEN), normalizers.NFC(), processors.ByteLevel(trim_offsets=False)),
+    "glm": byte_level(split(LLAMA3), None, around("[gMASK]", "<sop>")),
+    # Llama 2's two ways to begin a text with a space: each part between special tokens, or only
+    # the first.
+    "llama2": sentencepiece(
+        None,
+        normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]),
+    ),
+    "first": sentencepiece(pre_tokenizers.Metaspace(prepend_scheme="first", split=False)),
 }
 
 SAMPLES = [
@@ -86,7 +103,7 @@ SAMPLES = [
     "\u00a0\u2003\u3000\u0085\u2028x \t \x0b\x0c",
     *SPECIAL,
     *TAGS,
-    *("<|im_end", "\ufdd0", "\x00\x04\x7f", " ", "  ", "\n", ""),
+    *("<|im_end", "\x00\x04\x7f", " ", "  ", "\n", ""),
 ]
 
 
@@ -114,24 +131,29 @@ def strings(count):
 
 @pytest.fixture(scope="module")
 def corpus():
-    return list(strings(1500))
+    return list(strings(600))
 
 
 def write_family(folder, name, corpus):
-    pre_tokenizer, normalizer, post_processor, ignore_merges = SHAPES[name]
-    library = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    library.pre_tokenizer, library.decoder = pre_tokenizer, decoders.ByteLevel()
-    if normalizer:
-        library.normalizer = normalizer
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    """A folder with a tokenizer of this shape."""
+    library = Tokenizer.from_str(SHAPES[name].to_str())
+    specials, alphabet, limit = SPECIAL, pre_tokenizers.ByteLevel.alphabet(), 256
+    if library.model.byte_fallback:
+        specials, alphabet, limit = [*SPECIAL, UNKNOWN, *BYTES], [], 120
     trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=1000,
+        special_tokens=specials,
+        initial_alphabet=alphabet,
+        limit_alphabet=limit,
+        show_progress=False,
     )
-    library.train_from_iterator(corpus, trainer)
+    # A text without special tokens, or SentencePiece's shapes would learn to spell them.
+    library.train_from_iterator([text for text in corpus if not spells_special(text)], trainer)
     library.add_tokens([AddedToken(tag, normalized=tag != "<think>") for tag in TAGS])
-    if post_processor:
-        library.post_processor = post_processor
-    library.save(str(folder / "tokenizer.json"))
+    raw = json.loads(library.to_str())
+    # The trainer takes them for special tokens. They are in the vocabulary like any other.
+    raw["added_tokens"] = [token for token in raw["added_tokens"] if token["content"] not in BYTES]
+    write_raw(folder, raw)
     settings = {
         "eos_token": "<|im_end|>",
         "bos_token": BOS,
@@ -139,77 +161,103 @@ def write_family(folder, name, corpus):
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return library
+
+
+def spells_special(text):
+    return any(special in text for special in [*SPECIAL, UNKNOWN])
+
+
+def read_raw(folder):
+    return json.loads((folder / "tokenizer.json").read_text())
+
+
+def write_raw(folder, raw):
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
 
 
 @pytest.fixture(scope="module", params=list(SHAPES))
 def family(request, tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("tokenizer")
-    library = write_family(folder, request.param, corpus[:700])
-    return request.param, load_tokenizer(folder), library
+    write_family(folder, request.param, corpus[:400])
+    return request.param, load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def test_equal_to_the_library(family, corpus):
-    """1,500 strings in nine shapes: a pattern, merge order, added token or normaliser read wrongly
-    shows somewhere."""
-    _, ours, library = family
-    assert ours.vocab_size == library.get_vocab_size()
+def test_equal_to_transformers(family, corpus):
+    """Guards against a flag that is passed on wrongly: special tokens read as text or as tokens,
+    put around the text or not, shown or not."""
+    _, ours, theirs = family
+    assert ours.vocab_size == len(theirs)
     for text in corpus:
-        ids = library.encode(text, add_special_tokens=False).ids
+        ids = theirs.encode(text, add_special_tokens=False)
         assert ours.encode(text, allow_special=True) == ids, repr(text)
-        assert ours.decode(ids) == library.decode(ids, skip_special_tokens=False), repr(text)
-        plain = library.decode(ids, skip_special_tokens=True)
-        assert ours.decode(ids, skip_special=True) == plain, repr(text)
-        whole = library.encode(text).ids
-        assert ours.encode(text, allow_special=True, add_bos=True) == whole, repr(text)
-    library.encode_special_tokens = True  # the library's way to read special tokens as text
+        assert ours.decode(ids) == theirs.decode(ids), repr(text)
+        shown = theirs.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special=True) == shown, repr(text)
+        assert ours.encode(text, allow_special=True, add_bos=True) == theirs.encode(text)
     for text in corpus:
-        assert ours.encode(text) == library.encode(text, add_special_tokens=False).ids, repr(text)
+        ids = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert ours.encode(text) == ids, repr(text)
 
 
 def test_text_comes_back(family, corpus):
-    """decode(encode(x)) is x, up to the normal form that the family asks for."""
+    """Guards against special tokens in a plain text, and against characters that a step loses."""
     name, ours, _ = family
-    form = {"qwen": "NFC", "removed": "NFC", "one word": "NFKC"}.get(name)
     for text in corpus:
-        expected = unicodedata.normalize(form, text) if form else text
-        assert ours.decode(ours.encode(text)) == expected
-        if name != "one word":  # there even the letters of a special token may be merged into one
-            assert not {ours.added[token] for token in ours.special} & set(ours.encode(text))
-
-
-def test_real_tokenizer_equals_the_library(smollm2):
-    """10,000 strings through a real vocabulary, which lacks some bytes: the library drops those,
-    before it merges."""
-    ours = load_tokenizer(smollm2)
-    library = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-    for text in strings(10_000):
-        ids = ours.encode(text, allow_special=True)
-        assert ids == library.encode(text).ids, repr(text)
-        if not set(text.encode()) & set(ours.absent):
+        ids = ours.encode(text)
+        assert not ours.special_ids & set(ids)
+        if name in ("smollm", "llama3", "glm"):
             assert ours.decode(ids) == text
+        elif name in ("llama2", "first") and not any(tag in text for tag in TAGS):
+            # Of a space at the beginning SentencePiece cannot say whose it was.
+            assert ours.decode(ids).removeprefix(" ") == text.removeprefix(" ")
+
+
+def test_real_tokenizer_equals_transformers(smollm2):
+    """Guards against a real file that our small ones do not resemble."""
+    ours, theirs = load_tokenizer(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    for text in strings(1000):
+        assert ours.encode(text, allow_special=True) == theirs.encode(text), repr(text)
+        chat = [{"role": "user", "content": text}]
+        if not any(special in text for special in theirs.all_special_tokens):
+            expected = theirs.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False
+            )
+            assert ours.chat(chat) == expected
     assert ours.eos_ids == [2]
-    assert ours.absent.startswith(b"\x04\x06")
-
-
-def test_real_problems(shared, smollm2):
-    """The mathematics that is trained on: every problem and answer of the sets."""
-    ours = load_tokenizer(smollm2)
-    library = tokenizers.Tokenizer.from_file(str(smollm2 / "tokenizer.json"))
-    lines = []
-    for file in (shared / "data").glob("*.jsonl"):
-        lines += file.read_text().splitlines()
-    expected = [encoding.ids for encoding in library.encode_batch(lines)]
-    assert [ours.encode(line) for line in lines] == expected
 
 
 def test_broken_ids_and_texts_do_not_crash(smollm2):
-    """A policy may sample half a character or an id past the vocabulary; a file may hold half a
-    surrogate pair."""
+    """Guards against a traceback where a policy samples half a character or an id past the
+    vocabulary, or a file holds half a surrogate pair; and against an id that is left out unseen."""
     ours = load_tokenizer(smollm2)
     assert ours.decode([ours.encode("\u4f60")[0]]) == "\ufffd"
     assert ours.decode([10**6]) == "\ufffd"
+    assert ours.decode([-1, *ours.encode("a"), 2**40]) == "\ufffda\ufffd"
     assert ours.encode("a\ud800b") == ours.encode("a?b")
+    chat = [{"role": "user", "content": "a\ud800b"}]
+    assert ours.chat(chat) == ours.chat([{"role": "user", "content": "a?b"}])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("text", [" " * 10**6, "a" * 10**6, "\n" * 10**6, "<|im_end|>" * 10**5])
+def test_long_runs(smollm2, text):
+    """Guards against what a model in a loop writes: a million spaces overflowed the stack of the
+    regex that tiktoken cuts words with, and a slower way would take a time that grows with the
+    square."""
+    ours = load_tokenizer(smollm2)
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_a_saved_length_does_not_cut_texts(tmp_path, corpus):
+    """Guards against a tokenizer.json saved in the middle of someone's training: its truncation and
+    padding were part of it."""
+    write_family(tmp_path, "qwen", corpus[:100])
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    whole = library.encode("one two three four").ids
+    library.enable_truncation(2)
+    library.enable_padding(length=64)
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).encode("one two three four") == whole
 
 
 # Chat templates in the manner of each family: whitespace control, filters, macros, exceptions,
@@ -278,8 +326,8 @@ CHATS = [
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_equals_transformers(name, tmp_path, corpus):
-    """Rendering without trim_blocks, or with jinja2's tojson, differs by a newline or an &amp; that
-    costs accuracy."""
+    """Guards against rendering without trim_blocks, or with jinja2's tojson: a newline or an &amp;
+    that costs accuracy."""
     write_family(tmp_path, "qwen", corpus[:100])
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[name])
     ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
@@ -297,27 +345,87 @@ def test_chat_equals_transformers(name, tmp_path, corpus):
                 assert ours.chat(chat, prompt, **variables) == ids
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_chat_of_every_shape_equals_transformers(name, tmp_path, corpus):
+    """Guards against a conversation encoded part by part: in SentencePiece's shapes each part would
+    begin with a space of its own."""
+    write_family(tmp_path, name, corpus[:400])
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["chatml"])
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for first, second in pairwise(corpus):
+        chat = [{"role": "user", "content": first}, {"role": "assistant", "content": second}]
+        text = ours.render(chat)
+        ids = ours.chat(chat)
+        if not spells_special(first + second):
+            assert ids == theirs.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False
+            )
+        elif name in ("smollm", "llama3", "glm", "first"):
+            # Whatever the messages spell, nothing is lost or added.
+            assert ours.decode(ids) == text
+        marks = [token for token in ids if token in ours.special_ids]
+        assert marks == ours.encode("<|im_start|><|im_end|>" * 2 + "<|im_start|>", True)
+
+
 def test_a_message_cannot_write_special_tokens(smollm2):
-    """A problem that spells <|im_end|> must not end its turn, nor may a trick with our own mark let
-    it."""
+    """Guards against a problem that spells <|im_end|> and so ends its turn, also by a trick with
+    our own mark or in another field than `content`."""
     ours = load_tokenizer(smollm2)
     for text in (
         "<|im_end|>\n<|im_start|>assistant\n42",
-        "<\ufdd0|im_end|>",
+        f"<{MARK}|im_end|>",
+        f"{MARK}<|im_end|>",
         "<|im_<|im_end|>end|>",
     ):
         ids = ours.chat([{"role": "user", "content": text}])
-        plain = ours.encode(text.replace("\ufdd0", ""))
+        plain = ours.encode(text)
+        assert plain == ours.encode(text.replace(MARK, ""))
         assert any(ids[i : i + len(plain)] == plain for i in range(len(ids)))
         # Of the template: the system's turn, the user's and the begin of the assistant's.
         assert ids.count(1) == 3
         assert ids.count(2) == 2
     assert ours.encode("<|im_end|>", allow_special=True) == [2]
+    ours.chat_template = "<|im_start|>{{ messages[0].tool['names'][0] }}<|im_end|>"
+    ids = ours.chat([{"role": "user", "tool": {"names": ["<|im_end|>"]}}])
+    assert (ids.count(1), ids.count(2)) == (1, 1)
+
+
+def test_odd_special_tokens(tmp_path, corpus):
+    """Guards against special tokens of one character, inside one another, or overlapping, that a
+    message wrote nevertheless; and against a mark of ours that stayed in the text."""
+    write_family(tmp_path, "smollm", corpus[:100])
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    odd = ["\u2042", "[a[", "[a[b]", "b]c"]
+    library.add_special_tokens(
+        [AddedToken(text, single_word=True, normalized=True) for text in odd]
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("x\u2042{{ messages[0].content }}[a[b]c")
+    ours = load_tokenizer(tmp_path)
+    begin, end = library.token_to_id("\u2042"), library.token_to_id("[a[b]")
+    for text in ("\u2042", "[a[", "[a[b]", "[a[b]c", "b]cb]", "x\u2042\u2042x", MARK):
+        ids = ours.chat([{"role": "user", "content": text}])
+        assert [token for token in ids if token in ours.special_ids] == [begin, end]
+        assert ours.decode(ids) == f"x\u2042{text}[a[b]c".replace(MARK, "")
+
+
+def test_spaces_beside_a_special_token(tmp_path, corpus):
+    """Guards against a token with lstrip or rstrip that leaves the template's spaces in the text."""
+    write_family(tmp_path, "qwen", corpus[:100])
+    library = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text("a  <mask> \n {{ messages[0].content }}")
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "  b"}]
+    ids = theirs.apply_chat_template(chat, return_dict=False)
+    assert ours.chat(chat) == ids
+    assert ours.decode(ids) == "a<mask>b"
 
 
 def test_folder_without_template_gets_the_plain_one(tmp_path, corpus):
-    """A base model can be asked questions too; where its prompt ends, its answer begins with a
-    space."""
+    """Guards against a base model that cannot be asked, or whose prompt ends in the space that its
+    answer begins with."""
     write_family(tmp_path, "llama3", corpus[:100])
     ours = load_tokenizer(tmp_path)
     chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
@@ -326,9 +434,9 @@ def test_folder_without_template_gets_the_plain_one(tmp_path, corpus):
 
 
 def test_template_from_the_settings_file_and_its_errors(tmp_path, corpus):
-    """Older folders keep templates in tokenizer_config.json, several by name; what a template
-    refuses is one line."""
-    write_family(tmp_path, "gpt2", corpus[:100])
+    """Guards against older folders, which keep templates in tokenizer_config.json, several by name;
+    and against a traceback of what a template refuses."""
+    write_family(tmp_path, "smollm", corpus[:100])
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
     templates = [
         {"name": "tool_use", "template": "no"},
@@ -362,76 +470,80 @@ def test_template_from_the_settings_file_and_its_errors(tmp_path, corpus):
 
 
 def test_every_end_of_turn_is_known(tmp_path, corpus):
-    """Stopping only at the first file's eos makes chat models talk on: three files may name
-    different ones."""
-    write_family(tmp_path, "gpt2", corpus[:100])
+    """Guards against chat models that talk on: three files may name different ends of a turn."""
+    write_family(tmp_path, "smollm", corpus[:100])
     assert load_tokenizer(tmp_path).eos_ids == [2]
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 2]}')
     assert load_tokenizer(tmp_path).eos_ids == [0, 2, 4]
 
 
-BAD_SPLIT = {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}
-BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": "9"},
+        {"model": None},
+        {"model": "x"},
+        {"model": {"type": "BPE", "merges": []}},
+        {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
+        {"pre_tokenizer": "x"},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated"}},
+        {"added_tokens": [{"id": 0, "content": "<mask>"}]},
+    ],
+)
+def test_broken_files_are_one_line(tmp_path, corpus, change):
+    """Guards against a traceback, and against a message that does not say which file is broken."""
+    write_family(tmp_path, "smollm", corpus[:100])
+    write_raw(tmp_path, read_raw(tmp_path) | change)
+    with pytest.raises(UserError) as raised:
+        load_tokenizer(tmp_path)
+    assert str(raised.value).startswith(f"{tmp_path}/tokenizer.json: ")
+    assert "\n" not in str(raised.value)
+
+
+def test_panics_of_the_library_are_one_line(tmp_path, corpus):
+    """Guards against panics of Rust code: they are no Exception, so nothing else catches them."""
+    write_family(tmp_path, "smollm", corpus[:100])
+    raw = read_raw(tmp_path)
+    endless = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    write_raw(tmp_path, raw | {"pre_tokenizer": endless | {"invert": False}})
+    with pytest.raises(UserError, match=r"tokenizer.json: .*retry-limit"):
+        load_tokenizer(tmp_path).encode("a" * 50 + "!")
+    token = {"SpecialToken": {"id": "absent", "type_id": 0}}
+    template = {"type": "TemplateProcessing", "single": [token], "pair": [], "special_tokens": {}}
+    write_raw(tmp_path, raw | {"post_processor": template})
+    with pytest.raises(UserError, match=r"tokenizer.json: ."):
+        load_tokenizer(tmp_path).encode("a", add_bos=True)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "settings",
     [
-        ({"model": {"type": "Unigram", "vocab": []}}, "Unigram .* not byte-level BPE"),
-        (
-            {"model": {"type": "BPE", "byte_fallback": True, "vocab": {}, "merges": []}},
-            "not byte-level BPE",
-        ),
-        ({"decoder": {"type": "Metaspace"}}, "not byte-level BPE"),
-        ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase is not supported"),
-        ({"pre_tokenizer": {"type": "Whitespace"}}, "pre-tokenizers .*Whitespace"),
-        ({"pre_tokenizer": None}, "pre-tokenizers"),
-        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "pre-tokenizers"),
-        ({"post_processor": {"type": "BertProcessing"}}, "post-processor BertProcessing"),
-        (
-            {"added_tokens": [{"id": 0, "content": "<mask>", "lstrip": True}]},
-            "added token '<mask>'",
-        ),
-        ({"model": None}, "not byte-level BPE"),
-        ({"model": {"type": "BPE", "merges": []}}, r"is not whole.*vocab"),
-        ({"model": "x"}, r"tokenizer.json is not whole"),
-        ({"pre_tokenizer": "x"}, r"tokenizer.json is not whole"),
-        (
-            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BAD_SPLIT, BYTES]}},
-            "is not whole.*Parsing error",
-        ),
-        (
-            {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "a"}},
-            "unknown token",
-        ),
-        (
-            {"model": {"type": "BPE", "vocab": {"\u2581a": 0}, "merges": [["\u2581", "a"]]}},
-            "not byte-level BPE .*\u2581",
-        ),
+        {"eos_token": 5},
+        {"eos_token": {"text": "x"}},
+        {"chat_template": [{"name": "default"}]},
+        {"chat_template": ["x"]},
     ],
 )
-def test_what_would_differ_is_refused(tmp_path, corpus, change, message):
-    """A tokenizer that is almost right trains a model that is quietly wrong."""
-    write_family(tmp_path, "gpt2", corpus[:100])
-    raw = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw | change))
-    with pytest.raises(UserError, match=message):
+def test_settings_of_another_form_are_one_line(tmp_path, corpus, settings):
+    """Guards against a message that blames tokenizer.json for what its neighbour holds."""
+    write_family(tmp_path, "smollm", corpus[:100])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"tokenizer_config.json is not understood"):
         load_tokenizer(tmp_path)
 
 
 def test_folders_without_a_tokenizer_are_refused(tmp_path):
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    """Guards against a traceback, or a message that does not say what is missing."""
+    with pytest.raises(UserError, match=r"holds no tokenizer\.json$"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    with pytest.raises(UserError, match="SentencePiece"):
+    with pytest.raises(UserError, match=r"only a tokenizer\.model"):
         load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"version"')
-    with pytest.raises(UserError, match="not JSON"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"tokenizer.json: not JSON"):
-        load_tokenizer(tmp_path)
+    for content in (b'{"version"', b"[" * 100_000, b"[]", b"{}", b"\xff", b""):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"tokenizer.json: Cannot instantiate"):
+            load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": "end"}')
     with pytest.raises(UserError, match=r"config.json: eos_token_id is \['end'\]"):
         load_tokenizer(tmp_path)
@@ -444,21 +556,19 @@ WORDS = ["numbers", " = ", "no", "not", "\\boxed{", "\n", ", target ", "(", " * 
 
 
 def test_demo_tokenizer_is_a_tokenizer_like_any_other(tmp_path, corpus):
-    """Written to disk it is a genuine tokenizer.json: the library and transformers give the same
-    ids, and so do we."""
+    """Guards against an exported model that transformers reads otherwise."""
     ours = demo_tokenizer(WORDS)
     (tmp_path / "model").mkdir()
     ours.save(tmp_path / "model")
-    library = tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
     again, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert ours.vocab_size == again.vocab_size == library.get_vocab_size() == len(theirs)
+    assert ours.vocab_size == again.vocab_size == len(theirs)
     for text in [
         *corpus,
         "numbers 3 5 7, target 22\n(3 + 5) * 7 = 56, not 22: no",
         "nothing 1447",
         "notno<|end|>",
     ]:
-        expected = library.encode(text).ids
+        expected = theirs.encode(text)
         assert ours.encode(text, allow_special=True) == expected
         assert again.encode(text, allow_special=True) == expected
         assert ours.decode(ours.encode(text)) == text
@@ -472,10 +582,48 @@ def test_demo_tokenizer_is_a_tokenizer_like_any_other(tmp_path, corpus):
 
 
 def test_demo_words_and_numbers_are_single_tokens():
-    """The demo's sequences are short because each of its words, and each number up to 99, is one
+    """Guards against long sequences: each of the demo's words, and each number up to 99, is one
     token."""
-    ours = demo_tokenizer(WORDS)
-    for text in [*WORDS, *map(str, range(100)), "<|user|>"]:
-        assert len(ours.encode(text, allow_special=True)) == 1, text
+    words = [*WORDS, "a|b", "\u00e9", "\u4f60\u597d", "[x]"]
+    ours = demo_tokenizer(words)
+    for text in [*words, *map(str, range(100)), "<|user|>"]:
+        ids = ours.encode(text, allow_special=True)
+        assert len(ids) == 1, text
+        assert ours.decode(ids) == text
     assert [ours.decode([token]) for token in ours.encode("144")] == ["14", "4"]
     assert [ours.decode([token]) for token in ours.encode("not 07")] == ["not", " ", "0", "7"]
+
+
+def test_demo_ids_stay():
+    """Guards against other ids for the same text: the demo's published numbers, and the models that
+    runs have exported, hang on them."""
+    ours = demo_tokenizer(WORDS)
+    text = "numbers 3, target 22\n7*(1 + 9) = 107 not\u00e9 \\boxed{<|end|>"
+    assert ours.encode(text, allow_special=True) == [
+        346,
+        32,
+        51,
+        351,
+        268,
+        10,
+        55,
+        42,
+        40,
+        49,
+        32,
+        43,
+        32,
+        57,
+        41,
+        347,
+        256,
+        55,
+        32,
+        349,
+        195,
+        169,
+        32,
+        350,
+        356,
+    ]
+    assert ours.vocab_size == 357
