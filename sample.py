@@ -662,19 +662,25 @@ def cut_off(count: int, room: int) -> str:
 def show(tokenizer: Tokenizer, tokens: Iterator[int]) -> str:
     """Print the text as its tokens come, and return it. Ctrl-C ends it where it is."""
     said = ""
+    before: list[int] = []  # printed last: SentencePiece drops the space that begins a text
     pending: list[int] = []  # tokens that are not printed yet: a character may have several
+
+    def new_text() -> str:
+        known = tokenizer.decode(before, skip_special=True)
+        return tokenizer.decode(before + pending, skip_special=True).removeprefix(known)
+
     try:
         for token in tokens:
             pending.append(token)
-            text = tokenizer.decode(pending, skip_special=True)
-            if not text.endswith("\ufffd"):
+            text = new_text()
+            if text and not text.endswith("\ufffd"):
                 print(text, end="", flush=True)
                 said += text
-                pending = []
+                before, pending = pending, []
     except KeyboardInterrupt:
         pass
     print(flush=True)
-    return said + tokenizer.decode(pending, skip_special=True)
+    return said + new_text()
 
 
 def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None:

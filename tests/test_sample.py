@@ -6,9 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import cot
@@ -18,7 +20,7 @@ from cli import UserError
 from decode import CPUDecoder, can_pack
 from model import ModelConfig, Transformer, load_pretrained, random_init, save_pretrained
 from sample import Batch, Completion, Sampler, SamplingParams, sequence_seed
-from tokenizer import demo_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
 EOS = 7
 CONTEXT = 160
@@ -576,6 +578,30 @@ def test_show_prints_whole_characters(smollm2, capsys):
     text = "a🙂é汉字 done"
     assert sample.show(tokenizer, iter(tokenizer.encode(text) + [2])) == text
     assert capsys.readouterr().out == text + "\n"
+
+
+def test_show_keeps_the_spaces_between_tokens(capsys):
+    """Words run together where a decoder drops the space that begins a text: SentencePiece's does,
+    also before a special token that is not shown."""
+    pieces = [
+        "\u2581two",
+        "\u2581and",
+        "\u2581",
+        "\u2581two",
+        "</s>",
+        "\u2581make",
+        "\u2581",
+        "four",
+    ]
+    vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
+    library = tokenizers.Tokenizer(models.WordLevel(vocab))
+    library.decoder = decoders.Metaspace()
+    library.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer({"tokenizer.json": library.to_str().encode()})
+    ids = [vocab[piece] for piece in pieces]
+    assert tokenizer.decode(ids, skip_special=True) == "two and  two make four"
+    assert sample.show(tokenizer, iter(ids)) == "two and  two make four"
+    assert capsys.readouterr().out == "two and  two make four\n"
 
 
 def test_ctrl_c_keeps_what_was_said(smollm2, capsys):
