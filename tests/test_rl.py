@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import alarms
 import cli
 import cot
 import parallel
@@ -324,9 +325,9 @@ def test_alarms_name_what_goes_wrong():
     trained) crash it.
     """
     assert (
-        rl.alarms([])
-        == rl.alarms(run_of())
-        == rl.alarms(run_of(accuracy=[0.1 * i for i in range(10)]))
+        alarms.of([])
+        == alarms.of(run_of())
+        == alarms.of(run_of(accuracy=[0.1 * i for i in range(10)]))
         == []
     )
     collapse = [0.6] * 8 + [0.2] * 5
@@ -336,12 +337,12 @@ def test_alarms_name_what_goes_wrong():
         ({"truncated": [0.05] * 8 + [0.4] * 5}, "length run-away"),
         ({"skipped": [0] * 8 + [1]}, "not finite"),
     ]:
-        (alarm,) = rl.alarms(run_of(**series))
+        (alarm,) = alarms.of(run_of(**series))
         assert alarm.startswith(name) and "--" in alarm
     silent = run_of(accuracy=collapse)
     for row in silent:
         del row["entropy"]
-    assert len(rl.alarms(silent)) == 1
+    assert len(alarms.of(silent)) == 1
 
 
 POPULATIONS = {  # how likely the policy solves a problem that is drawn
@@ -370,7 +371,7 @@ def simulated(rng: random.Random, population: str, samples: int, steps: int, lef
 
 def first_alarm(rows: list[dict], after: int = 0) -> int | None:
     """The step at which the first alarm rings."""
-    return next((n for n in range(after, len(rows) + 1) if rl.alarms(rows[:n])), None)
+    return next((n for n in range(after, len(rows) + 1) if alarms.of(rows[:n])), None)
 
 
 @pytest.mark.parametrize("samples", [1, 8])
@@ -414,20 +415,20 @@ def test_a_run_that_learns_nothing_says_why(state, reason):
     the worse, so nothing rings. It must ring from the start, once and not at every step."""
     row = {"truncated": 0.0, "unexpected": 0.0, "skipped": 0, "loss": 0.0, "max_tokens": 8} | state
     for idle in (row | {"dropped": 1.0}, row):  # the second: a recipe that drops no single group
-        assert all("learned" not in alarm for alarm in rl.alarms([idle] * 9))
-        alarm = rl.alarms([idle] * 50)[-1]
+        assert all("learned" not in alarm for alarm in alarms.of([idle] * 9))
+        alarm = alarms.of([idle] * 50)[-1]
         assert alarm.startswith("nothing is learned: no update for 10 steps") and reason in alarm
         learns = idle | {"dropped": 0.9, "loss": 0.1, "grad_norm": 1.0}
-        assert all("learned" not in alarm for alarm in rl.alarms([idle] * 9 + [learns] + [idle]))
+        assert all("learned" not in alarm for alarm in alarms.of([idle] * 9 + [learns] + [idle]))
 
 
 def test_responses_that_never_end_are_named():
     """Bug: a run whose responses are all cut off from its first step on is silent, for their share
     never rose; with --penalty advantage there are updates, too."""
     row = {"accuracy": 0.0, "entropy": 1.0, "truncated": 1.0, "skipped": 0, "loss": 1.0}
-    (alarm,) = rl.alarms([row] * 5)
+    (alarm,) = alarms.of([row] * 5)
     assert "--max-tokens" in alarm and "--temperature" in alarm
-    assert not rl.alarms([row | {"truncated": 0.5}] * 50)
+    assert not alarms.of([row | {"truncated": 0.5}] * 50)
 
 
 class Said:
