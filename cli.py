@@ -16,11 +16,14 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import gzip
+import hashlib
 import json
 import os
 import signal
 import socket
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -113,6 +116,9 @@ def expand_value(value: Any) -> Any:
 
 # --- reading --------------------------------------------------------------------------------------
 
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
+"""How files of these kinds begin, whatever their names say."""
+
 
 def parse_json(text: str | bytes, where: str) -> dict:
     """The object that `text` spells in JSON; UserError begins with `where` if it spells none."""
@@ -127,13 +133,27 @@ def parse_json(text: str | bytes, where: str) -> dict:
     return value
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file; UserError if it cannot be read."""
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds, unpacked if it is gzipped; UserError if it cannot be read."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = Path(path).read_bytes()
+        return gzip.decompress(content) if content.startswith(GZIP) else content
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot read {path}: {reason}") from None
+
+
+def decode(content: bytes, path: str | Path) -> str:
+    """The text that UTF-8 spells, without a byte order mark; UserError names `path`."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file; UserError if it cannot be read."""
+    return decode(read_bytes(path), path)
 
 
 def read_json(path: str | Path) -> dict:
@@ -141,16 +161,58 @@ def read_json(path: str | Path) -> dict:
     return parse_json(read_text(path), f"cannot read {path}")
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a JSONL file; UserError names the file and line of the first bad one."""
-    rows = []
-    # Not splitlines(), which would also split at U+2028: a JSON string may hold that character.
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            rows.append(parse_json(line, f"{path}, line {number}"))
+def read_rows(path: str | Path) -> dict[str, dict]:
+    """{place: object}, for every row of a JSONL file, gzipped or not, or of a Parquet file.
+
+    place: "FILE, line 3" or "FILE, row 3", for what there is to say about it. A field that is null
+    is left out: Parquet has every column in every row. UserError names the place of the first bad
+    row.
+    """
+    content = read_bytes(path)
+    rows = {}
+    if content.startswith(PARQUET):
+        for number, row in enumerate(parse_parquet(content, path), start=1):
+            rows[f"{path}, row {number}"] = row
+    else:
+        # Not splitlines(), which also splits at U+2028: a JSON string may hold that character.
+        for number, line in enumerate(decode(content, path).split("\n"), start=1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                rows[where] = parse_json(line, where)
     if not rows:
         raise UserError(f"{path} holds no problems")
-    return rows
+    return {where: without_nulls(row) for where, row in rows.items()}
+
+
+def without_nulls(row: dict) -> dict:
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def parse_parquet(content: bytes, path: str | Path) -> list[dict]:
+    """The rows of a Parquet file, as JSON would hold them: a date becomes text."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            f"{path} is a Parquet file, and pyarrow is not installed: pip install pyarrow"
+        ) from None
+    try:
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+    return json.loads(json.dumps(rows, default=str))
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects that `read_rows` reads, without their places."""
+    return list(read_rows(path).values())
+
+
+def fingerprint(value: Any) -> str:
+    """The same for equal values, in any process: of text, numbers, and lists or dataclasses of
+    them."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 # --- writing --------------------------------------------------------------------------------------

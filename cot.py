@@ -183,7 +183,7 @@ def ask(
     )
     texts: list[list[str]] = [[] for _ in chats]
     for i, row in zip(fitting, answers):
-        asked = chats[i][-1]["content"]
+        asked = " ".join(turn["content"] for turn in chats[i])
         for answer in row:
             text = tokenizer.decode(answer.tokens[:-1], True).strip()
             if answer.finish_reason == "stop" and text and not tasks.garbled(text, asked):
@@ -359,6 +359,10 @@ def by_attempts(config: "Config") -> list[dict]:
         rows.append(row | {"failures": len(draft.failures)})
     if config.rewrite:
         rewrite(config.rewrite, rows, replace(params, max_tokens=config.rewrite_tokens))
+    for draft, row in zip(drafts, rows):
+        if draft.problem.earlier:  # then sft.py needs the whole chat
+            answer = {"role": "assistant", "content": row["response"]}
+            row["messages"] = [*tasks.messages(draft.problem), answer]
     return rows
 
 

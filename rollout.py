@@ -158,7 +158,7 @@ def judge(
             pattern = unexpected_pattern(
                 completions[i],
                 text,
-                asked[i].question,
+                " ".join(turn["content"] for turn in tasks.messages(asked[i])),
                 config.patterns,
                 config.repeat_ngram,
                 config.repeat_times,

@@ -26,6 +26,7 @@ Problem files name it, `"task": "reverse"`, and `rl.py --task reverse` knows it 
 `problems`.
 """
 
+import math
 import random
 import re
 import unicodedata
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import verify
-from cli import UserError, read_jsonl
+from cli import UserError, read_rows
 from tokenizer import Tokenizer
 from verify import Verdict
 
@@ -53,6 +54,8 @@ class Problem:
     question: str
     answer: str
     task: str = "math"
+    earlier: tuple[tuple[str, str], ...] = ()
+    """(role, content) of every turn before the question, where a problem file has a chat."""
 
 
 @dataclass(frozen=True)
@@ -275,21 +278,66 @@ def holds(x: str, operator: str, y: str, result: str) -> bool:
 
 
 def load(path: str | Path) -> list[Problem]:
-    """Problems from JSONL: `problem` or `question`, `answer`, and `task` where it is not `math`."""
-    problems = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        question = row.get("problem", row.get("question"))
-        if not isinstance(question, str) or not question.strip():
-            raise UserError(f"{path}, problem {number}: no `problem` (or `question`)")
-        if row.get("answer") in (None, ""):
-            raise UserError(f"{path}, problem {number}: no `answer`")
-        task = known_task(row, f"{path}, problem {number}")
-        try:
-            answer = TASKS[task].read_answer(str(row["answer"]))
-        except UserError as error:
-            raise UserError(f"{path}, problem {number}: {error}") from None
-        problems.append(Problem(question, answer, task))
-    return problems
+    """The problems of a file: see `read_problem`, and `cli.read_rows` for its formats."""
+    return [read_problem(row, where) for where, row in read_rows(path).items()]
+
+
+def read_problem(row: dict, where: str) -> Problem:
+    """The problem in a row: its question, `answer`, and `task` where it is not `math`.
+
+    UserError says `where`, and which field no model could be asked or judged by.
+    """
+    question, earlier = read_question(row, where)
+    field = row.get("answer", "")
+    # true is no answer either: nobody says whether a response should box "true", "True" or "yes".
+    if isinstance(field, bool) or not isinstance(field, str | int | float):
+        raise UserError(f"{where}: `answer` is a {type(field).__name__}, no text and no number")
+    if isinstance(field, float) and not math.isfinite(field):
+        raise UserError(f"{where}: `answer` is {field}")
+    if not str(field).strip():
+        raise UserError(f"{where}: no `answer`")
+    task = known_task(row, where)
+    try:
+        answer = TASKS[task].read_answer(str(field))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    return Problem(question, answer, task, earlier)
+
+
+QUESTIONS = ("problem", "question", "prompt", "messages")
+"""The fields that a question may stand in; the first that is not empty counts."""
+
+
+def read_question(row: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """(question, the turns before it) of a row: a text, or a chat whose last turn is the question.
+
+    UserError says `where`. A chat that ends in an assistant's turn is refused: it is no prompt, and
+    may hold the solution.
+    """
+    name = next((name for name in QUESTIONS if row.get(name)), "problem")
+    question = row.get(name, "")
+    earlier = []
+    if isinstance(question, list):
+        if not all(map(is_message, question)):
+            raise UserError(
+                f"{where}: `{name}` must be a list of objects with `role` and `content`, or a text"
+            )
+        *before, last = question
+        if last["role"] != "user":
+            raise UserError(
+                f"{where}: `{name}` ends in a turn of the {last['role']}, not of the user"
+            )
+        earlier = [(turn["role"], turn["content"]) for turn in before]
+        question = last["content"]
+    if not isinstance(question, str) or not question.strip():
+        raise UserError(f"{where}: no `problem` (or `question`)")
+    return question, tuple(earlier)
+
+
+def is_message(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def known_task(row: dict, where: str) -> str:
@@ -302,7 +350,8 @@ def known_task(row: dict, where: str) -> str:
 
 def messages(problem: Problem) -> list[dict]:
     """The chat that puts the problem: the question, and behind it what its task has to say."""
-    return [{"role": "user", "content": problem.question + TASKS[problem.task].instruction}]
+    turns = [*problem.earlier, ("user", problem.question + TASKS[problem.task].instruction)]
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def prompt_ids(problem: Problem, tokenizer: Tokenizer) -> list[int]:
@@ -323,6 +372,16 @@ def boxed(response: str) -> str:
 # --- reward ---------------------------------------------------------------------------------------
 
 
+def read_math(field: str) -> str:
+    """The reference in an `answer`; UserError if no response could be right, not even one that
+    boxes it as it stands.
+    """
+    answer = verify.reference_answer(field)
+    if verify.verify(f"\\boxed{{{answer}}}", answer).outcome in ("no_answer", "unparsed"):
+        raise UserError(f"`answer` holds nothing that a response could match: {field[-60:]!r}")
+    return answer
+
+
 def judge_math(problem: Problem, response: str) -> Verdict:
     """Does the last box of the response hold the reference answer?"""
     return verify.verify(response, problem.answer)
@@ -332,7 +391,7 @@ TASKS = {
     "math": Task(
         judge_math,
         instruction="\nReason step by step, and put your final answer within \\boxed{}.",
-        read_answer=verify.reference_answer,
+        read_answer=read_math,
     ),
     "countdown": Task(
         judge_countdown,
@@ -402,11 +461,13 @@ def repeats(tokens: list[int], ngram: int = 20, times: int = 4) -> bool:
 def garbled(text: str, question: str = "") -> bool:
     """Unexpected pattern: broken characters, control characters, or letters of a foreign script.
 
-    Foreign: neither Latin nor Greek (maths uses both) and not in the question; so a Chinese answer
-    to a Chinese question is fine, and a Cyrillic word in an English chain is not.
+    Foreign: neither Latin nor Greek (maths uses both) and not of the question's language; so a
+    Chinese answer to a Chinese question is fine, and a Cyrillic word in an English chain is not.
     """
-    letters = filter(str.isalpha, question)
+    letters = filter(str.isalpha, set(question))
     expected = {"LATIN", "GREEK", *map(script, letters)}
+    for asked in tuple(expected):
+        expected |= SAME_LANGUAGE.get(asked, set())
     for character in set(text) - set("\n\t\r"):
         category = unicodedata.category(character)
         if character == "\ufffd" or category in ("Cc", "Cs", "Co"):
@@ -414,6 +475,16 @@ def garbled(text: str, question: str = "") -> bool:
         if character.isalpha() and category != "Lm" and script(character) not in expected:
             return True
     return False
+
+
+SAME_LANGUAGE = {
+    "HIRAGANA": {"KATAKANA", "CJK"},
+    "KATAKANA": {"HIRAGANA", "CJK"},
+    "HANGUL": {"CJK"},
+    "BOPOMOFO": {"CJK"},
+}
+"""Scripts that tell the language, and what it is written in besides. Not the other way round: CJK
+alone is most likely Chinese."""
 
 
 def script(letter: str) -> str:
@@ -426,4 +497,5 @@ def script(letter: str) -> str:
     if letter in "\u2135\u2136\u2137":
         return "LATIN"
     plain = unicodedata.normalize("NFKC", letter)[0]
-    return unicodedata.name(plain, "UNKNOWN").split(" ")[0].split("-")[0]
+    name = unicodedata.name(plain, "UNKNOWN").split(" ")[0].split("-")[0]
+    return "CJK" if name == "IDEOGRAPHIC" else name  # a mark for "closed", among Chinese characters

@@ -17,7 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cli
 import cot
+import sft
 import tasks
 import verify
 from cli import UserError
@@ -279,6 +281,20 @@ def test_attempts_become_training_data(tmp_path, monkeypatch, capsys):
     assert row["problem"] == PROBLEM.question and row["answer"] == "9"
     assert tasks.judge_all(tasks.load(out), [row["response"]])[0].correct
     assert "1 of 2 problems" in capsys.readouterr().out
+
+
+def test_chains_keep_the_chat_that_they_answer(tmp_path, monkeypatch):
+    """Guards against a system prompt that the attempts were made under and SFT never sees."""
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "4+5?"}]
+    cli.write_jsonl(tmp_path / "problems.jsonl", [{"prompt": chat, "answer": "9"}])
+    monkeypatch.setattr(cot, "ask", lambda *_: [["\\boxed{9}"]])
+    out = tmp_path / "chains.jsonl"
+    cot.main(cot.Config(str(out), data=str(tmp_path / "problems.jsonl"), model=("one",), n=1))
+    [row] = cli.read_jsonl(out)
+    asked = sft.conversation(row, "chains.jsonl")
+    [problem] = tasks.load(tmp_path / "problems.jsonl")
+    assert asked[:2] == tasks.messages(problem) and asked[0] == chat[0]
+    assert asked[2] == {"role": "assistant", "content": row["response"]}
 
 
 def test_program_chains_as_a_file(tmp_path):

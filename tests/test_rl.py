@@ -99,6 +99,18 @@ def test_unexpected_patterns(tokens, reason, text, pattern):
     assert rollout.unexpected_pattern(completion, text, "what is it?", ()) is None
 
 
+def test_the_language_of_earlier_turns_is_no_foreign_one():
+    """Bug: "2+2?" as the last turn of a Russian chat makes every Russian response garbled."""
+    completion = Completion([*TOKENIZER.encode("ответ 4"), STOP], [], "stop")
+    for earlier, pattern in (((("system", "отвечай"),), None), ((), "garbled")):
+        asked = Problem("2+2?", "4", earlier=earlier)
+        prompt = tasks.prompt_ids(asked, TOKENIZER)
+        [found] = rollout.judge(
+            [asked], [prompt], [completion], TOKENIZER, rl.Config("", ""), ALONE
+        )
+        assert found.pattern == pattern
+
+
 def test_repetition_at_another_scale():
     """Bug: --repeat-ngram and --repeat-times that do not reach the check, or are taken for each
     other.

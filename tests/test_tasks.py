@@ -2,7 +2,10 @@
 line.
 """
 
+import datetime
+import gzip
 import json
+import sys
 import zlib
 from itertools import combinations_with_replacement, islice, permutations
 
@@ -10,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cli
 import tasks
 import verify
 from cli import UserError
@@ -274,13 +278,19 @@ def test_problem_files(tmp_path):
     [
         ([GOOD, "{broken\n"], "line 2: not JSON"),
         ([GOOD, "\n", "[1]\n"], "line 3: expected an object"),
-        ([GOOD, {"answer": "2"}], "problem 2: no `problem`"),
-        ([{"problem": " ", "answer": "2"}], "problem 1: no `problem`"),
-        ([GOOD, GOOD, {"problem": "p"}], "problem 3: no `answer`"),
-        ([{"problem": "p", "answer": ""}], "problem 1: no `answer`"),
-        ([GOOD | {"task": "chess"}], "problem 1: task 'chess'"),
-        ([GOOD | {"task": ["math"]}], "problem 1: task ['math']"),
-        ([GOOD, GOOD | {"task": "countdown"}], "problem 2: not a countdown answer"),
+        ([GOOD, {"answer": "2"}], "line 2: no `problem`"),
+        ([{"problem": " ", "answer": "2"}], "line 1: no `problem`"),
+        ([GOOD, GOOD, {"problem": "p"}], "line 3: no `answer`"),
+        ([{"problem": "p", "answer": ""}], "line 1: no `answer`"),
+        ([GOOD | {"task": "chess"}], "line 1: task 'chess'"),
+        ([GOOD | {"task": ["math"]}], "line 1: task ['math']"),
+        ([GOOD, GOOD | {"task": "countdown"}], "line 2: not a countdown answer"),
+        ([GOOD, "\n", {"problem": "p", "answer": " "}], "line 3: no `answer`"),
+        ([{"problem": "p", "answer": [1]}], "line 1: `answer` is a list"),
+        ([{"problem": "p", "answer": {"x": 1}}], "line 1: `answer` is a dict"),
+        ([{"problem": "p", "answer": True}], "line 1: `answer` is a bool"),
+        (['{"problem": "p", "answer": NaN}\n'], "line 1: `answer` is nan"),
+        (['{"problem": "p", "answer": -Infinity}\n'], "line 1: `answer` is -inf"),
         ([""], "holds no problems"),
         (["1" * 5000 + "\n"], "line 1"),
         (["[" * 100_000 + "\n"], "line 1"),
@@ -291,6 +301,129 @@ def test_bad_problem_files_name_the_place(tmp_path, lines, message):
     with pytest.raises(UserError, match=r"problems\.jsonl") as error:
         load(tmp_path, *lines)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["He has 2.\n#### ", "####", "\\boxed{}", "\\boxed{ }", "$$", "$ $", "\\text{}", "\\(\\)"]
+    + ["\\,", "~", ".", "}", "x" * 100_000],
+)
+def test_answers_that_nothing_can_match_are_refused(tmp_path, answer):
+    """Guards against a problem whose every right response is wrong, and nobody is told."""
+    with pytest.raises(
+        UserError, match=r"problems\.jsonl, line 2: `answer` holds nothing"
+    ) as error:
+        load(tmp_path, GOOD, {"problem": "p", "answer": answer})
+    assert len(str(error.value).removeprefix(str(tmp_path))) < 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "answer", [0, -3, 1.5, 10**400, 1e22, "No", "\\text{(B) }12", "nan", "{1}"]
+)
+def test_odd_answers_that_can_be_matched_are_read(tmp_path, answer):
+    """Guards against a check of answers that refuses those of real problem sets."""
+    assert load(tmp_path, {"problem": "p", "answer": answer})[0].answer == str(answer)
+
+
+def test_a_field_that_is_null_is_not_there(tmp_path):
+    """Guards against the other name of a field passed over, or a default, for a null: a Parquet
+    file with rows of two kinds has one in every row."""
+    row = {"problem": None, "question": "x", "answer": 1, "task": None, "prompt": None}
+    assert load(tmp_path, row) == load(tmp_path, row | {"problem": ""}) == [Problem("x", "1")]
+
+
+CHAT = [{"role": "user", "content": "1+1?"}]
+
+
+def test_chats_as_prompts(tmp_path):
+    """Guards against a system prompt or earlier turns that are dropped, an instruction that lands
+    in another turn than the last, and a chat that only some of the fields may hold."""
+    system = {"role": "system", "content": "Be short."}
+    told = [system, *CHAT, {"role": "assistant", "content": "2"}, {"role": "user", "content": "?"}]
+    one, two, three, four = load(
+        tmp_path,
+        {"prompt": "1+1?", "answer": "2"},
+        {"prompt": CHAT, "answer": "2"},
+        {"messages": CHAT, "answer": "2"},
+        {"prompt": told, "answer": "2"},
+    )
+    assert one == two == three == Problem("1+1?", "2")
+    assert four.question == "?" and hash(four)
+    asked = tasks.messages(four)
+    assert asked[:3] == told[:3]
+    assert asked[3]["content"] == "?" + tasks.TASKS["math"].instruction
+
+
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([*CHAT, {"role": "assistant", "content": "2"}], "ends in a turn of the assistant"),
+        ([{"role": "system", "content": "Be short."}], "ends in a turn of the system"),
+        ([{"role": "user"}], "must be a list of objects with `role` and `content`"),
+        (["1+1?"], "must be a list of objects with `role` and `content`"),
+        ([{"role": "user", "content": " "}], "no `problem`"),
+        ([], "no `problem`"),
+        ({"role": "user", "content": "1+1?"}, "no `problem`"),
+        (5, "no `problem`"),
+    ],
+)
+@pytest.mark.parametrize("name", ["prompt", "messages"])
+def test_chats_that_ask_nothing_are_refused(tmp_path, name, prompt, message):
+    """Guards against a solution that stands in the prompt, and tracebacks for other lists."""
+    with pytest.raises(UserError, match=r"problems\.jsonl, line 2: ") as error:
+        load(tmp_path, GOOD, {name: prompt, "answer": "2"})
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_marked_and_packed_files(tmp_path, pack, mark, newline):
+    """Guards against a byte order mark taken for a character of line 1, and against gzipped files
+    refused: they are known by how they begin, not by their names."""
+    lines = [json.dumps(GOOD).encode(), b"", b'{"question": "q", "answer": "\xc3\xa9"}']
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(pack(mark + newline.join(lines)))
+    assert tasks.load(path) == [Problem("1+1?", "2"), Problem("q", "é")]
+
+
+@pytest.mark.parametrize("cut", [slice(0, 15), slice(0, -9), slice(0, 2)])
+def test_cut_gzip_files(tmp_path, cut):
+    """Guards against a traceback for a download that was cut off."""
+    path = tmp_path / "problems.jsonl.gz"
+    path.write_bytes(gzip.compress(json.dumps(GOOD).encode())[cut])
+    with pytest.raises(UserError, match=r"cannot read .*problems\.jsonl\.gz"):
+        tasks.load(path)
+
+
+def test_parquet_files(tmp_path):
+    """Guards against Parquet refused, rows whose nulls or dates are not what JSON would hold, and
+    an error that does not name the row."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+
+    path = tmp_path / "train.parquet"
+    rows = [
+        {"problem": "1+1?", "answer": "2", "prompt": None, "day": datetime.date(2025, 1, 2)},
+        {"problem": None, "answer": "3", "prompt": CHAT, "day": None},
+    ]
+    parquet.write_table(Table.from_pylist(rows), path)
+    assert tasks.load(path) == [Problem("1+1?", "2"), Problem("1+1?", "3")]
+    assert cli.read_jsonl(path)[0] == {"problem": "1+1?", "answer": "2", "day": "2025-01-02"}
+    parquet.write_table(Table.from_pylist([GOOD, {"problem": "p"}]), path)
+    with pytest.raises(UserError, match=r"train\.parquet, row 2: no `answer`"):
+        tasks.load(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"cannot read .*train\.parquet"):
+        tasks.load(path)
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    """Guards against a traceback where the library is not installed, as it need not be."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and more")
+    with pytest.raises(UserError, match=r"train\.parquet is a Parquet file.* pip install pyarrow"):
+        tasks.load(tmp_path / "train.parquet")
 
 
 def test_absent_and_binary_files(tmp_path):
@@ -414,6 +547,15 @@ def test_repeats_against_brute_force(tokens, ngram, times):
         ("所以答案是 7", "有多少苹果", False),
         ("и затем", "", True),
         ("и затем 答案", "сколько", True),
+        ("りんごは全部で七コです。〆", "リンゴは何個ですか", False),
+        ("リンゴとバターは７個", "全部でいくつ？", False),
+        ("リンゴと苺", "ｲｸﾂ", False),
+        ("三角形의 넓이", "삼각형의 넓이는?", False),
+        ("りんご", "有多少苹果", True),
+        ("답은 3", "有多少苹果", True),
+        ("りんご", "삼각형의 넓이는?", True),
+        ("답은 3", "リンゴは何個ですか", True),
+        ("リンゴ and 答案", "How many?", True),
     ],
 )
 def test_garbled_text(text, question, broken):
