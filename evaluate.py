@@ -37,6 +37,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import cli
+import pretrained
 import tasks
 import verify
 from cli import UserError
@@ -266,6 +267,7 @@ class Result:
     attempts: list[list[int]]  # countdown: how many attempts a sample made (0 elsewhere)
     repeats: float  # countdown: share of the attempts that are repeats, see `Judged.repeats`
     lost: float  # countdown: share of all samples that failed after a repeat
+    fingerprint: str = ""  # of the model: another one may stand under its name by now
 
     def rates(self) -> list[float]:
         """The pass rate of each problem."""
@@ -518,12 +520,23 @@ UNMEASURED = ("model", "out", "resume", "curate", "curate_above", "curate_upto",
 """Flags that change none of a model's numbers: --resume accepts them with another value."""
 
 
+def measured_by(config: "Config", problems: list[Problem]) -> dict[str, Any]:
+    """What a result depends on besides its model: the flags, with the contents of what they name
+    instead of its path."""
+    flags = {name: value for name, value in asdict(config).items() if name not in UNMEASURED}
+    flags["data"] = cli.fingerprint(problems)
+    if config.answer_model:
+        flags["answer_model"] = pretrained.fingerprint(config.answer_model)
+    return flags
+
+
 @dataclass
 class Config:
     model: list[str]
     """Run folders or Hugging Face folders to compare, in the order of the table (SFT before RL)."""
     data: str | None = None
-    """Problems: JSONL with `problem` (or `question`) and `answer`."""
+    """Problems: JSONL (or gzipped, or Parquet) with `problem` (or `question`, `prompt`) and
+    `answer`."""
     task: str | None = None
     """Generated problems instead of --data, the held-out ones: countdown, or a task of your own."""
     limit: int | None = None
@@ -614,8 +627,9 @@ def read_settings(config: Config) -> Settings:
 def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
     """The problems, and the JSONL rows they stand for."""
     if config.data:
-        rows = cli.read_jsonl(config.data)
-        return tasks.load(config.data)[: config.limit], rows[: config.limit]
+        rows = cli.read_rows(config.data)
+        problems = [tasks.read_problem(row, where) for where, row in rows.items()]
+        return problems[: config.limit], list(rows.values())[: config.limit]
     stream = tasks.made(config.task, config, heldout=True)
     problems = list(islice(stream, config.limit or 1024))
     rows = [{"problem": p.question, "answer": p.answer, "task": p.task} for p in problems]
@@ -648,14 +662,18 @@ def measure(
 
     Those that `file` holds already are taken from there, with --resume; without, it is in the way.
     """
-    flags = {name: value for name, value in asdict(config).items() if name not in UNMEASURED}
-    results: dict[str, Result] = {}
     if file:
         cli.check_parent(file)
         if file.exists() and not config.resume:
             raise UserError(f"{file} exists: choose another --out, or --resume to add to it")
-        if file.exists():
-            results = load_results(file, flags)
+    flags = measured_by(config, problems)
+    fingerprints = {name: pretrained.fingerprint(name) for name in config.model}
+    results: dict[str, Result] = {}
+    if file and file.exists():
+        results = load_results(file, flags)
+    for name in results.keys() & fingerprints.keys():
+        if results[name].fingerprint != fingerprints[name]:
+            raise UserError(f"{file} was measured with another {name}: choose another --out")
     answerer = vocabulary = None
     if config.answer_model:
         answerer, tokenizer = load_sampler(config.answer_model, config.max_batch)
@@ -675,7 +693,8 @@ def measure(
             f"at most {params.max_tokens} tokens",
             file=sys.stderr,
         )
-        results[name] = evaluate(sampler, tokenizer, problems, params, settings, answerer)
+        result = evaluate(sampler, tokenizer, problems, params, settings, answerer)
+        results[name] = replace(result, fingerprint=fingerprints[name])
         if file:
             write_results(file, flags, results)
     return {name: results[name] for name in config.model}

@@ -8,6 +8,7 @@ Whatever in a folder would be computed differently here is refused, as a UserErr
 model that is almost right trains to something that is quietly wrong.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cli import UserError, read_json, sync_folder
-from tokenizer import stop_ids
+from tokenizer import FILES, stop_ids
 
 if TYPE_CHECKING:  # model.py imports this file
     from model import ModelConfig
@@ -75,6 +76,26 @@ def model_folder(path: str | Path) -> Path:
         f"{path} holds no model: neither a Hugging Face config.json nor a finished run's "
         "model/config.json"
     )
+
+
+def fingerprint(path: str | Path) -> str:
+    """The same for folders with the same model: config.json, tokenizer, and weights byte for byte.
+
+    All bytes are read, a second or two per GB: a sample of them could miss a few tensors.
+    """
+    folder = model_folder(path)
+    names = ("config.json", "generation_config.json", *FILES, *file_names(folder))
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            with open(folder / name, "rb") as file:
+                contents = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            continue  # not every folder has all of them; what is needed is missed on loading
+        except OSError as error:
+            raise UserError(f"cannot read {folder / name}: {error.strerror}") from None
+        digest.update(f"{name} {contents}\n".encode())
+    return digest.hexdigest()
 
 
 # --- config.json ----------------------------------------------------------------------------------

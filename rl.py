@@ -65,6 +65,7 @@ from torch import Tensor, nn
 import alarms
 import cli
 import parallel
+import pretrained
 import relatives
 import rollout
 import runfolder
@@ -312,6 +313,7 @@ class Learner:
     exact: bool = True  # sampler and trainer compute in fp32: their log-probs agree
     guard: runfolder.Guard = field(default_factory=runfolder.Guard)
     cursor: int = 0  # how many problems have been drawn
+    inputs: dict[str, str] = field(default_factory=dict)  # see `Run.check_inputs`
 
     def __post_init__(self) -> None:
         for optimizer in self.optimizers.values():
@@ -636,7 +638,8 @@ class Config:
     task: str = ""
     """Problems made by program, instead of --data: countdown."""
     data: str = ""
-    """Problem file, JSONL: `problem` (or `question`) and `answer`."""
+    """Problem file, JSONL (or gzipped, or Parquet): `problem` (or `question`, `prompt`) and
+    `answer`."""
     recipe: str = "t1"
     """The algorithm: t1, grpo, dr_grpo, dapo or reinforce; `RECIPES` in rl.py says what each is."""
     steps: int = 100
@@ -739,11 +742,11 @@ OVERRIDES = (
 """Flags that override what the recipe has of the same name."""
 
 MAY_CHANGE = (
-    *("out", "steps", "resume", "export", "step", "log", "show_every", "device"),
+    *("out", "data", "model", "steps", "resume", "export", "step", "log", "show_every", "device"),
     *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute"),
 )
-"""Flags that --resume accepts with another value (a folder may have moved). All others would make
-it another run."""
+"""Flags that --resume accepts with another value: a folder or a file may have moved (what it holds
+must be the same, see `Run.check_inputs`). All others would make it another run."""
 
 
 def resolve(config: Config) -> Recipe:
@@ -851,6 +854,7 @@ def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world:
         anchor=anchor,
         start=start,
         exact=exact,
+        inputs={"model": pretrained.fingerprint(config.model)},
     )
 
 
@@ -960,6 +964,9 @@ def train(
     learner = make_learner(replace(config, max_tokens=room), recipe, problems, world)
     with Run(config, may_change, world, keep_every=config.keep_every) as run:
         learner.guard = run.guard
+        if config.data:
+            learner.inputs["training data"] = cli.fingerprint(problems)
+        run.check_inputs(learner.inputs)
         pieces = {"recipe": written(recipe)}
         state = run.restore(tensors_of(learner), pieces | state_of(learner))
         take_up(learner, state)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import parallel
+import pretrained
 import rl
 import rollout
 from cli import UserError
@@ -265,6 +266,8 @@ def make_learner(
     critic = rl.load_trained(config, world, wrap=Critic)
     learner.models["critic"] = critic
     learner.optimizers["critic_adamw"] = parallel.adamw(critic.parameters(), 10 * recipe.lr)
+    if config.judge:
+        learner.inputs["judge"] = pretrained.fingerprint(config.judge)
     return RLSPLearner(**vars(learner), judge=judge)
 
 

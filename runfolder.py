@@ -1,6 +1,6 @@
 """The folder that `sft.py` and `rl.py` write a run into, and what they do alike around their steps.
 
-It holds config.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/.
+It holds config.json, inputs.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/.
 
 Read in this order: opening a folder, or refusing to (nothing is ever overwritten, and no two
 processes write into one); its metrics; their figure; the guard that lets a step pass; and `Run`,
@@ -298,6 +298,7 @@ class Run:
     """What `sft.py` and `rl.py` do alike around their steps.
 
         with Run(config, MAY_CHANGE, world) as run:   # opens the folder: all inputs are read by now
+            run.check_inputs({"model": fingerprint})  # a resumed run must have read the same
             state = run.restore(parts, {"cursor": 0})     # as the last checkpoint has it, if any
             for step in run.steps(100, "rl"):             # 1 to 100, or on from where it was killed
                 ...
@@ -337,6 +338,21 @@ class Run:
         # Where other ranks have left, there is nobody to complete it with.
         if self.checkpoints and self.world.size == 1:
             self.checkpoints.finish()
+
+    def check_inputs(self, inputs: dict[str, str]) -> None:
+        """UserError if the run in this folder was started from other contents than these.
+
+        inputs: what is read ("model", ...) -> its fingerprint, the same on every rank. A new run
+        notes them in inputs.json. Paths would not do: a file may move, or change where it is.
+        """
+        noted = self.out / "inputs.json"
+        started = read_json(noted) if noted.exists() else inputs
+        same_on_all_ranks(inputs)  # and no rank notes them before all have looked
+        for name in sorted(started.keys() | inputs.keys()):
+            if started.get(name) != inputs.get(name):
+                raise UserError(f"--resume: the {name} is not what {self.out} was started with")
+        if self.world.main:
+            write_text(noted, json.dumps(inputs, indent=2) + "\n")
 
     def restore(self, parts: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
         """Fill `parts` in place from the last checkpoint; returns `state` as it was then.

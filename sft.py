@@ -13,8 +13,8 @@ included. Training data is JSONL; each line holds one of
     {..., "stop": false}                                the (last) response was cut off: it is
                                                         trained on without a stop token
 
-OUT holds config.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/ (a Hugging
-Face folder).
+OUT holds config.json, inputs.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/
+(a Hugging Face folder).
 
 What we do differently from the paper, and why:
 
@@ -38,7 +38,6 @@ What we do differently from the paper, and why:
 """
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import random
@@ -51,6 +50,7 @@ from tqdm import tqdm
 import cli
 import cot
 import parallel
+import pretrained
 import runfolder
 import tasks
 from cli import UserError
@@ -62,11 +62,11 @@ from runfolder import Run
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer, require_stop_token
 
 MAY_CHANGE = (
-    "out", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every", "checkpoint_every",
-    "keep", "log", "recompute",
+    "out", "data", "model", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every",
+    "checkpoint_every", "keep", "log", "recompute",
 )  # fmt: skip
-"""Flags that --resume accepts with another value (a folder may have moved). All others would make
-it another run."""
+"""Flags that --resume accepts with another value: a folder or a file may have moved (what it holds
+must be the same, see `Run.check_inputs`). All others would make it another run."""
 
 PRETRAINED = {
     "lr": 1e-5,
@@ -194,27 +194,21 @@ def stop_token(tokenizer: Tokenizer) -> int:
 def conversation(row: dict, where: str) -> list[dict]:
     """The messages of a line of training data; UserError says `where` if it holds no answer."""
     if row.get("messages") is None:
-        question = row.get("problem", row.get("question"))
         response = row.get("response")
-        if not isinstance(question, str) or not isinstance(response, str):
+        if not isinstance(response, str):
             raise UserError(
                 f"{where}: expected `messages`, or `problem` (or `question`) and `response`"
             )
+        question, earlier = tasks.read_question(row, where)
         task = tasks.known_task(row, where)
-        prompt = tasks.messages(tasks.Problem(question, str(row.get("answer", "")), task))
+        prompt = tasks.messages(tasks.Problem(question, "", task, earlier))
         return prompt + [{"role": "assistant", "content": response}]
     messages = row["messages"]
-    if not isinstance(messages, list) or not all(map(is_message, messages)):
+    if not isinstance(messages, list) or not all(map(tasks.is_message, messages)):
         raise UserError(f"{where}: `messages` must be a list of objects with `role` and `content`")
     if not any(message["role"] == "assistant" for message in messages[1:]):
         raise UserError(f"{where}: no assistant turn to train on")
     return messages
-
-
-def is_message(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    return isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def examples_of(
@@ -289,7 +283,6 @@ class Data:
     examples: list[Example]
     heldout: list[Example]
     batches: list[list[int]]  # the numbers of the examples of each step
-    fingerprint: str  # of all sequences, so that --resume can tell that the data is the same
 
 
 def read_data(config: Config, tokenizer: Tokenizer, max_length: int, world: World) -> Data:
@@ -301,8 +294,7 @@ def read_data(config: Config, tokenizer: Tokenizer, max_length: int, world: Worl
     examples = examples[count:]
     lengths = [len(example.tokens) for example in examples]
     batches = schedule(lengths, config.batch_tokens, config.epochs, config.steps, config.seed)
-    fingerprint = hashlib.sha256(repr((examples, heldout)).encode()).hexdigest()
-    return Data(examples, heldout, batches, fingerprint)
+    return Data(examples, heldout, batches)
 
 
 def schedule(
@@ -497,9 +489,11 @@ def train(config: Config, world: World) -> None:
     optimizers = make_optimizers(scorer, config.optimizer, config.lr, config.weight_decay)
 
     with Run(config, MAY_CHANGE, world, keep=config.keep, max_skips=config.max_skips) as run:
-        state = run.restore({"policy": scorer} | optimizers, {"data": data.fingerprint})
-        if state["data"] != data.fingerprint:
-            raise UserError(f"--resume: the training data is not what {run.out} was started with")
+        inputs = {"training data": cli.fingerprint((data.examples, data.heldout))}
+        if config.model is not None:
+            inputs["model"] = pretrained.fingerprint(config.model)
+        run.check_inputs(inputs)
+        run.restore({"policy": scorer} | optimizers, {})
 
         total = len(data.batches)
         steps = run.steps(total, "sft")
@@ -518,7 +512,7 @@ def train(config: Config, world: World) -> None:
             speed = f"{metrics['tokens_per_second']:,.0f}"
             run.record(step, metrics, shown={"loss": loss, "tokens/s": speed})
             if run.is_due(step, config.checkpoint_every):
-                run.save(step, state)
+                run.save(step, {})
             if measured:
                 run.plot(PANELS)
         run.finish(scorer, tokenizer)

@@ -1,12 +1,14 @@
 """evaluate.py: estimators against brute force, the budget curve against hand-made chains, curation,
 bad input.
 
-No model runs here: a scripted sampler says what it is told to, so every number below was computed
-by hand."""
+A scripted sampler says what it is told to, so every number below was computed by hand. Models run
+only where --resume is to tell one from another."""
 
+import gzip
 import itertools
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +18,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import cli
+import cot
 import evaluate
+import sft
 import tasks
 from cli import UserError
 from evaluate import Result, Settings
+from model import random_init, save_pretrained
 from sample import Completion, SamplingParams
 from tasks import Problem, countdown_problem
+from tokenizer import demo_tokenizer
 
 EOS = 0
 
@@ -353,6 +360,109 @@ def test_results_survive_the_file(tmp_path):
     path.write_text("{")
     with pytest.raises(UserError, match="not a results file"):
         evaluate.load_results(path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two small models with random weights."""
+    folder, tokenizer = tmp_path_factory.mktemp("models"), demo_tokenizer(cot.WORDS)
+    for seed, name in enumerate(("one", "other")):
+        save_pretrained(random_init(sft.small_shape(tokenizer), seed), folder / name, tokenizer)
+    return folder
+
+
+CHAT = [{"role": "user", "content": "3+1?"}]
+ROWS = [{"problem": f"{i}+1?", "answer": str(i + 1), "note": i} for i in range(4)]
+
+
+@pytest.fixture
+def measured(models, tmp_path, monkeypatch):
+    """(flags of evaluate.py, which has measured a copy of the first model with them)."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(models / "one", "model")
+    cli.write_jsonl("data.jsonl", ROWS)
+    flags = evaluate.Config(["model"], data="data.jsonl", n=2, max_tokens=4, out="out")
+    evaluate.main(flags)
+    return replace(flags, resume=True)
+
+
+def forbid_sampling(monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("measured again"))
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [*ROWS[:3], {"problem": "5+5?", "answer": "10"}],
+        [*ROWS[:3], ROWS[3] | {"answer": "7"}],
+        [*ROWS[:3], ROWS[3] | {"task": "other"}],
+        [*ROWS[:3], {"answer": "4", "prompt": [{"role": "system", "content": ""}, *CHAT]}],
+        ROWS[::-1],
+        ROWS[:3],
+        [*ROWS, *ROWS],
+    ],
+)
+def test_resuming_with_other_problems_is_refused(measured, monkeypatch, rows):
+    """Guards against old numbers under new problems of the same path, tracebacks where there are
+    more or fewer of them, and new rows that --curate pairs with old rates."""
+    forbid_sampling(monkeypatch)
+    monkeypatch.setitem(tasks.TASKS, "other", tasks.Task(tasks.judge_math))
+    before = Path("out/results.json").read_bytes()
+    cli.write_jsonl("data.jsonl", rows)
+    for flags in (measured, replace(measured, curate="kept.jsonl")):
+        with pytest.raises(UserError, match=r"results\.json was measured with another --data"):
+            evaluate.main(flags)
+    assert Path("out/results.json").read_bytes() == before and not Path("kept.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "chat_template.jinja"])
+def test_resuming_with_another_model_of_the_same_name_is_refused(
+    measured, models, monkeypatch, name
+):
+    """Guards against the old numbers of a model that was trained again in place, or that is asked
+    in another template; the last byte counts."""
+    forbid_sampling(monkeypatch)
+    with open(f"model/{name}", "r+b") as file:
+        content = bytearray(file.read())
+        content[-1] ^= 1
+        file.seek(0)
+        file.write(content)
+    if name == "config.json":
+        raw = json.loads(Path(models / "one" / name).read_text())
+        Path("model", name).write_text(json.dumps(raw | {"rms_norm_eps": 1.0}))
+    with pytest.raises(UserError, match=r"results\.json was measured with another model"):
+        evaluate.main(measured)
+
+
+def test_resuming_with_another_answer_model_is_refused(models, tmp_path, monkeypatch):
+    """Guards against a curve whose forced answers are those of a model that is no longer there."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "answerer"):
+        shutil.copytree(models / "one", name)
+    flags = evaluate.Config(["model"], task="countdown", limit=2, n=1, budgets="4", out="out")
+    flags = replace(flags, answer_model="answerer")
+    evaluate.main(flags)
+    forbid_sampling(monkeypatch)
+    Path("answerer").rename("moved")
+    evaluate.main(replace(flags, resume=True, answer_model="moved"))
+    shutil.copytree(models / "other", "answerer")
+    with pytest.raises(UserError, match=r"measured with another --answer-model"):
+        evaluate.main(replace(flags, resume=True))
+
+
+def test_resuming_after_a_move_measures_nothing_again(measured, monkeypatch):
+    """Guards against the same problems refused because their file was moved, packed or given a
+    field that is not part of a problem; --curate writes the rows as they are now."""
+    forbid_sampling(monkeypatch)
+    rows = [row | {"note": "new"} for row in ROWS]
+    Path("moved.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    Path("data.jsonl").unlink()
+    evaluate.main(replace(measured, data="moved.gz"))
+    results = json.loads(Path("out/results.json").read_text())
+    results["models"]["model"]["result"]["correct"][1] = [True, False]
+    Path("out/results.json").write_text(json.dumps(results))
+    evaluate.main(replace(measured, data="moved.gz", curate="kept.jsonl"))
+    assert cli.read_jsonl("kept.jsonl") == [rows[1] | {"difficulty": 0.5}]
 
 
 @settings(max_examples=50, deadline=None)

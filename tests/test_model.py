@@ -492,6 +492,25 @@ def test_broken_folders_are_refused(tmp_path):
         load_pretrained(folder)
 
 
+def test_fingerprints_are_of_contents(tmp_path):
+    """A fingerprint that looks at names, times or sizes, or only at some of the weights."""
+    save_pretrained(random_init(SMALL, 0), tmp_path / "run" / "model")
+    save_pretrained(random_init(SMALL, 0), tmp_path / "other")
+    (tmp_path / "other" / "README.md").write_text("of no account")
+    one = pretrained.fingerprint(tmp_path / "run")
+    assert one == pretrained.fingerprint(tmp_path / "other")
+    weights = tmp_path / "other" / "model.safetensors"
+    whole = weights.read_bytes()
+    for place in (len(whole) // 2, len(whole) - 1):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        weights.write_bytes(changed)
+        assert pretrained.fingerprint(tmp_path / "other") != one
+    weights.write_bytes(whole)
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
+    assert pretrained.fingerprint(tmp_path / "other") != one
+
+
 def load_file_from(content: bytes, folder) -> dict[str, torch.Tensor]:
     (folder / "copy.safetensors").write_bytes(content)
     return load_file(folder / "copy.safetensors")

@@ -7,6 +7,7 @@ SIGKILL.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # for the worker; pytest has th
 import test_rl as hand  # noqa: E402
 import test_rlsp as critical  # noqa: E402
 
+import cli  # noqa: E402
 import parallel  # noqa: E402
 import rl  # noqa: E402
 import rlsp  # noqa: E402
@@ -416,6 +418,65 @@ def test_other_flags_are_refused_on_resume(whole, model, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     with pytest.raises(UserError, match="--lr"):
         rl.main(flags(model, tmp_path / "run", lr=2e-3, resume=True))
+
+
+@pytest.fixture
+def from_file(model, tmp_path) -> rl.Config:
+    """Flags of a run of one step, which has begun, on a copy of the model and a problem file."""
+    shutil.copytree(model, tmp_path / "model")
+    write_problems(tmp_path / "data.jsonl", range(4))
+    few = {"steps": 1, "prompts": 2, "samples": 2, "max_tokens": 4, "checkpoint_every": 1}
+    config = flags(tmp_path / "model", tmp_path / "run", data=str(tmp_path / "data.jsonl"), **few)
+    config = dataclasses.replace(config, task="")
+    rl.main(config)
+    return dataclasses.replace(config, steps=2, resume=True)
+
+
+def write_problems(path: Path, numbers) -> None:
+    problems = list(itertools.islice(tasks.countdown(0), 8))
+    rows = [{"problem": problems[i].question, "answer": problems[i].answer} for i in numbers]
+    cli.write_jsonl(path, [row | {"task": "countdown"} for row in rows])
+
+
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 4], [0, 1, 3, 2], [0, 1, 2], range(5)])
+@pytest.mark.parametrize("begun", [True, False])
+def test_other_problems_of_the_same_path_are_refused(from_file, tmp_path, numbers, begun):
+    """Bug: problems edited between kill and resume, before the first checkpoint or after; the order
+    of the epochs is another from then on."""
+    if not begun:
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000001")
+    write_problems(tmp_path / "data.jsonl", numbers)
+    with pytest.raises(UserError, match="the training data is not what"):
+        rl.main(from_file)
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_another_model_of_the_same_path_is_refused(from_file, tmp_path):
+    """Bug: a model trained again in place; its tokenizer, or the KL to the start, is another."""
+    save_pretrained(random_init(hand.SHAPE, 9), tmp_path / "model", hand.TOKENIZER)
+    with pytest.raises(UserError, match="the model is not what"):
+        rl.main(from_file)
+
+
+def test_inputs_may_move(from_file, tmp_path):
+    """Bug: the same problems and the same model are refused under another path."""
+    for name in ("data.jsonl", "model", "run"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    moved = {"data": "moved-data.jsonl", "model": "moved-model", "out": "moved-run"}
+    moved = {name: str(tmp_path / path) for name, path in moved.items()}
+    rl.main(dataclasses.replace(from_file, **moved))
+    assert len(metrics(tmp_path / "moved-run")) == 2
+
+
+def test_another_judge_of_the_same_path_is_refused(model, tmp_path, monkeypatch):
+    """Bug: RLSP's judge is trusted by its name where the policy no longer is."""
+    monkeypatch.setattr(rlsp, "load_judge", lambda *_: None)
+    shutil.copytree(model, tmp_path / "judge")
+    more = {"judge": str(tmp_path / "judge"), "prompts": 2, "samples": 2, "max_tokens": 4}
+    rlsp.main(rlsp_flags(model, tmp_path / "run", **more, steps=1))
+    save_pretrained(random_init(hand.SHAPE, 9), tmp_path / "judge", hand.TOKENIZER)
+    with pytest.raises(UserError, match="the judge is not what"):
+        rlsp.main(rlsp_flags(model, tmp_path / "run", **more, steps=2, resume=True))
 
 
 def test_a_cooldown_fixes_the_number_of_steps(whole, model, tmp_path):

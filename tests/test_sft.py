@@ -425,6 +425,7 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
     [
         ('{"problem": "a", "resp', "line 2: not JSON"),
         ('{"problem": "a"}', "example 2: expected `messages`, or `problem`"),
+        ('{"problem": null, "response": "b"}', "example 2: no `problem` (or `question`)"),
         ('{"messages": [{"role": "user"}]}', "example 2: `messages` must be a list of objects"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "example 2: no assistant turn"),
         (
@@ -507,6 +508,35 @@ def test_resuming_with_other_data_is_refused(tmp_path):
     with pytest.raises(UserError, match="the training data is not what"):
         run(tmp_path / "run", **flags, resume=True)
     assert under_way.exists() and (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_resuming_knows_contents_and_not_paths(finished, tmp_path):
+    """Bug: a file or a model that was moved makes it another run; or a model that was trained again
+    in place, or data that was changed before the first checkpoint, does not."""
+    rows = [{"problem": f"{i}", "response": f"{i}", "task": "countdown"} for i in range(20)]
+    cli.write_jsonl(tmp_path / "data.jsonl", rows)
+    shutil.copytree(finished / "model", tmp_path / "model")
+    flags = {"task": None, "data": str(tmp_path / "data.jsonl"), "model": str(tmp_path / "model")}
+    flags |= {"weight_decay": 0.0, "batch_tokens": 40}
+    run(tmp_path / "run", **flags, steps=1)
+    for name in ("data.jsonl", "model"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    moved = {"data": str(tmp_path / "moved-data.jsonl"), "model": str(tmp_path / "moved-model")}
+    run(tmp_path / "run", **flags | moved, steps=2, resume=True)
+    assert len(metrics(tmp_path / "run")) == 2
+
+    with pytest.raises(UserError, match="the model is not what"):  # random weights from here on
+        run(tmp_path / "run", **flags | moved | {"model": None}, steps=3, resume=True)
+    file = tmp_path / "moved-model" / "model.safetensors"
+    trained = file.read_bytes()
+    file.write_bytes(trained[:-1] + b"!")
+    with pytest.raises(UserError, match="the model is not what"):
+        run(tmp_path / "run", **flags | moved, steps=3, resume=True)
+    file.write_bytes(trained)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    cli.write_jsonl(tmp_path / "moved-data.jsonl", rows[::-1])
+    with pytest.raises(UserError, match="the training data is not what"):
+        run(tmp_path / "run", **flags | moved, steps=3, resume=True)
 
 
 @pytest.mark.parametrize("optimizer, names", [("adamw", {"adamw"}), ("muon", {"adamw", "muon"})])
