@@ -11,6 +11,7 @@ model that is almost right trains to something that is quietly wrong.
 import hashlib
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,11 +68,21 @@ def model_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no such folder: {path}")
+        name = "OWNER/NAME"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
+            name = str(path)
+        raise UserError(
+            f"no such folder: {path} (from Hugging Face's hub: hf download {name} --local-dir DIR)"
+        )
     for folder in (path / "model", path):
         file = folder / "config.json"
         if file.is_file() and "model_type" in read_json(file):
             return folder
+    if (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} holds no model yet: the run has not finished. Go on with --resume, or write "
+            "the policy of a checkpoint of RL to a folder with rl.py --export DIR"
+        )
     raise UserError(
         f"{path} holds no model: neither a Hugging Face config.json nor a finished run's "
         "model/config.json"

@@ -492,6 +492,23 @@ def test_broken_folders_are_refused(tmp_path):
         load_pretrained(folder)
 
 
+def test_what_is_no_folder_says_how_to_get_one(tmp_path, monkeypatch):
+    """A hub's name in place of a folder, and a run under way: the line says what to do."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "rl" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / "rl" / "config.json").write_text('{"recipe": "t1"}')
+    for name, message in (
+        ("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir DIR"),
+        ("meta-llama/Llama-3.2-1B/", "hf download meta-llama/Llama-3.2-1B --local-dir DIR"),
+        ("Qwen2.5-0.5B", "hf download OWNER/NAME --local-dir DIR"),
+        ("runs/sft", "hf download OWNER/NAME --local-dir DIR"),
+        ("runs/rl", "has not finished.* --resume.* rl.py --export DIR"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            load_pretrained(name)
+        assert "\n" not in str(error.value)
+
+
 def test_fingerprints_are_of_contents(tmp_path):
     """A fingerprint that looks at names, times or sizes, or only at some of the weights."""
     save_pretrained(random_init(SMALL, 0), tmp_path / "run" / "model")
