@@ -9,14 +9,16 @@ What is measured, for n samples of each problem:
 - **pass@k**, unbiased (Chen et al. 2021): of c correct among n samples, 1 - C(n-c, k) / C(n, k),
   averaged over the problems. pass@1 is the plain mean; AIME's "mean of 32 samples" is pass@1 with
   `--n 32`. The 95 % interval is a bootstrap over problems: their difficulty varies far more than
-  the samples of one problem do.
+  the samples of one problem do. Where every problem scores 0 or 1, or all the same, it is not
+  (see `interval`): 0 of 20 is not 0 for certain, but up to 16 %.
 - **maj@k**: the answer most frequent among k samples; the n samples give n // k votes.
 - **accuracy against budget**, T1's inference scaling: a chain that is not finished after B tokens
   is cut there, a box is opened behind it, and the model under test (or `--answer-model`, T1's SFT
   model) completes the answer greedily. Chains are sampled once, at the largest budget. The few
   tokens of the answer itself are not counted.
 - **failures**: the share of all samples that failed by each kind (countdown: see
-  `tasks.diagnose_countdown`).
+  `tasks.diagnose_countdown`). `no answer` ended without a box, `cut off` was still thinking at
+  --max-tokens.
 
 Read in this order: the estimators; answers, and which are equal; the curve; one model's result
 (`evaluate`); tables and figures; the command.
@@ -75,17 +77,36 @@ def maj_at_k(answers: list[str | None], correct: list[bool], k: int) -> float:
     return sum(wins) / len(wins)
 
 
-def interval(values: list[float], resamples: int = 2000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of per-problem values.
+def interval(values: list[float], least: float = 0.0, resamples: int = 2000) -> tuple[float, float]:
+    """95 % interval of the mean of per-problem values from `least` to 1.
 
-    It has a fixed seed of its own: the same values give the same interval.
+    A bootstrap, with a fixed seed of its own: the same values give the same interval. Of equal
+    values it would have no width. Then the interval allows for the problems that none of those
+    asked stands for: 0 of 20 scored otherwise, so up to 16 % of all problems may. Values of 0 and 1
+    have Wilson's interval.
     """
     values = np.asarray(values)
-    rng = np.random.default_rng(0)
     count = len(values)
+    if (values == values[0]).all():
+        value = float(values[0])
+        _, otherwise = wilson(0.0, count)
+        return value - otherwise * (value - least), value + otherwise * (1 - value)
+    if np.isin(values, (0, 1)).all():
+        return wilson(float(values.mean()), count)
+    rng = np.random.default_rng(0)
     means = [values[rng.integers(0, count, count)].mean() for _ in range(resamples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of the chance of what was found in this share of `count` trials."""
+    z = 1.96
+    center = share + z**2 / (2 * count)
+    width = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    low, high = (center - width) / (1 + z**2 / count), (center + width) / (1 + z**2 / count)
+    # Rounding could leave a share of 0 or 1 itself outside, or the ends outside of 0 to 1.
+    return min(share, max(0.0, float(low))), max(share, min(1.0, float(high)))
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -350,12 +371,16 @@ def judge_chains(
     responses = []
     verdicts = tasks.judge_all(problems, texts)
     for problem, chain, text, verdict in zip(problems, chains, texts, verdicts):
+        ended = chain.finish_reason == "stop"
+        kind = tasks.diagnose(problem, text, verdict)
+        if verdict.outcome == "no_answer" and not ended:
+            kind = "cut off"
         response = Judged(
             text=text,
             length=len(chain.tokens),
-            ended=chain.finish_reason == "stop",
+            ended=ended,
             correct=verdict.correct,
-            kind=tasks.diagnose(problem, text, verdict),
+            kind=kind,
             tried=tasks.attempts(text),
         )
         responses.append(response)
@@ -703,7 +728,7 @@ def measure(
 def print_gain(before: Result, after: Result) -> None:
     """The gain of pass@1, by problem: their difficulty cancels, so the interval is narrow."""
     gain = np.array(after.rates()) - np.array(before.rates())
-    low, high = interval(gain)
+    low, high = interval(gain, least=-1.0)
     print(f"pass@1 gained: {100 * np.mean(gain):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
 
 

@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +113,33 @@ def test_interval_has_its_coverage():
         low, high = evaluate.interval((rng.random(100) < 0.3).astype(float), resamples=400)
         missed += not low <= 0.3 <= high
     assert 1 <= missed <= 24
-    assert evaluate.interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("solved, count", [(0, 20), (20, 20), (3, 20), (1, 1), (0, 1)])
+def test_interval_of_zeros_and_ones_is_wilsons(solved, count):
+    """Guards against 0 of 20 reported as 0 % for certain: a bootstrap of equal values has no width.
+    The ends of Wilson's interval are the shares p from which what was found is 1.96 deviations
+    away."""
+    share = solved / count
+    low, high = evaluate.interval([1.0] * solved + [0.0] * (count - solved))
+    assert 0 <= low <= share <= high <= 1 and low < high
+    for end in (low, high):
+        if end not in (0, 1):
+            deviations = abs(share - end) / math.sqrt(end * (1 - end) / count)
+            assert deviations == pytest.approx(1.96)
+
+
+def test_no_interval_is_a_point(capsys):
+    """Guards against certainty from a few problems that happen to score the same: half of the
+    samples of each, or no gain on any."""
+    low, high = evaluate.interval([0.5] * 20)
+    assert 0.4 < low < 0.45 and high == pytest.approx(1 - low)
+    low, high = evaluate.interval([0.5] * 2000)
+    assert 0.499 < low < 0.5 and high == pytest.approx(1 - low)
+    evaluate.print_gain(result_of([0.25] * 20), result_of([0.25] * 20))
+    gained = capsys.readouterr().out
+    low, high = map(float, re.search(r"\[(.*), (.*)\]", gained).groups())
+    assert low == -16.1 and high == 16.1 and "+0.0 points" in gained  # 3.84 / (20 + 3.84)
 
 
 # --- maj@k ----------------------------------------------------------------------------------------
@@ -219,7 +246,7 @@ def test_evaluate_counts_by_hand():
     assert summary["maj@3"] == pytest.approx((0.5 + 1) / 2)
     assert summary["failures"] == {
         "false claim": pytest.approx(1 / 6),
-        "no answer": pytest.approx(1 / 6),
+        "cut off": pytest.approx(1 / 6),
     }
     assert summary["truncated"] == pytest.approx(1 / 6)
     assert result.attempts == [[1, 1, 4], [1, 1, 1]] and summary["attempts"] == pytest.approx(1.5)
@@ -228,6 +255,16 @@ def test_evaluate_counts_by_hand():
     assert summary["budget_curve"] == {10: 0.0, 200: pytest.approx(2 / 3)}
     low, high = summary["pass@1_ci"]
     assert low <= summary["pass@1"] <= high
+
+
+def test_what_was_cut_off_is_told_from_what_has_no_box():
+    """Guards against a --max-tokens that is too small reported as a model that gives no answer, and
+    against a box, right or wrong, that no longer counts because something followed it."""
+    chains = ["so it is 22", "3+5=8, 8" * 50, SOLVED + " so" * 99, FALSE_CLAIM + " so" * 99]
+    params = SamplingParams(max_tokens=100)
+    result = evaluate.evaluate(Script([chains]), Letters(), [COUNTDOWN], params, Settings(4))
+    assert result.failures == {"no answer": 0.25, "cut off": 0.25, "false claim": 0.25}
+    assert result.correct == [[False, False, True, False]]
 
 
 def test_an_answer_model_writes_the_forced_answers():
