@@ -151,13 +151,15 @@ class Draft:
     right: list[Attempt]  # the first ends the chain, the second may confirm it
 
 
-def load_sampler(path: str, max_batch: int = 256) -> tuple[Sampler, Tokenizer]:
+def load_sampler(
+    path: str, max_batch: int = 256, template_args: str = ""
+) -> tuple[Sampler, Tokenizer]:
     """A policy ready to sample: bf16 on a GPU, fp32 without one."""
     if torch.cuda.is_available():
         policy = load_pretrained(path, dtype=torch.bfloat16, device="cuda")
     else:
         policy = load_pretrained(path)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, template_args)
     return Sampler(policy, tokenizer, max_batch=max_batch), tokenizer
 
 

@@ -46,7 +46,7 @@ from cli import UserError
 from cot import load_sampler
 from sample import MOST_TOKENS, Completion, Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, open_thought
 
 # --- estimators -----------------------------------------------------------------------------------
 
@@ -144,6 +144,7 @@ def first_equal(answers: list[str]) -> dict[str, str]:
 # --- the curve ------------------------------------------------------------------------------------
 
 ANSWER_TOKENS = 48  # a forced answer's most tokens
+PROMPT_END = 16  # tokens in which a template may open a thought
 
 
 def shorten(completion: Completion, budget: int) -> Completion:
@@ -153,13 +154,16 @@ def shorten(completion: Completion, budget: int) -> Completion:
     return Completion(completion.tokens[:budget], completion.logprobs[:budget], "length")
 
 
-def forced_prefix(problem: Problem, text: str) -> str:
-    """What is written behind a cut chain: it closes the thought and opens a box."""
+def forced_prefix(problem: Problem, text: str, prompt: str = "") -> str:
+    """What is written behind a cut chain: it closes the thought and opens a box.
+
+    prompt: how the prompt ends; some templates open the thought there.
+    """
     if "\\boxed{" in text:  # the cut fell inside the box
         return ""
     forced = tasks.TASKS[problem.task].forced
-    if "<think>" in text and "</think>" not in text:
-        return "\n</think>\n" + forced
+    if tag := open_thought(prompt, text):
+        return f"\n</{tag}>\n" + forced
     if text.endswith("\n"):
         return forced
     return "\n" + forced
@@ -187,14 +191,19 @@ class CutChain:
 
 
 def cut_chain(
-    chain: Completion, budget: int, number: int, problem: Problem, tokenizer: Tokenizer
+    chain: Completion,
+    budget: int,
+    number: int,
+    problem: Problem,
+    prompt: str,
+    tokenizer: Tokenizer,
 ) -> CutChain:
     """A chain that did not end within the budget, nor boxed an answer, is to be completed."""
     short = shorten(chain, budget)
     text = short.text(tokenizer)
     if short.finish_reason == "stop" or verify.last_boxed(text) is not None:
         return CutChain(budget, number, text, None)
-    prefix = forced_prefix(problem, text)
+    prefix = forced_prefix(problem, text, prompt)
     return CutChain(budget, number, text + prefix, short.tokens + tokenizer.encode(prefix))
 
 
@@ -212,14 +221,16 @@ def budget_curve(
     """
     budgets = sorted(set(budgets))
     cuts: list[CutChain] = []
+    prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
     for number, (problem, chains) in enumerate(zip(problems, completions)):
+        end = tokenizer.decode(prompts[number][-PROMPT_END:])
         for chain in chains:
-            cuts += [cut_chain(chain, budget, number, problem, tokenizer) for budget in budgets]
+            for budget in budgets:
+                cuts.append(cut_chain(chain, budget, number, problem, end, tokenizer))
 
     open_ended = [cut for cut in cuts if cut.written is not None]
     if open_ended:
         greedy = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
-        prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
         begun = [prompts[cut.problem] + cut.written for cut in open_ended]
         answers = sampler.generate(begun, 1, greedy, progress=True)
         for cut, [answer] in zip(open_ended, answers):
@@ -604,6 +615,8 @@ class Config:
     """Countdown: the numbers are drawn from 1 to this."""
     operators: str = "+-*"
     """Countdown: which operators; / divides exactly."""
+    template_args: str = ""
+    """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     out: str | None = None
     """Folder for results.json and budgets.png."""
     resume: bool = False
@@ -701,12 +714,14 @@ def measure(
             raise UserError(f"{file} was measured with another {name}: choose another --out")
     answerer = vocabulary = None
     if config.answer_model:
-        answerer, tokenizer = load_sampler(config.answer_model, config.max_batch)
+        answerer, tokenizer = load_sampler(
+            config.answer_model, config.max_batch, config.template_args
+        )
         vocabulary = tokenizer.files["tokenizer.json"]
     for name in config.model:
         if name in results:
             continue
-        sampler, tokenizer = load_sampler(name, config.max_batch)
+        sampler, tokenizer = load_sampler(name, config.max_batch, config.template_args)
         if answerer and vocabulary != tokenizer.files["tokenizer.json"]:
             raise UserError(
                 f"--answer-model {config.answer_model} cannot go on in {name}'s tokens: "

@@ -447,6 +447,11 @@ def write_folder(
     old = path.with_name(f".{path.name}.old")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    if tokenizer is not None:
+        # Whoever samples from the folder is to stop where we do: base models name one token in
+        # config.json, and end their turns with another.
+        known = [token for token in tokenizer.eos_ids if token < config.vocab_size]
+        config = replace(config, eos_ids=tuple(sorted({*config.eos_ids, *known})))
     texts = write_weights(partial, config, weights)
     raw = config_to_hf(config, weights["norm.weight"].dtype)
     texts["config.json"] = raw

@@ -728,6 +728,8 @@ class Config:
     """Sequences decoded at once, at most."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the metrics go besides metrics.jsonl."""
+    template_args: str = ""
+    """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     device: str = "auto"
     """cpu, cuda, or auto."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -836,7 +838,7 @@ def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world:
     # One process in fp32 samples from the policy itself; otherwise the sampler has its own copy.
     alone = exact and world.size == 1
     actor = policy.model if alone else load_pretrained(config.model, dtype, world.device)
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.template_args)
     anchor = load_trained(config, world) if recipe.kl_coef else None
     start = None
     if config.start_kl:
@@ -993,7 +995,7 @@ def room_for_responses(config: Config, problems: list[Problem]) -> int:
     UserError if a prompt has no room, or if no token of the model ends a response.
     """
     shape = read_config(model_folder(config.model))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.template_args)
     require_stop_token(tokenizer, shape.vocab_size, config.model)
     prompts = (tasks.prompt_ids(problem, tokenizer) for problem in problems)
     source = config.data or config.task

@@ -599,6 +599,8 @@ class Config:
     """The same seed gives the same answers."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one."""
+    template_args: str = ""
+    """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on CUDA, which halves what a step has to read; float32 elsewhere."""
 
@@ -610,7 +612,7 @@ def main(config: Config) -> None:
     dtype = config.dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.template_args)
     sampler = Sampler(load_pretrained(config.model, getattr(torch, dtype), device), tokenizer)
     most = config.max_tokens
     if most is None:

@@ -59,7 +59,7 @@ from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World
 from runfolder import Run
-from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer, require_stop_token
+from tokenizer import Tokenizer, continued, demo_tokenizer, load_tokenizer, require_stop_token
 
 MAY_CHANGE = (
     "out", "data", "model", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every",
@@ -141,6 +141,8 @@ class Config:
     """Checkpoints to keep; older ones are removed."""
     max_skips: int = 5
     """Stop after so many steps in a row whose loss or gradient is not finite; each is skipped."""
+    template_args: str = ""
+    """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -234,7 +236,10 @@ def examples_of(
         if spans and prompt[: len(tokens)] != tokens:
             sequences.append(Example(tokens, spans))
             spans = []
-        tokens = prompt + tokenizer.encode(messages[i]["content"])
+        response = messages[i]["content"]
+        if response.startswith("<"):  # <think>, which the template may have opened already
+            response = continued(tokenizer.decode(prompt[-16:]), response)
+        tokens = prompt + tokenizer.encode(response)
         if row.get("stop", True) or i != turns[-1]:
             tokens = tokens + [stop]
         tokens = tokens[:max_length]
@@ -352,7 +357,7 @@ def at_random_positions(
 def begin(config: Config) -> tuple[Transformer, Tokenizer]:
     """The model to start from and its tokenizer."""
     if config.model is not None:
-        return load_pretrained(config.model), load_tokenizer(config.model)
+        return load_pretrained(config.model), load_tokenizer(config.model, config.template_args)
     tokenizer = demo_tokenizer(cot.WORDS)
     return random_init(small_shape(tokenizer), config.seed), tokenizer
 

@@ -47,6 +47,8 @@ TEMPLATE_ERRORS = (  # jinja2's own, and those of the Python operations that exp
     AttributeError,
     RecursionError,
 )
+TODAY = datetime(2024, 7, 26)  # for templates that print a date: Llama 3's own, if it has no clock
+THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*")
 MARK = "\ufdd0"  # a code point that stands for nothing in Unicode: see `Tokenizer.chat`
 
 
@@ -58,12 +60,18 @@ class Tokenizer:
     """
 
     def __init__(
-        self, files: dict[str, bytes], source: str = "tokenizer", eos_ids: Iterable[int] = ()
+        self,
+        files: dict[str, bytes],
+        source: str = "tokenizer",
+        eos_ids: Iterable[int] = (),
+        template_args: str = "",
     ):
         """files: the contents of FILES; all but the first may be absent.
 
         source: what errors call the folder. eos_ids: stop tokens known from its other files.
+        template_args: JSON, what else the chat template is to know: '{"enable_thinking": false}'.
         """
+        self.template_args = parse_json(template_args or "{}", "--template-args")
         self.files = files
         self.source = source
         self.library = self._read_library()
@@ -170,7 +178,8 @@ class Tokenizer:
         messages: {"role": ..., "content": ...} each. variables: what else a template may ask for.
         UserError if the template refuses.
         """
-        variables = self.special_texts | variables
+        absent = {"tools": None, "documents": None}  # templates ask whether they are none
+        variables = absent | self.special_texts | self.template_args | variables
         try:
             template = compile_template(self.chat_template)
             return template.render(
@@ -221,11 +230,11 @@ class Tokenizer:
 # --- reading a folder -----------------------------------------------------------------------------
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, template_args: str = "") -> Tokenizer:
     """The tokenizer in a Hugging Face folder, or in a finished run's `model` folder.
 
-    Its stop tokens are all that its files name. UserError for a folder without a tokenizer, or with
-    one that is not whole.
+    Its stop tokens are all that its files name. template_args: see `Tokenizer`. UserError for a
+    folder without a tokenizer, or with one that is not whole.
     """
     path = Path(path)
     folders = [path / "model", path]
@@ -242,7 +251,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         file = folder / name
         if file.is_file():
             eos_ids += stop_ids(read_json(file), str(file))
-    return Tokenizer(files, str(folder), eos_ids)
+    return Tokenizer(files, str(folder), eos_ids, template_args)
 
 
 def require_stop_token(tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
@@ -292,8 +301,32 @@ def read_chat_template(files: dict[str, bytes], settings: dict, source: str) -> 
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         by_name = {entry["name"]: entry["template"] for entry in template}
-        template = by_name.get("default")
+        if "default" not in by_name:
+            raise UserError(
+                f"{source}/tokenizer_config.json: of its chat templates ({', '.join(by_name)}) "
+                "none is the default: put the one to use into a file chat_template.jinja"
+            )
+        template = by_name["default"]
     return template or PLAIN_TEMPLATE
+
+
+def open_thought(prompt: str, response: str = "") -> str | None:
+    """The tag of a thought that has begun and not ended, "think" say; None where there is none.
+
+    It begins in the response, or at the end of the prompt: some templates open it (R1-Distill).
+    """
+    found = THOUGHT.search(response) or re.search(THOUGHT.pattern + "$", prompt)
+    return found[1] if found and f"</{found[1]}>" not in response else None
+
+
+def continued(prompt: str, response: str) -> str:
+    """The response, without an opening of its thought that stands at the prompt's end already."""
+    opened = re.search(THOUGHT.pattern + "$", prompt)
+    if not opened or not response.startswith(f"<{opened[1]}>"):
+        return response
+    if response.startswith(opened[0]):
+        return response.removeprefix(opened[0])
+    return THOUGHT.sub("", response, count=1)
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -310,14 +343,15 @@ class GenerationTag(jinja2.ext.Extension):
 def compile_template(source: str) -> jinja2.Template:
     """A template, with the names that transformers gives to it.
 
-    Templates are downloaded code: they run in a sandbox.
+    Templates are downloaded code: they run in a sandbox. Their clock stands still: the same
+    conversation is the same tokens on another day, in a resumed run and in an evaluation.
     """
 
     def raise_exception(message: str):
         raise jinja2.TemplateError(message)
 
     def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
+        return TODAY.strftime(form)
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
         # jinja2's own would escape < and & for HTML.

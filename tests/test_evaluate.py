@@ -206,6 +206,19 @@ def test_budget_curve_generates_nothing_for_answers_that_stand():
     assert sampler.forced == []
 
 
+def test_a_thought_that_the_prompt_has_opened_is_closed():
+    """Guards against looking for the opening in the response alone, where R1-Distill has none."""
+
+    class Opening(Letters):
+        def chat(self, messages, add_generation_prompt=True):
+            return self.encode(messages[0]["content"] + "\n<think>\n")
+
+    sampler = Script([], answer="1}")
+    chains = [[completion("3*5=15, 15+9=24 not 22\n")]]
+    evaluate.budget_curve(sampler, Opening(), [COUNTDOWN], chains, [10])
+    assert sampler.forced[0].endswith("\n<think>\n3*5=15, 15\n</think>\n\\boxed{")
+
+
 def test_budget_curve_completes_a_box_that_was_cut():
     """Guards against \\boxed{(3*\\boxed{: a cut inside the box is continued, not opened again."""
     sampler = Script([], answer="5)+7} tail }")

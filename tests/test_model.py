@@ -27,6 +27,7 @@ from model import (
     random_init,
     save_pretrained,
 )
+from tokenizer import demo_tokenizer, load_tokenizer
 
 SHAPE = {
     "vocab_size": 99,
@@ -133,6 +134,18 @@ def test_bf16_is_no_worse_than_transformers(reference):
     truth = theirs.float()(tokens).logits
     our_error = (ours.logits(ours(tokens)).float() - truth).square().mean().sqrt()
     assert our_error <= 1.02 * (rounded(tokens).logits.float() - truth).square().mean().sqrt()
+
+
+def test_a_saved_model_names_every_stop_token(tmp_path):
+    """Guards against a model that never stops elsewhere: a base model's config.json names one token
+    (Qwen2.5: <|endoftext|>), its tokenizer the one that ends a turn. We stop at both."""
+    tokenizer = demo_tokenizer(["a"])
+    [end] = tokenizer.eos_ids
+    shape = ModelConfig(tokenizer.vocab_size, 32, 1, 4, 4, 8, 48, eos_ids=(3,))
+    save_pretrained(random_init(shape, 0), tmp_path / "saved", tokenizer)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "saved" / name).read_text())["eos_token_id"] == [3, end]
+    assert load_tokenizer(tmp_path / "saved").eos_ids == [3, end]
 
 
 def test_folder_round_trip_is_bitwise(reference, tmp_path):

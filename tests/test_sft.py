@@ -29,7 +29,7 @@ import tasks
 from cli import UserError
 from model import load_pretrained
 from muon import make_optimizers
-from tokenizer import demo_tokenizer, load_tokenizer
+from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = int(os.environ.get("NANOT1_KILLS", 2))  # 20 for the long form of the test
@@ -55,6 +55,17 @@ def make(row: dict, tokenizer, max_length: int = 500):
     return sft.examples_of(
         row, tokenizer, sft.stop_token(tokenizer), max_length, "data.jsonl, example 3"
     )
+
+
+def test_a_thought_that_the_template_opens_is_not_opened_twice():
+    """Bug: SFT on <think><think>, where both the template and the data open the thought."""
+    base = demo_tokenizer(cot.WORDS)
+    template = base.chat_template.replace("<|assistant|>", "<|assistant|><think>\n")
+    opening = Tokenizer(base.files | {"chat_template.jinja": template.encode()})
+    for response in ("<think>\nso</think>4", "so</think>4"):
+        [example] = make({"problem": "2+2", "answer": "4", "response": response}, opening)
+        assert opening.decode(example.tokens).count("<think>") == 1
+        assert trained_text(example, opening) == ["so</think>4<|end|>"]
 
 
 def trained_text(example, tokenizer) -> list[str]:

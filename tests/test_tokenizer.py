@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from itertools import pairwise
 
 import pytest
@@ -19,7 +20,7 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 from cli import UserError
-from tokenizer import MARK, demo_tokenizer, load_tokenizer
+from tokenizer import MARK, continued, demo_tokenizer, load_tokenizer, open_thought
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -334,6 +335,7 @@ def test_chat_equals_transformers(name, tmp_path, corpus):
     tools = [{"type": "function", "function": {"name": "add", "description": "a < b & \u00e9"}}]
     for chat in CHATS:
         for variables in ({}, {"enable_thinking": False}, {"tools": tools}):
+            variables = variables | {"date_string": "26 Jul 2024"}  # theirs is today's
             for prompt in (True, False):
                 expected = theirs.apply_chat_template(
                     chat, tokenize=False, add_generation_prompt=prompt, **variables
@@ -343,6 +345,66 @@ def test_chat_equals_transformers(name, tmp_path, corpus):
                     chat, add_generation_prompt=prompt, return_dict=False, **variables
                 )
                 assert ours.chat(chat, prompt, **variables) == ids
+
+
+def test_the_clock_of_a_template_stands_still(tmp_path, corpus, monkeypatch):
+    """Guards against prompts that hold the day: a run resumed tomorrow would go on with other
+    prompts than it began with, and two evaluations would differ."""
+    write_family(tmp_path, "llama3", corpus[:100])
+    for template in (TEMPLATES["llama"], "{{ strftime_now('%Y-%m-%d %H:%M:%S') }}"):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        first = load_tokenizer(tmp_path).render(CHATS[0])
+        monkeypatch.setattr(time, "time", lambda: 2e9)
+        assert load_tokenizer(tmp_path).render(CHATS[0]) == first and "2024" in first
+
+
+def test_template_args_reach_the_template(tmp_path, corpus):
+    """Guards against a model whose thinking cannot be switched off, a date that cannot be set, and
+    a template that asks whether tools or documents are none, as they are for transformers."""
+    write_family(tmp_path, "qwen", corpus[:100])
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["qwen"])
+    silent = load_tokenizer(tmp_path, '{"enable_thinking": false}')
+    assert silent.render(CHATS[0]).endswith("<think>\n\n</think>\n\n")
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES["llama"])
+    dated = load_tokenizer(tmp_path, '{"date_string": "1 May 1999"}')
+    assert dated.render(CHATS[0]).endswith("Today is 1 May 1999.")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% if tools is none and documents is none %}as theirs{% endif %}"
+    )
+    assert load_tokenizer(tmp_path).render(CHATS[0]) == "as theirs"
+    for broken in ("{", "[1]", "no"):
+        with pytest.raises(UserError, match="--template-args"):
+            load_tokenizer(tmp_path, broken)
+
+
+def test_several_templates_without_a_default(tmp_path, corpus):
+    """Guards against a model that is asked in the plain template, though it has its own."""
+    write_family(tmp_path, "smollm", corpus[:100])
+    file = tmp_path / "tokenizer_config.json"
+    templates = [{"name": "tool_use", "template": "a"}, {"name": "rag", "template": "b"}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": templates}))
+    with pytest.raises(UserError, match=r"\(tool_use, rag\) none is the default"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("tag", ["think", "thought"])
+def test_a_thought_that_the_template_opens_is_one_thought(tag):
+    """Guards against a budget curve that forces a box inside an open thought, and SFT on a thought
+    that begins twice: R1-Distill's template writes <think> itself."""
+    begun = f"<|Assistant|><{tag}>\n"
+    assert open_thought(begun, "so 2") == tag and open_thought("<|Assistant|>", f"<{tag}>") == tag
+    for prompt, response in (
+        (begun, f"so 2</{tag}> 2"),
+        ("<|Assistant|>", "so 2"),
+        (f"what does <{tag}> mean? <|Assistant|>", "so 2"),
+        (f"{begun}\n</{tag}>\n\n", "so 2"),  # Qwen3 without thinking
+    ):
+        assert open_thought(prompt, response) is None
+    assert continued(begun, f"<{tag}>\nso 2") == "so 2" == continued(begun, f"<{tag}>so 2")
+    assert continued(f"<{tag}>", f"<{tag}>\nso 2") == "\nso 2"
+    assert (
+        continued("<|Assistant|>", f"<{tag}>so") == f"<{tag}>so" and continued(begun, "so") == "so"
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
