@@ -48,7 +48,7 @@ ALL_ATTEMPTS = 99  # the oracle's: more than there are values to try
 BUDGET = 336  # tokens a response may take in RL and in evaluation: room for some twenty attempts
 BUDGETS = "42,56,84,112,168,224,336"
 CURVE_SAMPLES = 2  # of each problem, for the curve: every cut chain costs a forced answer
-LONG_STEPS, LONG_COOLDOWN = 240, 80  # --long: at a constant rate RL stops rising after some 120
+LONG_STEPS, LONG_COOLDOWN = 240, 80  # --long
 SHARES = (0.3, 0.6)  # of RL's steps, after which the curve is measured, too
 PROBE = tasks.countdown_problem([3, 5, 7], 22)  # sixteen values to try; 64 responses are counted
 
@@ -72,7 +72,7 @@ class Config:
     samples: int = 16
     """Responses to each held-out problem."""
     long: bool = False
-    """As --steps 240 --cooldown 80: RL until it rises no more. Takes about half an hour."""
+    """As --steps 240 --cooldown 80: RL until it hardly rises. Takes about half an hour."""
     baselines: bool = False
     """Also train and measure the two baselines: about as long again."""
 
