@@ -33,6 +33,7 @@ import tyro
 
 Flags = TypeVar("Flags")
 
+STOPS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C, and what a scheduler sends
 REFUSALS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EIO, errno.EMFILE, errno.EPIPE),
@@ -49,8 +50,7 @@ def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | Non
 
     Exit codes: 0, 2 (bad input, or nowhere to write), 130 (Ctrl-C, or a scheduler's SIGTERM).
     """
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGTERM, interrupt)
+    before = {stop: signal.signal(stop, interrupt) for stop in STOPS}
     try:
         read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
         main(expand_home(read))
@@ -64,6 +64,9 @@ def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | Non
         leave(f"error: {where}{error.strerror}", 2)
     except KeyboardInterrupt as interruption:
         leave(f"\ninterrupted: {str(interruption) or 'nothing was written'}", 130)
+    finally:
+        for stop, handler in before.items():  # whoever called us has handlers of its own
+            signal.signal(stop, handler or signal.SIG_DFL)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -73,8 +76,8 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     torchrun passes on what the terminal has told them already: they let the second one pass.
     """
     again = signal.SIG_IGN if os.environ.get("RANK") else signal.SIG_DFL
-    signal.signal(signal.SIGINT, again)
-    signal.signal(signal.SIGTERM, again)
+    for stop in STOPS:
+        signal.signal(stop, again)
     raise KeyboardInterrupt
 
 

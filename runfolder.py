@@ -329,12 +329,15 @@ class Run:
         self.out = open_run(config.out, config, config.resume, may_change, world)
         self.guard = Guard(max_skips)
         self.checkpoints: Checkpoints | None = None  # from the first step on
+        self.bar: tqdm | None = None  # as well
         self.rows: list[dict[str, Any]] = []  # of metrics.jsonl, since the last checkpoint
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *failure: object) -> None:
+        if self.bar is not None:
+            self.bar.close()  # before anybody says how the run ended: the last line is theirs
         # Where other ranks have left, there is nobody to complete it with.
         if self.checkpoints and self.world.size == 1:
             self.checkpoints.finish()
