@@ -2,8 +2,8 @@
 
 The README's tables are made by
 
-    for seed in 0 1 2; do python demo.py --seed $seed --out runs/demo-$seed; done
-    python benchmarks/demo_seeds.py runs/demo-*
+    for seed in 0 1 2; do python demo.py --long --seed $seed --out runs/long-$seed; done
+    python benchmarks/demo_seeds.py runs/long-*
 
 The first table has the curve against the thinking budget, as RL goes on; the second everything else, with the two
 baselines beside it where all of the runs have them (`--baselines`).
