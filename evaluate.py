@@ -46,7 +46,7 @@ from cli import UserError
 from cot import load_sampler
 from sample import MOST_TOKENS, Completion, Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import Tokenizer, open_thought
+from tokenizer import PROMPT_END, Tokenizer, open_thought
 
 # --- estimators -----------------------------------------------------------------------------------
 
@@ -144,7 +144,6 @@ def first_equal(answers: list[str]) -> dict[str, str]:
 # --- the curve ------------------------------------------------------------------------------------
 
 ANSWER_TOKENS = 48  # a forced answer's most tokens
-PROMPT_END = 16  # tokens in which a template may open a thought
 
 
 def shorten(completion: Completion, budget: int) -> Completion:

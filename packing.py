@@ -1,7 +1,7 @@
 """Sequences of any length into rows of one length, with one value for every trained token.
 
     for places, packed in parallel.micro_batches(examples, ...):
-        logprob, entropy = parallel.log_probs(scorer, packed)       # [M] each, M trained tokens
+        logprob, entropy = parallel.log_probs(scorer, packed)   # [M] each, M trained tokens
         ratio = (logprob - old[places]).exp()                   # `old`: one value for each of them
 
 The tokens that a loss is computed on are counted through, example after example. A list with one

@@ -76,8 +76,8 @@ def start(device: str = "auto") -> World:
     ranked = bool(os.environ.get("RANK"))
     if ranked:
         check_environment(on_gpu)
-    if ranked and on_gpu:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if on_gpu:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
     if on_gpu and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise UserError(f"{device}: this machine has {torch.cuda.device_count()} CUDA devices")
     if not ranked:

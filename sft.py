@@ -59,7 +59,14 @@ from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World
 from runfolder import Run
-from tokenizer import Tokenizer, continued, demo_tokenizer, load_tokenizer, require_stop_token
+from tokenizer import (
+    PROMPT_END,
+    Tokenizer,
+    continued,
+    demo_tokenizer,
+    load_tokenizer,
+    require_stop_token,
+)
 
 MAY_CHANGE = (
     "out", "data", "model", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every",
@@ -238,7 +245,7 @@ def examples_of(
             spans = []
         response = messages[i]["content"]
         if response.startswith("<"):  # <think>, which the template may have opened already
-            response = continued(tokenizer.decode(prompt[-16:]), response)
+            response = continued(tokenizer.decode(prompt[-PROMPT_END:]), response)
         tokens = prompt + tokenizer.encode(response)
         if row.get("stop", True) or i != turns[-1]:
             tokens = tokens + [stop]

@@ -49,6 +49,8 @@ TEMPLATE_ERRORS = (  # jinja2's own, and those of the Python operations that exp
 )
 TODAY = datetime(2024, 7, 26)  # for templates that print a date: Llama 3's own, if it has no clock
 THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*")
+OPENED = re.compile(THOUGHT.pattern + "$")  # at the end of a prompt,
+PROMPT_END = 16  # within so many tokens
 MARK = "\ufdd0"  # a code point that stands for nothing in Unicode: see `Tokenizer.chat`
 
 
@@ -315,13 +317,13 @@ def open_thought(prompt: str, response: str = "") -> str | None:
 
     It begins in the response, or at the end of the prompt: some templates open it (R1-Distill).
     """
-    found = THOUGHT.search(response) or re.search(THOUGHT.pattern + "$", prompt)
+    found = THOUGHT.search(response) or OPENED.search(prompt)
     return found[1] if found and f"</{found[1]}>" not in response else None
 
 
 def continued(prompt: str, response: str) -> str:
     """The response, without an opening of its thought that stands at the prompt's end already."""
-    opened = re.search(THOUGHT.pattern + "$", prompt)
+    opened = OPENED.search(prompt)
     if not opened or not response.startswith(f"<{opened[1]}>"):
         return response
     if response.startswith(opened[0]):
