@@ -14,6 +14,7 @@ import resource
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -601,28 +602,34 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         checkpoints.finish()
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """Files may have 1,000 bytes: as on a full disk, torch's own code is what fails."""
+    """Files may have 1,000 bytes: as on a full disk, torch's own code is what fails. Not a fixture:
+    pytest reports a test before its fixtures end, into a log that may itself be longer than that.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_checkpoint_that_does_not_fit_says_so(tmp_path, small_files):
+def test_a_checkpoint_that_does_not_fit_says_so(tmp_path):
     """Bug: the disk is full, and all that is said is "(CheckpointException)"."""
-    with pytest.raises(UserError, match=r"cannot write a checkpoint into .*: File too large$"):
+    line = r"cannot write a checkpoint into .*: File too large$"
+    with small_files(), pytest.raises(UserError, match=line):
         save(tmp_path, 1, {"policy": make_scorer(ALONE)}, {})
     assert not parallel.complete_checkpoints(tmp_path)
 
 
-def test_a_model_that_does_not_fit_says_so(tmp_path, small_files):
+def test_a_model_that_does_not_fit_says_so(tmp_path):
     """Bug: a run of days ends in a traceback, for its model does not fit onto the disk; or the old
     model is gone."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("whole")
-    with pytest.raises(UserError, match=r"cannot write .*/model: .*File too large"):
+    line = r"cannot write .*/model: .*File too large"
+    with small_files(), pytest.raises(UserError, match=line):
         parallel.save_model(make_scorer(ALONE), tmp_path / "model", None, ALONE)
     assert (tmp_path / "model" / "old").read_text() == "whole"
 
