@@ -31,6 +31,7 @@ import torch  # noqa: E402
 
 import cli  # noqa: E402
 import tasks  # noqa: E402
+from model import model_folder  # noqa: E402
 from verify import Verdict  # noqa: E402
 
 CONTENDERS = ("nanot1 grpo", "nanot1 t1", "trl grpo", "trl rloo")
@@ -191,7 +192,7 @@ def run_child(config: Config, contender: str) -> dict:
 
 
 def main(config: Config) -> None:
-    config.model = config.model or demo_model(config)
+    config.model = str(model_folder(config.model or demo_model(config)))  # TRL knows no run folders
     if config.contender != "all":
         family, name = config.contender.split()
         print(json.dumps(run_ours(config, name) if family == "nanot1" else run_trl(config, name)))
