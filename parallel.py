@@ -547,8 +547,10 @@ class Checkpoints:
             if written:
                 written.result()
         except (CheckpointException, OSError) as error:  # a full disk, most likely
+            free = shutil.disk_usage(self.folder).free
             raise UserError(
-                f"cannot write a checkpoint into {self.folder}: {reason_of(error)}"
+                f"cannot write a checkpoint into {self.folder}, where {free / 1e9:.1f} GB are "
+                f"free: {reason_of(error)}"
             ) from None
 
 

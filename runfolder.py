@@ -156,9 +156,7 @@ class MetricsLog:
             with writing(out / "tensorboard"):
                 self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         elif backend == "wandb":
-            import wandb
-
-            self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
+            self.wandb = start_wandb(out)
         rows = {row["step"]: row for row in (*read_metrics(self.path), *remembered)}
         lost = [number for number in range(1, step + 1) if number not in rows]
         if lost:
@@ -177,6 +175,19 @@ class MetricsLog:
                     self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
+
+
+def start_wandb(out: Path) -> Any:
+    """A run of Weights & Biases, named like the folder. UserError where it refuses to start."""
+    import wandb
+
+    try:
+        return wandb.init(project="nanoT1", name=out.name, dir=str(out))
+    except wandb.Error as error:  # nobody is logged in, no network, ...
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--log wandb: {reason} (`wandb login`, or WANDB_MODE=offline; then --resume {out})"
+        ) from None
 
 
 def check_backend(backend: str) -> None:

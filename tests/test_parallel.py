@@ -16,6 +16,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -617,7 +618,7 @@ def small_files():
 
 def test_a_checkpoint_that_does_not_fit_says_so(tmp_path):
     """Bug: the disk is full, and all that is said is "(CheckpointException)"."""
-    line = r"cannot write a checkpoint into .*: File too large$"
+    line = r"cannot write a checkpoint into .*, where [\d.]+ GB are free: File too large$"
     with small_files(), pytest.raises(UserError, match=line):
         save(tmp_path, 1, {"policy": make_scorer(ALONE)}, {})
     assert not parallel.complete_checkpoints(tmp_path)
@@ -819,6 +820,20 @@ def test_a_missing_logger_is_refused_at_once(tmp_path, backend, broken, monkeypa
         with pytest.raises(UserError, match="wandb is not installed"):
             runfolder.check_run(tmp_path / "run", Logged(log=backend), False, ())
     assert not list(tmp_path.glob("run*"))
+
+
+def test_a_logger_that_refuses_is_one_line(tmp_path, monkeypatch):
+    """Bug: --log wandb without a login ends in pages of somebody else's traceback."""
+
+    class Refused(Exception):
+        pass
+
+    def init(**flags):
+        raise Refused("api_key not configured (no-tty)\nmore")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Refused))
+    with pytest.raises(UserError, match=r"^--log wandb: api_key .*no-tty\) \(.*--resume \S+\)$"):
+        runfolder.MetricsLog(tmp_path, 0, ALONE, "wandb")
 
 
 def drawn(monkeypatch, folder: Path, rows: list[dict], panels: dict[str, list[str]]) -> list:
