@@ -10,9 +10,10 @@ rewards (penalties, KL to the anchor), rewards into advantages (leave-one-out); 
 them with an entropy bonus; move the anchor. From the outcomes on, each is one function below, in
 that order, and `train_step` calls them in that order (the two of the loss by `policy_gradient`).
 
-With r_i the reward of the i-th of K responses y_i to a prompt x, t its tokens, pi the policy at
-the temperature, pi_old the policy that sampled, ref the anchor, M the number of tokens of the
-update, beta `kl_coef`, alpha `entropy_coef`, a `anchor_decay`, eps `clip_low` and eps' `clip_high`:
+With r_i the reward of the i-th of K responses y_i to a prompt x, y_it its t-th token, pi the policy
+at the temperature, pi_old the same before the step (it sampled, up to rounding), ref the anchor, M
+the number of tokens of the update, beta `kl_coef`, alpha `entropy_coef`, a `anchor_decay`, eps
+`clip_low` and eps' `clip_high`:
 
     penalties       r'_i = -1 if y_i repeats itself, never ends, or is garbled; else r_i `penalise`
     centred KL      k_i = sum_t log pi_old(y_it) / ref(y_it);
@@ -24,19 +25,20 @@ update, beta `kl_coef`, alpha `entropy_coef`, a `anchor_decay`, eps `clip_low` a
                     H of the whole next-token distribution                          `entropy_bonus`
     dynamic anchor  ref <- a * ref + (1 - a) * pi                                   `update_anchor`
 
-Rewards and advantages are one number for each response, [N]; log-probs, and all that the loss is
-made of, one number for each trained token, [M], response after response.
+Rewards and advantages are one number for each response, [N] = [P * K] for P prompts. Log-probs, and
+all that the loss is made of, are one number for each trained token, response after response: [M],
+be it of a batch or of a part. What the loss is divided by is always the update's M, `token_count`.
 
 What we do differently from the paper (GUIDE.md says why, in the part named):
 
-1. The update is a PPO loop. With one epoch and one minibatch, the default, every ratio is 1 and the
-   gradient is T1's own, exactly (4).
+1. The update is a PPO loop. With one epoch and one minibatch, the default, every ratio is 1 (up to
+   rounding), and the gradient is T1's own (4).
 2. The loss is divided once, by the number of tokens M of the update. The paper does not say how it
    normalises (4).
-3. Groups of K responses whose advantages are all zero are dropped before any forward pass (3),
-   unless the recipe drops no single group: by a mean over the batch, none is.
-4. Neither coefficient that the paper calls alpha is published. Ours (`entropy_coef`,
-   `anchor_decay`) were chosen on the demo (5, 6).
+3. Groups of K responses whose advantages are all zero are dropped before the trainer's first
+   forward pass (3). A recipe whose baseline is the mean of the whole batch drops none.
+4. The paper calls two numbers alpha, the entropy bonus's weight and the anchor's decay, and
+   publishes neither. Ours, alpha and a above, were chosen on the demo (5, 6).
 5. The temperature divides the logits in training, too, and training never truncates: no top-p, no
    min-p (8).
 6. The KL is the sum of log-ratios of the sampled tokens: one pass of the anchor and no more (6).
@@ -134,8 +136,9 @@ def ppo_clip_loss(
 ) -> Tensor:
     """PPO's clipped surrogate: summed over tokens, divided once by the update's `token_count`.
 
-    All tensors are [M]; weight: 1, unless a recipe averages otherwise. At ratio 1 its gradient is
-    -A * grad log pi: REINFORCE's.
+    All tensors are [M]. weight: 1 for T1 in fp32; else a recipe's average, times the importance
+    weight where the sampler computes in bf16. At ratio 1 the gradient is -A * grad log pi, the
+    plain policy gradient (GUIDE.md, part 2; it is called REINFORCE).
     """
     ratio = (logprob - old_logprob).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -178,7 +181,7 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
     metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
     teaching = teaching_groups(responses, rewards, config, recipe)
     groups = torch.arange(len(responses)).view(-1, config.samples)  # numbers of the responses
-    # Dynamic sampling may have drawn more than are wanted.
+    # A recipe with `resample` may have drawn more than are wanted.
     kept = groups[teaching][: config.prompts]
     if drops_groups(recipe, config.samples):
         metrics["dropped"] = 1 - len(kept) / len(groups)
@@ -392,9 +395,9 @@ def teaching_groups(
 ) -> Tensor:
     """Which groups have an advantage that is not zero, bool [P].
 
-    The recipe's own advantage is asked: by a mean over the batch, say, a group of equal rewards
-    does teach. The KL is not in the rewards yet, so equal verdicts are equal rewards. Of the groups
-    that are kept the advantages are computed again, with it.
+    The recipe's own advantage is asked: where the baseline is a mean over the batch, say, a group
+    of equal rewards does teach. The KL is not in the rewards yet, so equal verdicts are equal
+    rewards. Of the groups that are kept the advantages are computed again, with it.
     """
     advantages = advantages_of(rewards, patterns_of(responses), config, recipe)
     shape = (-1, config.samples)
@@ -413,7 +416,7 @@ def teaching_groups(
 def drops_groups(recipe: Recipe, samples: int) -> bool:
     """Whether a recipe may drop one group and keep another.
 
-    By a mean over the batch a group of equal rewards does teach something, beside other groups.
+    Where the baseline is a mean over the batch, a group of equal rewards does teach something.
     """
     rewards = torch.zeros(2, samples, dtype=torch.float64)
     rewards[1, 0] = 1.0
