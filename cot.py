@@ -360,7 +360,7 @@ def rewrite(path: str, rows: list[dict], params: SamplingParams, template_args: 
 
 def by_attempts(config: "Config") -> list[dict]:
     """Chains from the attempts of `--model` at the problems of `--data`: T1's four steps."""
-    problems = tasks.load(config.data)[: config.limit]
+    problems = tasks.load(config.data, config.fields, config.seed)[: config.limit]
     params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
     rng = random.Random(f"attempts {config.seed}")
 
@@ -403,7 +403,10 @@ class Config:
     attempts: int = 3
     """By program: attempts drawn at a problem, the most that a chain shows. 99: all there are."""
     data: str | None = None
-    """From attempts: the problem file, JSONL with `problem` (or `question`) and `answer`."""
+    """From attempts: the problems, a file with `problem` (or `question`) and `answer`, or a data
+    set's name (hub.py)."""
+    fields: str = ""
+    """From attempts: what these are called there, if otherwise: problem=NAME,answer=NAME."""
     model: tuple[str, ...] = ()
     """From attempts: the checkpoints that attempt the problems; several give chains that change
     their mind more."""

@@ -11,7 +11,6 @@ model that is almost right trains to something that is quietly wrong.
 import hashlib
 import json
 import math
-import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import hub
 from cli import UserError, read_json, sync_folder
 from tokenizer import FILES, stop_ids
 
@@ -62,18 +62,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def model_folder(path: str | Path) -> Path:
-    """The Hugging Face folder that `path` means: itself, or the `model` folder of a run.
+    """The Hugging Face folder that `path` means: itself, the `model` folder of a run, or what the
+    hub has of that name (ORG/NAME, ORG/NAME@REVISION), fetched.
 
     A run has a config.json of its own, with the command's flags; it has no model_type.
     """
-    path = Path(path)
-    if not path.exists():
-        name = "OWNER/NAME"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not path.parent.exists():
-            name = str(path)
-        raise UserError(
-            f"no such folder: {path} (from Hugging Face's hub: hf download {name} --local-dir DIR)"
-        )
+    path = Path(path) if Path(path).exists() else hub.fetch_model(str(path))
     for folder in (path / "model", path):
         file = folder / "config.json"
         if file.is_file() and "model_type" in read_json(file):

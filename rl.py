@@ -641,8 +641,10 @@ class Config:
     task: str = ""
     """Problems made by program, instead of --data: countdown."""
     data: str = ""
-    """Problem file, JSONL (or gzipped, or Parquet): `problem` (or `question`, `prompt`) and
-    `answer`."""
+    """Problems: a file with `problem` (or `question`, `prompt`) and `answer`, or a data set's name,
+    such as openai/gsm8k:main/train (hub.py)."""
+    fields: str = ""
+    """What these are called there, if otherwise: problem=NAME,answer=NAME."""
     recipe: str = "t1"
     """The algorithm: t1, grpo, dr_grpo, dapo or reinforce; `RECIPES` in rl.py says what each is."""
     steps: int = 100

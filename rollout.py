@@ -212,7 +212,7 @@ class Stopwatch:
 def read_problems(config: Any, needed: int) -> list[Problem]:
     """The problems to train on: all of --data, or the first `needed` that --task makes."""
     if config.data:
-        return tasks.load(config.data)
+        return tasks.load(config.data, config.fields, config.seed)
     stream = tasks.made(config.task, config)
     problems = list(islice(stream, needed))
     if len(problems) < needed:

@@ -263,7 +263,7 @@ def read_examples(
     """All training sequences, in the order of the data. Says how many had to be cut."""
     if config.data is not None:
         source = config.data
-        rows = cli.read_jsonl(config.data)
+        rows = list(tasks.read_files(config.data).values())
     else:
         source = "chain"
         chains = cot.Config(out="", seed=config.seed, count=config.chains)
