@@ -40,6 +40,10 @@ from kernels.jit import wide
 from packing import positions_and_mask
 from pretrained import model_folder
 
+# On an H100 PyTorch would prefer cuDNN's attention, which plans for 0.4 to 0.6 seconds at every new
+# shape (transformers#48163); nearly every micro-batch and every prefill has a shape of its own.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 @dataclass(frozen=True)
 class ModelConfig:
