@@ -198,7 +198,11 @@ class Transformer(nn.Module):
         x = x.to(wide(x.dtype))
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, attend, use_reentrant=False)
+                x = checkpoint(
+                    *(block, x, rotation, attend),
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # a block draws no random numbers
+                )
             else:
                 x = block(x, rotation, attend)
         return self.norm(x)
