@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from cli import UserError, sync_folder, write_text, writing
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
-from packing import Example, Packed, Unit, fill_rows, pack, share_stems
+from packing import Example, Packed, Unit, fill_rows, integers, pack, share_stems
 from tokenizer import Tokenizer
 
 # Said of every save by one process alone.
@@ -413,7 +413,7 @@ def micro_batches(
             chosen += unit.members
         places = [place for i in chosen for place in range(first[i], first[i + 1])]
         packed = pack([examples[i] for i in chosen], row_length, renumbered)
-        yield torch.tensor(places, dtype=torch.long), packed
+        yield integers(places), packed
 
 
 def spread(lengths: list[int], row_length: int, tokens: int, world: World) -> list[list[int]]:
