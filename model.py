@@ -37,8 +37,12 @@ from torch.utils.checkpoint import checkpoint
 
 import pretrained
 from kernels.jit import wide
-from packing import positions_and_mask
+from packing import Runs, positions_and_mask
 from pretrained import model_folder
+
+# On an H100 PyTorch would prefer cuDNN's attention, which plans for 0.4 to 0.6 seconds at every new
+# shape (transformers#48163); nearly every micro-batch and every prefill has a shape of its own.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,8 @@ class Transformer(nn.Module):
         self.config = config
         # True: store only the input of each block, and compute the block again in the backward pass
         self.checkpoint_blocks = False
+        # True: packed rows are trained on by `varlen_attention`, where `can_use_varlen`
+        self.varlen = False
         self.embed = nn.Embedding(config.vocab_size, config.dim, **factory)
         blocks = [Block(config, layer, **factory) for layer in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -194,7 +200,11 @@ class Transformer(nn.Module):
         x = x.to(wide(x.dtype))
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, attend, use_reentrant=False)
+                x = checkpoint(
+                    *(block, x, rotation, attend),
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # a block draws no random numbers
+                )
             else:
                 x = block(x, rotation, attend)
         return self.norm(x)
@@ -210,7 +220,7 @@ def causal_attention(visible: Tensor | None, layer: int, q: Tensor, k: Tensor, v
     visible [B, 1, T, T]: which keys a query sees. None: all up to itself.
     """
     group = q.shape[1] // k.shape[1]
-    if group > 1 and q.is_cuda and (visible is not None or q.dtype == torch.float32):
+    if group > 1 and q.is_cuda and q.dtype == torch.float32:
         # Here PyTorch's rules for choosing a kernel would pick one that holds all T x T scores, to
         # save this copy of keys and values. (Read in its source, not measured on a GPU.)
         k = k.repeat_interleave(group, 1)
@@ -218,6 +228,37 @@ def causal_attention(visible: Tensor | None, layer: int, q: Tensor, k: Tensor, v
         group = 1
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=group > 1
+    )
+
+
+def varlen_attention(runs: Runs, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`causal_attention` within the runs of packed rows, without a mask: a GPU's kernel computes no
+    pair that is not needed. It needs what `can_use_varlen` asks for.
+    """
+    # Imported here, because it brings the compiler with it, which makes every command start later.
+    from torch.nn.attention.varlen import varlen_attn
+
+    height = q.shape[0]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, heads, Dh], no copies
+    if runs.keys is not None:
+        # By way of fp32: the gradient adds up there what all of a stem's responses ask of its keys.
+        k, v = (x.to(wide(x.dtype)).index_select(0, runs.keys).to(x.dtype) for x in (k, v))
+    mixed = varlen_attn(
+        *(q, k, v, runs.query_starts, runs.key_starts, runs.most_queries, runs.most_keys),
+        window_size=(-1, 0),  # causal: a run's last query sees all of its keys
+        enable_gqa=True,
+    )
+    return mixed.unflatten(0, (height, -1)).transpose(1, 2)
+
+
+def can_use_varlen(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Has PyTorch a kernel for `varlen_attention` there: bf16 on CUDA, from an A100 (sm_80) on?"""
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and config.head_dim % 8 == 0
+        and config.head_dim <= 256
     )
 
 

@@ -25,6 +25,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ from torch.distributed.tensor import DTensor
 
 from cli import UserError, sync_folder, write_text, writing
 from kernels import linear_logprob_entropy
-from model import Transformer, save_pretrained
-from packing import Example, Packed, Unit, fill_rows, pack, share_stems
+from model import Transformer, can_use_varlen, save_pretrained, varlen_attention
+from packing import Example, Packed, Unit, fill_rows, integers, pack, share_stems
 from tokenizer import Tokenizer
 
 # Said of every save by one process alone.
@@ -241,7 +242,8 @@ def trained_places(model: Transformer, packed: Packed) -> tuple[Tensor, Tensor]:
     Where nothing is trained on, one place all the same, to be cut off behind the head: the other
     ranks wait in the collectives of the same forward and backward, so all of the graph has to run.
     """
-    hidden = model(packed.tokens, packed.documents, packed.positions, parents=packed.parents)
+    attend = partial(varlen_attention, packed.runs) if model.varlen else None
+    hidden = model(packed.tokens, packed.documents, packed.positions, attend, packed.parents)
     hidden = hidden.flatten(0, 1)
     if len(packed.index):
         return hidden[packed.index], packed.targets
@@ -265,7 +267,9 @@ def shard(
     """
     scorer = wrap(model)
     model.checkpoint_blocks = checkpoint_activations
-    mixed = dtype is not None and dtype != model.embed.weight.dtype
+    held = model.embed.weight.dtype
+    mixed = dtype is not None and dtype != held
+    model.varlen = can_use_varlen(model.config, dtype or held, world.device)
     if world.size == 1 and not mixed:
         return scorer.to(world.device)
     if not dist.is_initialized():  # mixed precision is FSDP's: a process alone is a group of one
@@ -302,7 +306,7 @@ def values_of_all(
     function: Callable[[Packed], Tensor],
     examples: list[Example],
     tokens: int | None,
-    dim: int,
+    dim: int | None,
     world: World,
 ) -> Tensor:
     """What `function`, packed rows -> [M], says of every trained token of `examples`: on all ranks.
@@ -391,15 +395,15 @@ MICRO_TOKENS = {"cpu": 2_048, "cuda": 8_192}
 
 
 def micro_batches(
-    examples: list[Example], tokens: int | None, dim: int, world: World
+    examples: list[Example], tokens: int | None, dim: int | None, world: World
 ) -> Iterator[tuple[Tensor, Packed]]:
     """This rank's part of a step: `examples`, the same on every rank, in micro-batches.
 
     Yields (places [M], packed): `packed` has M trained tokens, and the m-th of them is number
     `places[m]` of all trained tokens of `examples`. A micro-batch is no larger, padding included,
-    than `tokens` tokens (None: what suits the device) or the longest sequence. dim: the model's
-    width. Every rank gets as many micro-batches as the others, because FSDP's collectives must
-    match; some may be empty.
+    than `tokens` tokens (None: what suits the device) or the longest sequence. dim: `row_dim`.
+    Every rank gets as many micro-batches as the others, because FSDP's collectives must match; some
+    may be empty.
     """
     tokens = MICRO_TOKENS[world.device.type] if tokens is None else tokens
     units, row_length = share_stems(examples, dim, tokens)
@@ -413,7 +417,14 @@ def micro_batches(
             chosen += unit.members
         places = [place for i in chosen for place in range(first[i], first[i + 1])]
         packed = pack([examples[i] for i in chosen], row_length, renumbered)
-        yield torch.tensor(places, dtype=torch.long), packed
+        yield integers(places), packed
+
+
+def row_dim(model: Transformer) -> int | None:
+    """What `micro_batches` has to know of a model to choose how long rows are: its width, if
+    attention goes over the whole row. None: it does not, and a micro-batch is one row.
+    """
+    return None if model.varlen else model.config.dim
 
 
 def spread(lengths: list[int], row_length: int, tokens: int, world: World) -> list[list[int]]:

@@ -331,7 +331,8 @@ class Learner:
         """This rank's part of the responses, see `parallel.micro_batches`."""
         examples = [response.example for response in responses]
         tokens = self.config.micro_tokens
-        return parallel.micro_batches(examples, tokens, self.policy.model.config.dim, self.world)
+        dim = parallel.row_dim(self.policy.model)
+        return parallel.micro_batches(examples, tokens, dim, self.world)
 
     def logprobs(self, scorer: Scorer, responses: list[Response]) -> Tensor:
         """Of each token of the responses, [M], on every rank."""
@@ -345,7 +346,7 @@ class Learner:
     ) -> Tensor:
         """What `function` says of each token of the responses, see `parallel.values_of_all`."""
         examples = [response.example for response in responses]
-        dim = self.policy.model.config.dim
+        dim = parallel.row_dim(self.policy.model)
         return parallel.values_of_all(function, examples, self.config.micro_tokens, dim, self.world)
 
 

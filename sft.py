@@ -413,7 +413,8 @@ def loss_of(
     """
     count = sum(example.targets for example in examples)
     total = torch.zeros((), device=world.device)
-    for _, packed in parallel.micro_batches(examples, micro_tokens, scorer.model.config.dim, world):
+    dim = parallel.row_dim(scorer.model)
+    for _, packed in parallel.micro_batches(examples, micro_tokens, dim, world):
         logprob, _ = parallel.log_probs(scorer, packed)
         loss = -logprob.sum() / count
         if backward:
