@@ -90,7 +90,7 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """Attention, then a gated MLP. Each reads a normalised copy of the stream and adds to it.
 
-    (decode.CPUBlock computes the same for one token of each row, with fewer operations.)
+    (decode.CPUBlock and decode.GPUDecoder compute the same for one token of each row, for less.)
     """
 
     def __init__(self, config: ModelConfig, layer: int, **factory):
