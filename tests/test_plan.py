@@ -421,3 +421,22 @@ def test_the_papers_32b_fits_80_gb(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("32.76B parameters, sequences of 16384 tokens; GB on each of 64")
     assert re.search(r"^fits 80 GB \(90%\) +yes$", done.stdout, re.MULTILINE)
+
+
+def test_the_readme_quotes_the_plan():
+    """Guards against figures in the README's table that the code has left behind."""
+    readme = (FILE.parent.parent / "README.md").read_text()
+    rows = re.findall(
+        r"^\| (\d+B) on (\d+) GPUs \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| yes \| `(.+)` \|$",
+        readme,
+        re.MULTILINE,
+    )
+    assert len(rows) == 2
+    for name, gpus, tokens, training, sampling, flags in rows:
+        run = rl_run(int(gpus), int(tokens.replace(",", "")))
+        shape = {"14B": QWEN_14B, "32B": QWEN_32B}[name]
+        found = planning.first_that_fits(shape, run)
+        parts = outcome(shape, found).parts
+        assert planning.flags_of(found, beside=run) == flags
+        assert f"{parts['in training'] / GB:.1f}" == training
+        assert f"{parts['in sampling'] / GB:.1f}" == sampling
