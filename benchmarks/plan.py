@@ -237,7 +237,9 @@ def gathered_bytes(shape: ModelConfig, config: Config) -> int:
 
 
 def activation_bytes(shape: ModelConfig, config: Config) -> int:
-    """What a forward pass keeps for the backward pass. The residual stream is fp32."""
+    """What a forward pass over sequences of full length keeps for the backward pass. The residual
+    stream is fp32.
+    """
     micro_tokens = config.micro_tokens or MICRO_TOKENS["cuda"]
     tokens = max(micro_tokens, config.max_tokens)
     mask = 0  # in bf16, attention is told where each document starts
@@ -514,7 +516,9 @@ def table(shape: ModelConfig, asked: Config) -> str:
         lines.append(f"{lacking:.1f} GB are missing as asked: planned with {added}")
     lines += [line(name, size) for name, size in found.parts.items() if size]
     if not config.sft:
-        lines.append(f"{'sequences at once':22}{found.at_once:9}  of full length, or more")
+        where = f"{config.sampler_ranks} GPUs" if config.sampler_ranks > 1 else "each GPU"
+        count = f"{'sequences at once':22}{found.at_once:9}"
+        lines.append(f"{count}  on {where}; more, where they are not of full length")
     hosted = on_host(shape, config).items()
     lines += [line(f"{name}, on host", size) for name, size in hosted if size]
 
