@@ -104,6 +104,9 @@ def test_schedule_evicts_only_where_memory_is_short():
     assert evicting >= 2
     alone = sum(8 * -(-tokens // 8) for group in GROUPS for tokens in group.responses)
     assert before[0] <= alone
+    # Of six sequences of 10 tokens, 100 positions hold five at twice that: the sixth has to wait,
+    # and is not started to be evicted at once.
+    assert counting.schedule([Group(10, [8] * 6)], 100) == (16, 9)
 
 
 def test_no_part_is_below_the_least():
