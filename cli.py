@@ -22,6 +22,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -123,6 +124,14 @@ def expand_value(value: Any) -> Any:
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 """How files of these kinds begin, whatever their names say."""
+NOT_READ = {
+    b"BZh": "a bzip2 file: unpack it first",
+    b"\xfd7zXZ": "an xz file: unpack it first",
+    b"\x28\xb5\x2f\xfd": "a zstd file: unpack it first",
+    b"PK\x03\x04": "a zip file: unpack it first",
+    b"version https://git-lfs": "only Git LFS's pointer to the file: `git lfs pull` fetches it",
+}
+"""The same for files of rows that people try, and what to say of them."""
 
 
 def parse_json(text: str | bytes, where: str) -> dict:
@@ -175,12 +184,15 @@ def read_rows(path: str | Path) -> dict[str, dict]:
     row.
     """
     content = read_bytes(path)
+    for beginning, what in NOT_READ.items():
+        if content.startswith(beginning):
+            raise UserError(f"{path} is {what}")
     rows = {}
     table = None
     if content.startswith(PARQUET):
         table = parse_parquet(content, path)
     elif str(path).endswith(".csv"):
-        table = list(csv.DictReader(io.StringIO(decode(content, path), newline="")))
+        table = parse_csv(content, path)
     elif str(path).endswith((".json", ".json.gz")) and content.lstrip().startswith(b"["):
         table = parse_list(content, path)
     if table is not None:
@@ -189,16 +201,29 @@ def read_rows(path: str | Path) -> dict[str, dict]:
     else:
         # Not splitlines(), which also splits at U+2028: a JSON string may hold that character.
         for number, line in enumerate(decode(content, path).split("\n"), start=1):
+            line = line.removeprefix("\ufeff")  # files that were joined have marks further down
             if line.strip():
                 where = f"{path}, line {number}"
                 rows[where] = parse_json(line, where)
     if not rows:
         raise UserError(f"{path} holds no problems")
-    return {where: without_nulls(row) for where, row in rows.items()}
+    return {where: without_nulls(writable(row)) for where, row in rows.items()}
 
 
 def without_nulls(row: dict) -> dict:
     return {name: value for name, value in row.items() if value is not None}
+
+
+def writable(value: Any) -> Any:
+    """What JSON spelled, with U+FFFD for halves of surrogate pairs: "\\ud83d" is good JSON, but no
+    text that can be printed or written."""
+    if isinstance(value, dict):
+        return {writable(key): writable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [writable(item) for item in value]
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    return value
 
 
 def parse_list(content: bytes, path: str | Path) -> list[dict]:
@@ -213,8 +238,30 @@ def parse_list(content: bytes, path: str | Path) -> list[dict]:
     return rows
 
 
+def parse_csv(content: bytes, path: str | Path) -> list[dict]:
+    """The rows of a CSV file with a header."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(decode(content, path), newline="")))
+    except csv.Error as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # where `csv` puts what is left over: the other fields may be wrong, too
+            raise UserError(f"{path}, row {number}: more fields than the header has")
+    return rows
+
+
 def parse_parquet(content: bytes, path: str | Path) -> list[dict]:
-    """The rows of a Parquet file, as JSON would hold them: a date becomes text."""
+    """The rows of a Parquet file, as JSON would hold them: a date becomes text, and so do bytes if
+    they are UTF-8; others, such as pictures, become null.
+    """
+
+    def as_json(value: Any) -> str | None:
+        if not isinstance(value, bytes):
+            return str(value)
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+        return None
+
     try:
         import pyarrow
         import pyarrow.parquet
@@ -224,9 +271,10 @@ def parse_parquet(content: bytes, path: str | Path) -> list[dict]:
         ) from None
     try:
         rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The last two: a time in nanoseconds, or one that Python has no year for.
         raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    return json.loads(json.dumps(rows, default=str))
+    return json.loads(json.dumps(rows, default=as_json))
 
 
 def read_jsonl(path: str | Path) -> list[dict]:

@@ -212,9 +212,7 @@ def conversation(row: dict, where: str) -> list[dict]:
         task = tasks.known_task(row, where)
         prompt = tasks.messages(tasks.Problem(question, "", task, earlier))
         return prompt + [{"role": "assistant", "content": response}]
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(map(tasks.is_message, messages)):
-        raise UserError(f"{where}: `messages` must be a list of objects with `role` and `content`")
+    messages = tasks.read_chat(row["messages"], f"{where}: `messages`")
     if not any(message["role"] == "assistant" for message in messages[1:]):
         raise UserError(f"{where}: no assistant turn to train on")
     return messages

@@ -2,10 +2,14 @@
 line.
 """
 
+import bz2
 import datetime
 import gzip
+import io
 import json
+import lzma
 import sys
+import zipfile
 import zlib
 from itertools import combinations_with_replacement, islice, permutations
 
@@ -285,6 +289,10 @@ def test_problem_files(tmp_path):
         ([GOOD | {"task": "chess"}], "line 1: task 'chess'"),
         ([GOOD | {"task": ["math"]}], "line 1: task ['math']"),
         ([GOOD, GOOD | {"task": "countdown"}], "line 2: not a countdown answer"),
+        ([GOOD | {"answer": "999 from 1 2 with +", "task": "countdown"}], "line 1: the countdown"),
+        ([GOOD | {"answer": "8 from 2 4 9 with +-*", "task": "countdown"}], "has no solution"),
+        ([GOOD | {"problem": "\u200b \ufeff"}], "line 1: no `problem`"),
+        ([GOOD | {"answer": "\u200b"}], "line 1: no `answer`"),
         ([GOOD, "\n", {"problem": "p", "answer": " "}], "line 3: no `answer`"),
         ([{"problem": "p", "answer": [1]}], "line 1: `answer` is a list"),
         ([{"problem": "p", "answer": {"x": 1}}], "line 1: `answer` is a dict"),
@@ -306,7 +314,8 @@ def test_bad_problem_files_name_the_place(tmp_path, lines, message):
 @pytest.mark.parametrize(
     "answer",
     ["He has 2.\n#### ", "####", "\\boxed{}", "\\boxed{ }", "$$", "$ $", "\\text{}", "\\(\\)"]
-    + ["\\,", "~", ".", "}", "x" * 100_000],
+    + ["\\,", "~", ".", "}", "x" * 100_000, "1}", "\\boxed{5", "\\quad", "\\left(\\right)", "()"]
+    + ["<answer></answer>", "\ud800", "5\ud800", "5\\", "\\text{(B) }12"],
 )
 def test_answers_that_nothing_can_match_are_refused(tmp_path, answer):
     """Guards against a problem whose every right response is wrong, and nobody is told."""
@@ -318,18 +327,44 @@ def test_answers_that_nothing_can_match_are_refused(tmp_path, answer):
 
 
 @pytest.mark.parametrize(
-    "answer", [0, -3, 1.5, 10**400, 1e22, "No", "\\text{(B) }12", "nan", "{1}"]
+    "answer", [0, -3, 1.5, 10**400, 1e22, "No", "(B)", "nan", "{1}", ">", "-", "a < b", "\\{\\}"]
 )
 def test_odd_answers_that_can_be_matched_are_read(tmp_path, answer):
     """Guards against a check of answers that refuses those of real problem sets."""
     assert load(tmp_path, {"problem": "p", "answer": answer})[0].answer == str(answer)
 
 
+def test_what_cannot_be_seen_is_no_part_of_an_answer(tmp_path):
+    """Guards against a space of no width in a reference, which makes every right response wrong."""
+    for answer in ("\u200b5\ufeff", "\u20601\u200b/2", "\u200b#### 5"):
+        (problem,) = load(tmp_path, {"problem": "p", "answer": answer})
+        assert problem.answer in ("5", "1/2")
+
+
+@pytest.mark.parametrize(
+    "answer", ["14 from 2 4 7 with +-*/", "4 from 2 8 2 with -", "9 from 2 2 2 2 with +"]
+)
+def test_countdowns_with_a_solution(tmp_path, answer):
+    """Guards against a search for solutions that is narrower than the judge: 7/2*4 is 14."""
+    row = {"problem": "p", "answer": answer, "task": "countdown"}
+    assert load(tmp_path, row)[0].answer == answer
+
+
+def test_halves_of_surrogate_pairs(tmp_path):
+    """Guards against a run that dies of UnicodeEncodeError when it first shows such a problem, and
+    an evaluation that dies when it writes its --curate file."""
+    line = '{"problem": "\\ud83d? \\ud83d\\ude00", "answer": 1, "more": [{"\\udc00": "\\udc00"}]}\n'
+    assert load(tmp_path, line) == [Problem("\ufffd? \U0001f600", "1")]
+    cli.write_jsonl(tmp_path / "again", cli.read_jsonl(tmp_path / "problems.jsonl"))
+
+
 def test_a_field_that_is_null_is_not_there(tmp_path):
     """Guards against the other name of a field passed over, or a default, for a null: a Parquet
     file with rows of two kinds has one in every row."""
     row = {"problem": None, "question": "x", "answer": 1, "task": None, "prompt": None}
-    assert load(tmp_path, row) == load(tmp_path, row | {"problem": ""}) == [Problem("x", "1")]
+    for empty in (None, "", " ", "\ufeff", []):
+        assert load(tmp_path, row | {"problem": empty}) == [Problem("x", "1")]
+    assert load(tmp_path, {"problem": "x", "answer": " ", "solution": "1"}) == [Problem("x", "1")]
 
 
 CHAT = [{"role": "user", "content": "1+1?"}]
@@ -340,6 +375,9 @@ def test_chats_as_prompts(tmp_path):
     in another turn than the last, and a chat that only some of the fields may hold."""
     system = {"role": "system", "content": "Be short."}
     told = [system, *CHAT, {"role": "assistant", "content": "2"}, {"role": "user", "content": "?"}]
+    parts = [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?"}]  # as OpenAI has them
+    in_parts = {"prompt": [{"role": "user", "content": parts}], "answer": "2"}
+    assert load(tmp_path, in_parts) == [Problem("1+1?", "2")]
     one, two, three, four = load(
         tmp_path,
         {"prompt": "1+1?", "answer": "2"},
@@ -363,8 +401,10 @@ def test_chats_as_prompts(tmp_path):
         (["1+1?"], "must be a list of objects with `role` and `content`"),
         ([{"role": "user", "content": " "}], "no `problem`"),
         ([], "no `problem`"),
-        ({"role": "user", "content": "1+1?"}, "no `problem`"),
-        (5, "no `problem`"),
+        ({"role": "user", "content": "1+1?"}, "` is a dict, no text and no chat"),
+        (5, "` is a int, no text and no chat"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "must be a list of objects"),
+        ([{"role": "user", "content": ["1+1?"]}], "must be a list of objects"),
     ],
 )
 @pytest.mark.parametrize("name", ["prompt", "messages"])
@@ -385,6 +425,34 @@ def test_marked_and_packed_files(tmp_path, pack, mark, newline):
     path = tmp_path / "problems.jsonl"
     path.write_bytes(pack(mark + newline.join(lines)))
     assert tasks.load(path) == [Problem("1+1?", "2"), Problem("q", "é")]
+
+
+def test_files_that_were_joined(tmp_path):
+    """Guards against the byte order mark of a second file, refused for its place."""
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(2 * b'\xef\xbb\xbf{"problem": "1+1?", "answer": "2"}\n')
+    assert tasks.load(path) == 2 * [Problem("1+1?", "2")]
+
+
+def test_formats_that_are_not_read(tmp_path):
+    """Guards against "'utf-8' codec can't decode byte 0xfd", of which nobody learns what to do."""
+    text = json.dumps(GOOD).encode()
+    pack = io.BytesIO()
+    with zipfile.ZipFile(pack, "w") as packed:
+        packed.writestr("problems.jsonl", text)
+    path = tmp_path / "problems.jsonl"
+    for content, what in (
+        (bz2.compress(text), "a bzip2 file: unpack"),
+        (lzma.compress(text), "an xz file: unpack"),
+        (pack.getvalue(), "a zip file: unpack"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 1\n",
+            "Git LFS's pointer",
+        ),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"problems\.jsonl is .*{what}"):
+            tasks.load(path)
 
 
 @pytest.mark.parametrize("cut", [slice(0, 15), slice(0, -9), slice(0, 2)])
@@ -415,6 +483,38 @@ def test_parquet_files(tmp_path):
         tasks.load(path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"cannot read .*train\.parquet"):
+        tasks.load(path)
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        ("1+1?,2\np,1,234\n", "problems.csv, row 2: more fields than the header has"),
+        (f"1+1?,2\n{'x' * 200_000},1\n", "cannot read .*problems.csv: field larger"),
+        ("1+1?,2\np\n", "problems.csv, row 2: no `answer`"),
+    ],
+)
+def test_broken_csv_files(tmp_path, rows, message):
+    """Guards against a traceback, and against 1,234 that is read as 1 for the want of quotes."""
+    path = tmp_path / "problems.csv"
+    path.write_text("problem,answer\n" + rows)
+    with pytest.raises(UserError, match=message):
+        tasks.load(path)
+
+
+def test_parquet_columns_that_json_does_not_have(tmp_path):
+    """Guards against a question that begins with b', a picture beside it that bars the file, and a
+    traceback for a time in nanoseconds, even in a column that is not used."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import array, table, timestamp
+
+    path = tmp_path / "train.parquet"
+    columns = {"problem": ["été".encode()], "answer": [b"5"], "picture": [b"\x89PNG"]}
+    parquet.write_table(table(columns), path)
+    assert cli.read_jsonl(path) == [{"problem": "été", "answer": "5"}]
+    times = {"problem": ["p"], "answer": ["1"], "at": array([1], timestamp("ns"))}
+    parquet.write_table(table(times), path)
+    with pytest.raises(UserError, match=r"cannot read .*train\.parquet: Nanosecond"):
         tasks.load(path)
 
 
@@ -537,7 +637,7 @@ def test_repeats_against_brute_force(tokens, ngram, times):
         ("𝑥 + ℝ and ﬁne", "", False),
         ("the naïve façade", "", False),
         (
-            "5 \u00b5m at 90\u00ba, la 1\u00aa, \u210f\u03c9, \u2113, \uff21 and \u2135\u2080",
+            "5 \u00b5m at 90\u00ba, la 1\u00aa, \u210f\u03c9, \u2113, \uff21, \u2138 and \u2135\u2080",
             "",
             False,
         ),
