@@ -46,7 +46,7 @@ from cli import UserError
 from cot import load_sampler
 from sample import MOST_TOKENS, Completion, Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import PROMPT_END, Tokenizer, open_thought
+from tokenizer import Tokenizer, open_thought
 
 # --- estimators -----------------------------------------------------------------------------------
 
@@ -153,16 +153,16 @@ def shorten(completion: Completion, budget: int) -> Completion:
     return Completion(completion.tokens[:budget], completion.logprobs[:budget], "length")
 
 
-def forced_prefix(problem: Problem, text: str, prompt: str = "") -> str:
+def forced_prefix(problem: Problem, text: str, opening: str = "") -> str:
     """What is written behind a cut chain: it closes the thought and opens a box.
 
-    prompt: how the prompt ends; some templates open the thought there.
+    opening: what the template opens the answer with, perhaps a thought.
     """
     if "\\boxed{" in text:  # the cut fell inside the box
         return ""
     forced = tasks.TASKS[problem.task].forced
-    if tag := open_thought(prompt, text):
-        return f"\n</{tag}>\n" + forced
+    if closing := open_thought(opening + text):
+        return f"\n{closing}\n" + forced
     if text.endswith("\n"):
         return forced
     return "\n" + forced
@@ -194,7 +194,7 @@ def cut_chain(
     budget: int,
     number: int,
     problem: Problem,
-    prompt: str,
+    opening: str,
     tokenizer: Tokenizer,
 ) -> CutChain:
     """A chain that did not end within the budget, nor boxed an answer, is to be completed."""
@@ -202,7 +202,7 @@ def cut_chain(
     text = short.text(tokenizer)
     if short.finish_reason == "stop" or verify.last_boxed(text) is not None:
         return CutChain(budget, number, text, None)
-    prefix = forced_prefix(problem, text, prompt)
+    prefix = forced_prefix(problem, text, opening)
     return CutChain(budget, number, text + prefix, short.tokens + tokenizer.encode(prefix))
 
 
@@ -222,10 +222,10 @@ def budget_curve(
     cuts: list[CutChain] = []
     prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
     for number, (problem, chains) in enumerate(zip(problems, completions)):
-        end = tokenizer.decode(prompts[number][-PROMPT_END:])
+        opening = tokenizer.opening(tasks.messages(problem))
         for chain in chains:
             for budget in budgets:
-                cuts.append(cut_chain(chain, budget, number, problem, end, tokenizer))
+                cuts.append(cut_chain(chain, budget, number, problem, opening, tokenizer))
 
     open_ended = [cut for cut in cuts if cut.written is not None]
     if open_ended:

@@ -60,7 +60,6 @@ from packing import Example
 from parallel import Scorer, World
 from runfolder import Run
 from tokenizer import (
-    PROMPT_END,
     Tokenizer,
     continued,
     demo_tokenizer,
@@ -242,8 +241,8 @@ def examples_of(
             sequences.append(Example(tokens, spans))
             spans = []
         response = messages[i]["content"]
-        if response.startswith("<"):  # <think>, which the template may have opened already
-            response = continued(tokenizer.decode(prompt[-PROMPT_END:]), response)
+        if response.lstrip().startswith(("<", "[")):  # <think>, which the template may have opened
+            response = continued(tokenizer.opening(messages[:i]), response)
         tokens = prompt + tokenizer.encode(response)
         if row.get("stop", True) or i != turns[-1]:
             tokens = tokens + [stop]

@@ -49,9 +49,12 @@ TEMPLATE_ERRORS = (  # jinja2's own, and those of the Python operations that exp
     RecursionError,
 )
 TODAY = datetime(2024, 7, 26)  # for templates that print a date: Llama 3's own, if it has no clock
-THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>\s*")
-OPENED = re.compile(THOUGHT.pattern + "$")  # at the end of a prompt,
-PROMPT_END = 16  # within so many tokens
+THOUGHT = re.compile(  # <think>, </think>, <|begin_of_thought|>, [THINK], <seed:think>, ...
+    r"(<\|?|\[(?=/?think\]))(/|begin_of_|end_of_|)"
+    r"((?:seed:)?think(?:ing)?|thoughts?|reasoning)(\|?>|\])",
+    re.IGNORECASE,
+)
+CLOSES = {"": "/", "begin_of_": "end_of_"}  # the second group of an opening: of its closing
 MARK = "\ufdd0"  # a code point that stands for nothing in Unicode: see `Tokenizer.chat`
 
 
@@ -210,6 +213,13 @@ class Tokenizer:
             parts[i] = MARK + part if i % 2 else part.replace(MARK, "")
         return self._encode_marked("".join(parts))
 
+    def opening(self, messages: list[dict]) -> str:
+        """What the template writes behind the last message: how the answer begins. Some templates
+        open its thought there (R1-Distill)."""
+        *before, last = messages
+        text = self.render([*before, last | {"content": last["content"] + MARK}])
+        return text.rpartition(MARK)[2]
+
     def _quoted(self, value):
         """A message, with a mark behind every character of the special tokens that it spells.
 
@@ -314,23 +324,38 @@ def read_chat_template(files: dict[str, bytes], settings: dict, source: str) -> 
     return template or PLAIN_TEMPLATE
 
 
-def open_thought(prompt: str, response: str = "") -> str | None:
-    """The tag of a thought that has begun and not ended, "think" say; None where there is none.
+def open_thought(text: str) -> str | None:
+    """What would close the thought that is open at the end of an answer, "</think>" say; None where
+    none is.
 
-    It begins in the response, or at the end of the prompt: some templates open it (R1-Distill).
+    text: what the template opens the answer with (`Tokenizer.opening`), and the answer so far.
     """
-    found = THOUGHT.search(response) or OPENED.search(prompt)
-    return found[1] if found and f"</{found[1]}>" not in response else None
+    tags = THOUGHT.findall(text)
+    if not tags:
+        return None
+    bracket, kind, name, end = tags[-1]
+    if kind.lower() not in CLOSES:
+        return None
+    return bracket + CLOSES[kind.lower()] + name + end
 
 
-def continued(prompt: str, response: str) -> str:
-    """The response, without an opening of its thought that stands at the prompt's end already."""
-    opened = OPENED.search(prompt)
-    if not opened or not response.startswith(f"<{opened[1]}>"):
+def continued(opening: str, response: str) -> str:
+    """The response, without the opening of its thought that the template has written already.
+
+    opening: what the template opens the answer with (`Tokenizer.opening`).
+    """
+    stripped = response.lstrip()
+    own = THOUGHT.match(stripped)
+    if not own or not open_thought(opening):
         return response
-    if response.startswith(opened[0]):
-        return response.removeprefix(opened[0])
-    return THOUGHT.sub("", response, count=1)
+    [*_, written] = THOUGHT.finditer(opening)
+    if own[0].lower() != written[0].lower():
+        return response
+    behind = opening[written.end() :]  # a new line, perhaps a first word
+    rest = stripped[own.end() :]
+    if rest.startswith(behind):
+        return rest.removeprefix(behind)
+    return rest.lstrip()
 
 
 class GenerationTag(jinja2.ext.Extension):

@@ -48,6 +48,9 @@ class Letters:
     def chat(self, messages, add_generation_prompt=True):
         return self.encode(messages[0]["content"] + "\n")
 
+    def opening(self, messages):
+        return "\n"
+
 
 class Script:
     """A sampler that answers prompt i with `chains[i]`, and forced answers with `answer`; it keeps
@@ -212,6 +215,9 @@ def test_a_thought_that_the_prompt_has_opened_is_closed():
     class Opening(Letters):
         def chat(self, messages, add_generation_prompt=True):
             return self.encode(messages[0]["content"] + "\n<think>\n")
+
+        def opening(self, messages):
+            return "\n<think>\n"
 
     sampler = Script([], answer="1}")
     chains = [[completion("3*5=15, 15+9=24 not 22\n")]]

@@ -62,7 +62,7 @@ def test_a_thought_that_the_template_opens_is_not_opened_twice():
     base = demo_tokenizer(cot.WORDS)
     template = base.chat_template.replace("<|assistant|>", "<|assistant|><think>\n")
     opening = Tokenizer(base.files | {"chat_template.jinja": template.encode()})
-    for response in ("<think>\nso</think>4", "so</think>4"):
+    for response in ("<think>\nso</think>4", "\n<think>\nso</think>4", "so</think>4"):
         [example] = make({"problem": "2+2", "answer": "4", "response": response}, opening)
         assert opening.decode(example.tokens).count("<think>") == 1
         assert trained_text(example, opening) == ["so</think>4<|end|>"]

@@ -387,24 +387,49 @@ def test_several_templates_without_a_default(tmp_path, corpus):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("tag", ["think", "thought"])
-def test_a_thought_that_the_template_opens_is_one_thought(tag):
+@pytest.mark.parametrize(
+    "tag, closing",
+    [
+        ("<think>", "</think>"),
+        ("<Think>", "</Think>"),
+        ("<thinking>", "</thinking>"),
+        ("<thought>", "</thought>"),
+        ("<thoughts>", "</thoughts>"),
+        ("<reasoning>", "</reasoning>"),
+        ("<seed:think>", "</seed:think>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("<|think|>", "<|/think|>"),
+        ("[THINK]", "[/THINK]"),
+    ],
+)
+def test_a_thought_that_the_template_opens_is_one_thought(tag, closing):
     """Guards against a budget curve that forces a box inside an open thought, and SFT on a thought
     that begins twice: R1-Distill's template writes <think> itself."""
-    begun = f"<|Assistant|><{tag}>\n"
-    assert open_thought(begun, "so 2") == tag and open_thought("<|Assistant|>", f"<{tag}>") == tag
-    for prompt, response in (
-        (begun, f"so 2</{tag}> 2"),
-        ("<|Assistant|>", "so 2"),
-        (f"what does <{tag}> mean? <|Assistant|>", "so 2"),
-        (f"{begun}\n</{tag}>\n\n", "so 2"),  # Qwen3 without thinking
-    ):
-        assert open_thought(prompt, response) is None
-    assert continued(begun, f"<{tag}>\nso 2") == "so 2" == continued(begun, f"<{tag}>so 2")
-    assert continued(f"<{tag}>", f"<{tag}>\nso 2") == "\nso 2"
-    assert (
-        continued("<|Assistant|>", f"<{tag}>so") == f"<{tag}>so" and continued(begun, "so") == "so"
-    )
+    begun = f"<|Assistant|>{tag}\n"
+    for text in (begun, f"{begun}Okay, so", f"so {tag}", f"{tag}a{closing}2? {tag}b"):
+        assert open_thought(text) == closing
+    # The last is Qwen3's without thinking.
+    for text in (f"{begun}so 2{closing} 2", "<|Assistant|>so 2", f"{begun}\n{closing}\n\nso 2"):
+        assert open_thought(text) is None
+    for response in (f"{tag}\nso 2", f"{tag}so 2", f"\n {tag}\nso 2", f"{tag}\r\nso 2", "so 2"):
+        assert continued(begun, response) == "so 2"
+    assert continued(f"{tag}\nOkay, ", f"{tag}\nOkay, so 2") == "so 2"
+    assert continued(tag, f"{tag}\nso 2") == "\nso 2"
+    for opening in ("<|Assistant|>", "<|Assistant|><analysis>", f"{begun}\n{closing}\n\n"):
+        assert continued(opening, f" {tag}so") == f" {tag}so"
+
+
+def test_how_an_answer_begins(tmp_path, corpus):
+    """Guards against <think> in a question taken for the template's, and against a template's that
+    is missed behind a long first sentence or where no generation prompt is asked for."""
+    write_family(tmp_path, "smollm", corpus[:100])
+    ours = load_tokenizer(tmp_path)
+    for written in ("<think>", "", "<think>\n" + "Okay, " * 30):
+        ours.chat_template = "{% for turn in messages %}<|im_start|>{{ turn.content | trim }}"
+        ours.chat_template += "<|im_end|>{% endfor %}" + written
+        for question in ("What does <think> mean?", "", " <think> \n", MARK):
+            said = ours.opening([{"role": "user", "content": question}])
+            assert said == "<|im_end|>" + written
 
 
 @pytest.mark.parametrize("name", SHAPES)
