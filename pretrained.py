@@ -139,7 +139,8 @@ def read_fields(folder: Path) -> dict:
     generation = folder / "generation_config.json"
     if generation.is_file():
         raw |= read_json(generation)  # its stop tokens count
-    fields["eos_ids"] = tuple(stop_ids(raw, str(folder)))
+    known = range(fields["vocab_size"])
+    fields["eos_ids"] = tuple(id for id in stop_ids(raw, str(folder)) if id in known)
     return fields
 
 

@@ -395,6 +395,8 @@ class Sampler:
     ) -> None:
         if max_batch < 1:
             raise UserError(f"max_batch must be at least 1, not {max_batch}")
+        if tokenizer:
+            tokenizer.meet(model.config.vocab_size)
         if eos_ids is None:
             eos_ids = tokenizer.eos_ids if tokenizer else []
         if not prefill_tokens:

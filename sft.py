@@ -487,6 +487,7 @@ def train(config: Config, world: World) -> None:
     check_flags(config)
     runfolder.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
+    tokenizer.meet(model.config.vocab_size)
     require_stop_token(tokenizer, model.config.vocab_size, config.model or "the demo's model")
     context = model.config.context
     max_length = config.max_length or context

@@ -15,7 +15,7 @@ where a tokenizer came from.
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -78,6 +78,9 @@ class Tokenizer:
         template_args: JSON, what else the chat template is to know: '{"enable_thinking": false}'.
         """
         self.template_args = parse_json(template_args or "{}", "--template-args")
+        for name in ("messages", "add_generation_prompt", "self"):
+            if name in self.template_args:
+                raise UserError(f"--template-args: `{name}` is not for you to set")
         self.files = files
         self.source = source
         self.library = self._read_library()
@@ -98,7 +101,7 @@ class Tokenizer:
             raise UserError(
                 f"{source}/tokenizer_config.json is not understood ({error!r})"
             ) from None
-        self.eos_ids = sorted({*eos_ids, eos} - {None})
+        self.eos_ids = sorted(self.known_ids & {*eos_ids, eos})
 
     def _read_library(self) -> tokenizers.Tokenizer:
         with self._library_errors():
@@ -234,6 +237,24 @@ class Tokenizer:
         value = value.replace(MARK, "")  # a mark of the message's own
         return self.unmarked.sub(lambda found: MARK.join(found[0]) + MARK, value)
 
+    def meet(self, vocab_size: int) -> None:
+        """Prepare for a model of `vocab_size` tokens: stop tokens beyond them are forgotten.
+
+        UserError if a prompt may hold a token beyond them. Special tokens that the template does
+        not write may be there: one to fill up texts, say.
+        """
+        self.eos_ids = [token for token in self.eos_ids if token < vocab_size]
+        prompt: list[int] = []
+        with suppress(UserError):  # a template may ask for more than a question
+            prompt = self.chat([{"role": "user", "content": "a"}])
+        highest = max({*self.known_ids - self.special_ids, *prompt}, default=0)
+        if highest >= vocab_size:
+            text = self.library.id_to_token(highest)
+            raise UserError(
+                f"{self.source}: token {highest}, {text!r}, of its tokenizer is beyond the model's "
+                f"vocabulary of {vocab_size:,}"
+            )
+
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files, byte for byte as they were read, into an existing folder."""
         for name, content in self.files.items():
@@ -265,7 +286,11 @@ def load_tokenizer(path: str | Path, template_args: str = "") -> Tokenizer:
         file = folder / name
         if file.is_file():
             eos_ids += stop_ids(read_json(file), str(file))
-    return Tokenizer(files, str(folder), eos_ids, template_args)
+    tokenizer = Tokenizer(files, str(folder), eos_ids, template_args)
+    others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    if others and tokenizer.chat_template == PLAIN_TEMPLATE:
+        raise no_default(str(folder), [file.stem for file in others])
+    return tokenizer
 
 
 def require_stop_token(tokenizer: Tokenizer, vocab_size: int, model: str) -> None:
@@ -287,7 +312,7 @@ def stop_ids(raw: dict, where: str) -> list[int]:
         return []
     if not isinstance(ids, list):
         ids = [ids]
-    if not all(isinstance(token, int) for token in ids):
+    if not all(type(token) is int for token in ids):  # and not true, which is an int
         raise UserError(f"{where}: eos_token_id is {ids}")
     return ids
 
@@ -309,19 +334,27 @@ def read_chat_template(files: dict[str, bytes], settings: dict, source: str) -> 
     """The template of a folder: a file of its own, or in its settings, or else the plain one."""
     if "chat_template.jinja" in files:
         try:
-            return files["chat_template.jinja"].decode()
+            return files["chat_template.jinja"].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{source}/chat_template.jinja: not UTF-8 ({error})") from None
-    template = settings.get("chat_template")
+    template = settings.get("chat_template") or PLAIN_TEMPLATE
     if isinstance(template, list):  # several by name
-        by_name = {entry["name"]: entry["template"] for entry in template}
-        if "default" not in by_name:
-            raise UserError(
-                f"{source}/tokenizer_config.json: of its chat templates ({', '.join(by_name)}) "
-                "none is the default: put the one to use into a file chat_template.jinja"
-            )
-        template = by_name["default"]
-    return template or PLAIN_TEMPLATE
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise no_default(f"{source}/tokenizer_config.json", template)
+        template = template["default"]
+    if not isinstance(template, str):
+        raise TypeError(f"a chat template that is a {type(template).__name__}")
+    return template
+
+
+def no_default(where: str, names: Iterable[str]) -> UserError:
+    """None of several templates by name is meant for a plain conversation."""
+    return UserError(
+        f"{where}: of its chat templates ({', '.join(names)}) none is the default: put the one to "
+        "use into a file chat_template.jinja"
+    )
 
 
 def open_thought(text: str) -> str | None:

@@ -144,7 +144,10 @@ def test_a_saved_model_names_every_stop_token(tmp_path):
     tokenizer = demo_tokenizer(["a"])
     [end] = tokenizer.eos_ids
     shape = ModelConfig(tokenizer.vocab_size, 32, 1, 4, 4, 8, 48, eos_ids=(3,))
-    save_pretrained(random_init(shape, 0), tmp_path / "saved", tokenizer)
+    save_pretrained(random_init(shape, 0), tmp_path / "first", tokenizer)
+    ids = {"eos_token_id": [3, -1, 9999]}  # the last two are none of its tokens
+    (tmp_path / "first" / "generation_config.json").write_text(json.dumps(ids))
+    save_pretrained(load_pretrained(tmp_path / "first"), tmp_path / "saved", tokenizer)
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "saved" / name).read_text())["eos_token_id"] == [3, end]
     assert load_tokenizer(tmp_path / "saved").eos_ids == [3, end]

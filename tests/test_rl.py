@@ -28,6 +28,7 @@ import relatives
 import rl
 import rollout
 import sample
+import sft
 import tasks
 from cli import UserError
 from kernels import logprob_entropy
@@ -1130,6 +1131,24 @@ def test_a_model_without_a_stop_token(command, tiny, tmp_path, named):
     line = command(*COUNTDOWN, model=tmp_path / "endless")
     assert f"{tmp_path / 'endless'} names no stop token" in line and "eos_token_id" in line
     assert "\n" not in line
+
+
+def test_a_token_that_the_model_does_not_have(command, tiny, tmp_path):
+    """Bug: IndexError, and a folder of a run that has not begun, where a token was added to the
+    tokenizer and no row to the embedding."""
+    shutil.copytree(tiny, tmp_path / "small")
+    file = tmp_path / "small" / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    new = max(raw["added_tokens"], key=lambda token: token["id"])
+    raw["added_tokens"].append(new | {"id": new["id"] + 1, "content": "<|new|>"})
+    file.write_text(json.dumps(raw))
+    (tmp_path / "small" / "chat_template.jinja").write_text("<|new|>{{ messages[0].content }}")
+    wanted = f"{tmp_path / 'small'}: token {new['id'] + 1}, '<|new|>', of its tokenizer is beyond"
+    chains = ("--task", "countdown", "--chains", "50", "--steps", "1")
+    assert wanted in command(*COUNTDOWN, model=tmp_path / "small")
+    assert wanted in command(
+        *chains, model=tmp_path / "small", main=sft.main, config_class=sft.Config
+    )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -19,6 +19,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
+import tokenizer
 from cli import UserError
 from tokenizer import MARK, continued, demo_tokenizer, load_tokenizer, open_thought
 
@@ -372,8 +373,9 @@ def test_template_args_reach_the_template(tmp_path, corpus):
         "{% if tools is none and documents is none %}as theirs{% endif %}"
     )
     assert load_tokenizer(tmp_path).render(CHATS[0]) == "as theirs"
-    for broken in ("{", "[1]", "no"):
-        with pytest.raises(UserError, match="--template-args"):
+    reserved = ('{"messages": []}', '{"add_generation_prompt": false}', '{"self": 1}')
+    for broken in ("{", "[1]", "no", *reserved):
+        with pytest.raises(UserError, match=r"^--template-args"):
             load_tokenizer(tmp_path, broken)
 
 
@@ -385,6 +387,53 @@ def test_several_templates_without_a_default(tmp_path, corpus):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": templates}))
     with pytest.raises(UserError, match=r"\(tool_use, rag\) none is the default"):
         load_tokenizer(tmp_path)
+    write_family(tmp_path, "smollm", corpus[:100])
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("b")
+    with pytest.raises(UserError, match=r"\(rag\) none is the default"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("a")
+    assert load_tokenizer(tmp_path).render(CHATS[0]) == "a"
+
+
+@pytest.mark.parametrize("value", [{"default": "D"}, "D", [{"name": "default", "template": "D"}]])
+def test_a_template_in_each_of_its_forms(tmp_path, corpus, value):
+    """Guards against "unhashable type: 'dict'", and a model without templates refused for an empty
+    list of them."""
+    write_family(tmp_path, "smollm", corpus[:100])
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"chat_template": value}))
+    assert load_tokenizer(tmp_path).render(CHATS[0]) == "D"
+    file.write_text(json.dumps(settings | {"chat_template": type(value)()}))
+    assert load_tokenizer(tmp_path).render(CHATS[0]).endswith("Answer:")
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xef\xbb\xbfD")  # not into every prompt
+    assert load_tokenizer(tmp_path).render(CHATS[0]) == "D"
+
+
+def test_tokens_that_the_model_does_not_have():
+    """Guards against an IndexError in the first step, where a token was added and the embedding was
+    not; and against models refused that only name a token to fill up texts."""
+    base = demo_tokenizer(["a"])
+    template = base.chat_template
+    library = Tokenizer.from_buffer(base.files["tokenizer.json"])
+    library.add_special_tokens(["<|pad|>"])
+    files = base.files | {"tokenizer.json": library.to_str().encode()}
+    beyond = base.vocab_size
+    filled = tokenizer.Tokenizer(files, "DIR", [5, beyond])
+    filled.meet(beyond + 1)
+    assert filled.eos_ids == [5, *base.eos_ids, beyond]
+    filled.meet(beyond)
+    assert filled.eos_ids == [5, *base.eos_ids]
+    filled.chat_template = "{{ raise_exception('a system prompt first') }}"
+    filled.meet(beyond)
+    filled.chat_template = template + "<|pad|>"
+    with pytest.raises(UserError, match=rf"^DIR: token {beyond}, '<\|pad\|>', .* of {beyond}$"):
+        filled.meet(beyond)
+    library.add_tokens(["word"])  # stands in any text
+    plain = tokenizer.Tokenizer(base.files | {"tokenizer.json": library.to_str().encode()}, "DIR")
+    with pytest.raises(UserError, match=f"token {beyond + 1}, 'word'"):
+        plain.meet(beyond + 1)
 
 
 @pytest.mark.parametrize(
@@ -561,8 +610,11 @@ def test_every_end_of_turn_is_known(tmp_path, corpus):
     write_family(tmp_path, "smollm", corpus[:100])
     assert load_tokenizer(tmp_path).eos_ids == [2]
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 2]}')
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [4, 2, -1, 1000000]}')
     assert load_tokenizer(tmp_path).eos_ids == [0, 2, 4]
+    (tmp_path / "config.json").write_text('{"eos_token_id": true}')
+    with pytest.raises(UserError, match=r"config.json: eos_token_id is \[True\]"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -610,6 +662,7 @@ def test_panics_of_the_library_are_one_line(tmp_path, corpus):
         {"eos_token": {"text": "x"}},
         {"chat_template": [{"name": "default"}]},
         {"chat_template": ["x"]},
+        {"chat_template": 5},
     ],
 )
 def test_settings_of_another_form_are_one_line(tmp_path, corpus, settings):
