@@ -120,6 +120,17 @@ def expand_value(value: Any) -> Any:
     return value
 
 
+def changed(flags: Any, *names: str) -> list[str]:
+    """Those of the named flags that are not at their defaults, as words of a command."""
+    defaults = {field.name: field.default for field in dataclasses.fields(flags)}
+    words = []
+    for name in names:
+        value = getattr(flags, name)
+        if value != defaults[name]:
+            words.append(f"--{name.replace('_', '-')}={value}")
+    return words
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"

@@ -56,6 +56,7 @@ Reading it for the first time? Down to `RECIPES`, and `teaching_groups`, `advant
 
 import math
 import random
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -1040,10 +1041,15 @@ def opening(learner: Learner, run: Run) -> str:
 
 def closing(config: Config) -> str:
     """The last line: where the model is, and what to run next."""
-    source = f"--task {config.task}" if config.task else "--data TEST.jsonl"
+    template = cli.changed(config, "template_args")
+    source = ["--data", "TEST.jsonl"]
+    if config.task:
+        source = ["--task", config.task, *cli.changed(config, "numbers", "largest", "operators")]
+    evaluate = shlex.join(["--model", config.model, config.out, *source, *template])
+    sample = shlex.join(["--model", config.out, *template])
     return (
-        f"the model is in {config.out}/model; next: python evaluate.py --model {config.model} "
-        f"{config.out} {source}, or python sample.py --model {config.out}"
+        f"the model is in {config.out}/model; next: python evaluate.py {evaluate}, "
+        f"or python sample.py {sample}"
     )
 
 

@@ -41,6 +41,7 @@ import dataclasses
 import itertools
 import math
 import random
+import shlex
 import time
 from typing import Literal
 
@@ -181,6 +182,8 @@ def check_flags(config: Config) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be positive, not {value}")
+    if config.template_args and config.model is None:
+        raise UserError("--template-args is for the chat template of a --model")
     if not 0 <= config.random_positions <= 1:
         raise UserError(f"--random-positions is a share from 0 to 1, not {config.random_positions}")
 
@@ -468,10 +471,12 @@ def opening(config: Config, data: Data, run: Run, scorer: Scorer) -> str:
 
 def closing(config: Config) -> str:
     """The last line: where the model is, and what to run next."""
-    source = f"--task {config.task}" if config.task else "--data PROBLEMS.jsonl"
+    template = cli.changed(config, "template_args")
+    source = ["--task", config.task] if config.task else ["--data", "PROBLEMS.jsonl"]
+    rl = shlex.join(["--model", config.out, *source, *template, "--out", "RUN"])
+    sample = shlex.join(["--model", config.out, *template])
     return (
-        f"the model is in {config.out}/model; next: python rl.py --model {config.out} {source} "
-        f"--out RUN, or python sample.py --model {config.out}"
+        f"the model is in {config.out}/model; next: python rl.py {rl}, or python sample.py {sample}"
     )
 
 

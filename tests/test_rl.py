@@ -11,11 +11,13 @@ import itertools
 import json
 import math
 import random
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 import alarms
 import cli
 import cot
+import evaluate
 import parallel
 import relatives
 import rl
@@ -1131,6 +1134,23 @@ def test_a_model_without_a_stop_token(command, tiny, tmp_path, named):
     line = command(*COUNTDOWN, model=tmp_path / "endless")
     assert f"{tmp_path / 'endless'} names no stop token" in line and "eos_token_id" in line
     assert "\n" not in line
+
+
+def test_the_last_line_keeps_to_the_run():
+    """Bug: the evaluation that is suggested asks other problems than the run's, or in another
+    template; or its words fall apart in a shell."""
+    thinking = '{"enable_thinking": false}'
+    flags = rl.Config("my model", "out", task="countdown", numbers=4, operators="-+")
+    line = rl.closing(dataclasses.replace(flags, template_args=thinking))
+    evaluating, sampling = line.partition("; next: ")[2].split(", or ")
+    _, script, *words = shlex.split(evaluating)
+    read = tyro.cli(evaluate.Config, args=words)
+    assert script == "evaluate.py" and read.model == ["my model", "out"]
+    assert (read.task, read.numbers, read.operators) == ("countdown", 4, "-+")
+    assert read.template_args == thinking and "--largest" not in line
+    assert shlex.split(sampling)[-1] == f"--template-args={thinking}"
+    line = sft.closing(sft.Config("out", data="x", model="m", template_args=thinking))
+    assert line.count(shlex.quote(f"--template-args={thinking}")) == 2
 
 
 def test_a_token_that_the_model_does_not_have(command, tiny, tmp_path):

@@ -472,6 +472,7 @@ def test_bad_data_is_named_and_leaves_no_folder(tmp_path, capsys, line, complain
         (["--task", "countdown", "--batch-tokens", "0"], "--batch-tokens must be positive"),
         (["--task", "countdown", "--model", "absent"], "no such folder: absent"),
         (["--task", "countdown", "--warp", "9"], "--warp"),
+        (["--task", "countdown", "--template-args", "{bad"], "--template-args is for the chat"),
         (["--task", "countdown", "--random-positions", "2"], "--random-positions is a share"),
         (
             ["--task", "countdown", "--random-positions", "1", "--max-length", "999"],
