@@ -539,10 +539,12 @@ def container_memory(root: Path) -> float:
         return least  # not Linux
     for controllers, path in re.findall(r"^\d+:([^:]*):(.*)$", text, re.MULTILINE):
         if not controllers:  # control groups of version 2, alone or beside those of version 1
-            mounts, limit, usage, total = ("", "unified"), "memory.max", "memory.current", ""
+            mounts, total = ("", "unified"), ""
+            # Above the first of them the kernel kills; above the second, it lets nothing go on.
+            limits, usage = ("memory.max", "memory.high"), "memory.current"
         elif "memory" in controllers.split(","):
-            mounts, total = ("memory",), "total_"
-            limit, usage = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            mounts, total = ("memory", controllers), "total_"
+            limits, usage = ("memory.limit_in_bytes",), "memory.usage_in_bytes"
         else:
             continue
         for mount in mounts:
@@ -550,7 +552,8 @@ def container_memory(root: Path) -> float:
             folder = root / "sys/fs/cgroup" / mount
             for part in ("", *Path(path).parts[1:]):
                 folder = folder / part
-                least = min(least, room_in_group(folder, limit, usage, total))
+                for limit in limits:
+                    least = min(least, room_in_group(folder, limit, usage, total))
     return least
 
 

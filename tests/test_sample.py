@@ -403,6 +403,7 @@ ROOT_OF_V1 = {"memory": v1(UNLIMITED, 900)}
 GROUPS = {  # /proc/self/cgroup, the files of each group, the bytes that are left
     "none": ("", {}, NO_LIMIT),
     "v2": ("0::/a\n", {"a": v2(100, 30)}, 70),
+    "v2, throttled": ("0::/a\n", {"a": v2("max", 30) | {"memory.high": 90}}, 60),
     "v2, no limit": ("0::/a\n", {"a": v2("max", 30)}, NO_LIMIT),
     "v2, the outer is less": ("0::/a/b\n", {"a": v2(100, 80), "a/b": v2(90, 30)}, 20),
     "v2, the inner is less": ("0::/a/b\n", {"a": v2(100, 80), "a/b": v2(40, 30)}, 10),
@@ -415,6 +416,7 @@ GROUPS = {  # /proc/self/cgroup, the files of each group, the bytes that are lef
     "v1, no limit": ("4:memory:/a\n", {"memory/a": v1(UNLIMITED, 30)}, UNLIMITED - 30),
     "v1, nested": ("4:memory:/a/b\n", {"memory/a": v1(50, 30), "memory/a/b": v1(40, 5)}, 20),
     "v1, shared": ("4:cpu,memory:/a\n", {"memory/a": v1(100, 30)}, 70),
+    "v1, mounted as both": ("4:cpu,memory:/a\n", {"cpu,memory/a": v1(100, 30)}, 70),
     "v1, the host's path": ("4:memory:/docker/7\n", {"memory": v1(100, 30)}, 70),
     "v2, cached": (
         "0::/a\n",
