@@ -42,6 +42,7 @@ from cli import UserError, sync_folder, write_text, writing
 from kernels import linear_logprob_entropy
 from model import Transformer, save_pretrained
 from packing import Example, Packed, Unit, fill_rows, pack, share_stems
+from tensor_parallel import SlicedTransformer
 from tokenizer import Tokenizer
 
 # Said of every save by one process alone.
@@ -182,17 +183,23 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def share_out(
-    work: Callable[[list[Any]], list[Any]], items: list[Any], costs: list[int], world: World
+    work: Callable[[list[Any]], list[Any]],
+    items: list[Any],
+    costs: list[int],
+    world: World,
+    team: int = 1,
 ) -> list[Any]:
     """`work(items)`, one result for each item in their order, done by all ranks together.
 
     Each rank works on some of the items, by their costs as many as the others; then all of them get
-    all results (pickled). Every rank calls it, with the same items.
+    all results (pickled). Every rank calls it, with the same items. team: so many neighbouring
+    ranks do the same work together, and the first of them reports it.
     """
-    mine = balance(costs, world.size)[world.rank]
+    mine = balance(costs, world.size // team)[world.rank // team]
     done = work([items[i] for i in mine])
+    reported = list(zip(mine, done, strict=True)) if world.rank % team == 0 else []
     results: list[Any] = [None] * len(items)
-    for share in gather_objects(list(zip(mine, done, strict=True))):
+    for share in gather_objects(reported):
         for i, result in share:
             results[i] = result
     return results
@@ -352,9 +359,17 @@ def whole_parameters(scorer: Scorer) -> Iterator[tuple[str, Tensor]]:
 
 @torch.no_grad()
 def copy_weights(source: Scorer, target: Transformer) -> None:
-    """Copy the policy into a plain model of any dtype or device (the sampler's), on every rank."""
-    for name, whole in whole_parameters(source):
-        target.get_parameter(name).copy_(whole)
+    """Copy the policy into a plain model of any dtype or device (the sampler's), on every rank.
+
+    Or what this rank holds of one into its slices. One whole parameter at a time is gathered, in
+    the type in which it is to be kept.
+    """
+    for name, parameter in source.model.named_parameters():
+        copy = target.get_parameter(name)
+        gathered = whole(parameter.detach().to(copy.device, copy.dtype))
+        if isinstance(target, SlicedTransformer):
+            gathered = target.slice_of(name, gathered)
+        copy.copy_(gathered)
 
 
 def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -> None:

@@ -70,8 +70,9 @@ import relatives
 import rollout
 import runfolder
 import tasks
+import tensor_parallel
 from cli import UserError
-from model import load_pretrained, model_folder, read_config
+from model import ModelConfig, Transformer, load_pretrained, model_folder, read_config
 from muon import make_optimizers
 from packing import Packed
 from parallel import Scorer, World
@@ -79,6 +80,7 @@ from rollout import Response, Stopwatch, flat, give, lengths, outcome
 from runfolder import Run
 from sample import Sampler, SamplingParams
 from tasks import Problem
+from tensor_parallel import SlicedTransformer
 from tokenizer import Tokenizer, load_tokenizer, require_stop_token
 
 # --- T1, one idea per function --------------------------------------------------------------------
@@ -576,7 +578,7 @@ def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
         prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
         with watch("sampling"):
             completions = rollout.draw(
-                learner.sampler, prompts, keys, config.samples, params, world
+                learner.sampler, prompts, keys, config.samples, params, world, config.sampler_ranks
             )
         with watch("verifying"):
             responses += rollout.judge(problems, prompts, completions, tokenizer, config, world)
@@ -726,6 +728,9 @@ class Config:
     """With --export: the checkpoint of this step (none: the newest)."""
     max_batch: int = 1024
     """Sequences decoded at once, at most."""
+    sampler_ranks: int = 1
+    """Ranks, best of one node, that share one copy of the policy to sample from, each with a slice
+    of every layer: for a policy that is too large for one GPU (see tensor_parallel.py)."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the metrics go besides metrics.jsonl."""
     template_args: str = ""
@@ -745,7 +750,7 @@ OVERRIDES = (
 
 MAY_CHANGE = (
     *("out", "data", "model", "steps", "resume", "export", "step", "log", "show_every", "device"),
-    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute"),
+    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute", "sampler_ranks"),
 )
 """Flags that --resume accepts with another value: a folder or a file may have moved (what it holds
 must be the same, see `Run.check_inputs`). All others would make it another run."""
@@ -797,7 +802,8 @@ def check_numbers(config: Config, recipe: Recipe) -> None:
             raise UserError(f"--{name.replace('_', '-')} must {wanted}, but is {value}")
 
     counts = ("steps", "prompts", "samples", "epochs", "minibatches", "checkpoint_every")
-    for name in (*counts, "max_tokens", "micro_tokens", "max_batch", "repeat_ngram"):
+    sizes = ("max_tokens", "micro_tokens", "max_batch", "sampler_ranks", "repeat_ngram")
+    for name in (*counts, *sizes):
         value = getattr(config, name)
         require(value is None or value >= 1, name, "be at least 1", value)
     require(config.repeat_times >= 2, "repeat_times", "be at least 2", config.repeat_times)
@@ -832,12 +838,14 @@ def check_one_sample(config: Config, recipe: Recipe) -> None:
 
 def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world: World) -> Learner:
     """Load the models. config: with `max_tokens` resolved."""
+    shape = read_config(model_folder(config.model))
+    tensor_parallel.check(shape, config.sampler_ranks, world.size)
     dtype = getattr(torch, config.dtype)
     policy = load_trained(config, world)
     exact = dtype == torch.float32
     # One process in fp32 samples from the policy itself; otherwise the sampler has its own copy.
     alone = exact and world.size == 1
-    actor = policy.model if alone else load_pretrained(config.model, dtype, world.device)
+    actor = policy.model if alone else empty_copy(shape, config.sampler_ranks, dtype, world)
     tokenizer = load_tokenizer(config.model, config.template_args)
     anchor = load_trained(config, world) if recipe.kl_coef else None
     start = None
@@ -858,6 +866,13 @@ def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world:
         exact=exact,
         inputs={"model": pretrained.fingerprint(config.model)},
     )
+
+
+def empty_copy(shape: ModelConfig, ranks: int, dtype: torch.dtype, world: World) -> Transformer:
+    """A model to sample from, whole or in slices. `begin_step` gives it the policy's weights."""
+    if ranks > 1:
+        return SlicedTransformer(shape, ranks, dtype, world.device)
+    return Transformer(shape, dtype, "meta").to_empty(device=world.device)
 
 
 def load_trained(config: Config, world: World, wrap: Callable = Scorer) -> Any:
