@@ -362,14 +362,22 @@ def copy_weights(source: Scorer, target: Transformer) -> None:
     """Copy the policy into a plain model of any dtype or device (the sampler's), on every rank.
 
     Or what this rank holds of one into its slices. One whole parameter at a time is gathered, in
-    the type in which it is to be kept.
+    the type in which it is to be kept. Memory that `free_weights` has given back comes back.
     """
     for name, parameter in source.model.named_parameters():
         copy = target.get_parameter(name)
         gathered = whole(parameter.detach().to(copy.device, copy.dtype))
         if isinstance(target, SlicedTransformer):
             gathered = target.slice_of(name, gathered)
+        if not copy.untyped_storage().size():
+            copy.untyped_storage().resize_(copy.nbytes)
         copy.copy_(gathered)
+
+
+def free_weights(model: Transformer) -> None:
+    """Give the memory of the weights back, until `copy_weights` fills them again."""
+    for parameter in model.parameters():
+        parameter.untyped_storage().resize_(0)
 
 
 def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -> None:

@@ -558,7 +558,8 @@ def begin_step(learner: Learner, step: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1.0, rise, fall)
     if learner.sampler.model is not learner.policy.model:
-        # Before the rollout, not after the update: a resumed run has new weights, too.
+        # Before the rollout, not after the update: a resumed run has new weights, too. And a copy
+        # may hold no memory by now, see `make_room`.
         parallel.copy_weights(learner.policy, learner.sampler.model)
 
 
@@ -587,6 +588,26 @@ def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
     return responses
 
 
+def make_room(learner: Learner) -> None:
+    """Give the memory of the sampler's copy back, where training needs it. See `begin_step`."""
+    copy = learner.sampler.model
+    if copy is not learner.policy.model and is_large(copy):
+        parallel.free_weights(copy)
+
+
+def is_large(copy: Transformer) -> bool:
+    """Whether the sampler's copy takes more than a quarter of a GPU's memory.
+
+    A smaller one stays where it is: CUDA graphs that read it end when it moves. So does every copy
+    on a CPU, where memory that is given back costs time, and is seldom what a run lacks.
+    """
+    device = copy.head_weight.device
+    if device.type != "cuda":
+        return False
+    held = sum(parameter.nbytes for parameter in copy.parameters())
+    return held > torch.cuda.get_device_properties(device).total_memory // 4
+
+
 def nth_problem(learner: Learner, number: int) -> Problem:
     """The number-th problem that the run draws, counted over all steps."""
     if learner.config.task:  # as they were made, so that a longer run begins as a shorter one
@@ -601,6 +622,7 @@ def run_step(
     watch = Stopwatch()
     begin_step(learner, step)
     responses = collect(learner, watch)
+    make_room(learner)
     with watch("training"):
         metrics = train_step(learner, responses, step)
     end_step(learner, responses, metrics, watch)

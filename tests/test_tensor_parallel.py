@@ -1,5 +1,5 @@
 """tensor_parallel.py: ranks that share one copy of a model draw what one rank draws, and a run of
-rl.py does not know of them.
+rl.py does not know of them. Between rollouts the copy's memory can be given back.
 
 The file is also the program that the tests start under torchrun (`worker`, at the end).
 """
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,6 +205,55 @@ def test_a_team_of_more_ranks_than_there_are_is_one_line(model, tmp_path, given,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_copy_is_given_back_while_training(model, tmp_path, monkeypatch, dtype):
+    """Bug: the copy's memory stays, or comes back with other weights. In fp32 one process samples
+    from the policy itself: giving that back would lose it."""
+    sizes = []
+
+    def watched(learner, responses, step):
+        parameters = learner.sampler.model.parameters()
+        sizes.append(sum(parameter.untyped_storage().size() for parameter in parameters))
+        return rl.train_step(learner, responses, step)
+
+    more = {"dtype": dtype, "steps": 2}
+    rl.main(runs.flags(model, tmp_path / "kept", **more), train_step=watched)
+    monkeypatch.setattr(rl, "is_large", lambda copy: True)
+    rl.main(runs.flags(model, tmp_path / "given back", **more), train_step=watched)
+    assert min(sizes[:2]) > 0 and set(sizes[2:]) == ({0} if dtype == "bfloat16" else {sizes[0]})
+    assert runs.metrics(tmp_path / "kept") == runs.metrics(tmp_path / "given back")
+    kept, given = runs.weights(tmp_path / "kept"), runs.weights(tmp_path / "given back")
+    assert all(torch.equal(kept[name], given[name]) for name in kept)
+
+
+@torch.no_grad()
+def test_weights_that_were_kept_stay_where_they_are():
+    """Bug: every copy of the weights moves them, and graphs that were captured read freed memory."""
+    scorer = parallel.shard(random_model(FAMILIES["qwen3"], torch.float32), ALONE)
+    copy = Transformer(FAMILIES["qwen3"])
+    places = [parameter.data_ptr() for parameter in copy.parameters()]
+    parallel.copy_weights(scorer, copy)
+    assert places == [parameter.data_ptr() for parameter in copy.parameters()]
+    parallel.free_weights(copy)
+    parallel.copy_weights(scorer, copy)
+    for name, parameter in copy.named_parameters():
+        assert torch.equal(parameter, scorer.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    "device, gb, large", [("cuda", 19, False), ("cuda", 21, True), ("cpu", 79, False)]
+)
+def test_a_copy_is_large_from_a_quarter_of_the_gpu_on(monkeypatch, device, gb, large):
+    """Bug: a small copy is given back at every step, and its graphs with it; or a large one stays
+    until training has no room."""
+    card = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    halves = [torch.empty(gb * 10**9 // 4, dtype=torch.bfloat16, device="meta") for _ in range(2)]
+    weight = SimpleNamespace(device=torch.device(device))
+    copy = SimpleNamespace(head_weight=weight, parameters=lambda: halves)
+    assert rl.is_large(copy) == large
+
+
 # --- the program that torchrun starts -------------------------------------------------------------
 
 
@@ -245,6 +295,7 @@ def worker(model: Path, folder: Path) -> None:
         rl.train(
             runs.flags(model, folder / "bf16", steps=1, dtype="bfloat16", sampler_ranks=2), world
         )
+        rl.is_large = lambda copy: True  # given back and filled again
         later = 4 if world.size == 4 else 1
         resumed = folder / "resumed"
         rl.train(runs.flags(model, resumed, steps=2, sampler_ranks=2), world)
