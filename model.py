@@ -194,7 +194,10 @@ class Transformer(nn.Module):
         x = x.to(wide(x.dtype))
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, attend, use_reentrant=False)
+                # Nothing in a block is random: no generator has to be kept for the second time.
+                x = checkpoint(
+                    block, x, rotation, attend, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = block(x, rotation, attend)
         return self.norm(x)
