@@ -78,13 +78,16 @@ def start(device: str = "auto") -> World:
         check_environment(on_gpu)
         if on_gpu:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if on_gpu and (torch.device(device).index or 0) >= torch.cuda.device_count():
+    number = torch.device(device).index or 0
+    if on_gpu and number >= torch.cuda.device_count():
         raise UserError(f"{device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if on_gpu:
+        let_segments_grow()
+        torch.cuda.set_device(number)  # FSDP computes on the current device
     if not ranked:
         return World(0, 1, torch.device(device))
     try:
         if on_gpu:
-            torch.cuda.set_device(device)
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
         else:
             dist.init_process_group("gloo")
@@ -92,6 +95,17 @@ def start(device: str = "auto") -> World:
         reason = str(error).split("\n")[0]
         raise UserError(f"cannot join the ranks that torchrun has started: {reason}") from None
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def let_segments_grow() -> None:
+    """Let CUDA's allocator extend its segments, unless the user has set it up otherwise.
+
+    Almost every micro-batch has another shape: in segments of fixed sizes gaps would be left. To be
+    called before CUDA is used: the allocator reads this once.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not any(os.environ.get(name) for name in names):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def check_environment(on_gpu: bool) -> None:
