@@ -485,33 +485,38 @@ def minibatches(size: int, config: "Config", step: int) -> Iterator[list[int]]:
 
 
 class Tally:
-    """The metrics of a step's updates: summed over this rank's tokens, in the end over all."""
+    """The metrics of a step's updates: summed over this rank's tokens, in the end over all.
+
+    The sums stay on the device (0.0 until there are any): to look at one would be to wait for it.
+    """
 
     def __init__(self) -> None:
         self.losses: list[float] = []  # of the updates that are done
         self.norms: list[float] = []
-        self.loss = 0.0  # of the update that is under way
+        self.loss: float | Tensor = 0.0  # of the update that is under way
         names = ("tokens", "entropy", "clipped", "gap", "gap_tokens")
-        self.sums = dict.fromkeys(names, 0.0)
-        self.widest_gap = 0.0
+        self.sums: dict[str, float | Tensor] = dict.fromkeys(names, 0.0)
+        self.widest_gap: float | Tensor = 0.0
 
     @torch.no_grad()
     def add(self, loss: Tensor, logprob: Tensor, entropy: Tensor, old: Tensor, recipe: Recipe):
         """Count a micro-batch."""
-        self.loss += loss.item()
+        self.loss = self.loss + loss.double()
         gap = logprob - old
         ratio = gap.exp()
         outside = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
-        self.sums["tokens"] += len(gap)
-        self.sums["entropy"] += entropy.sum().item()
-        self.sums["clipped"] += outside.sum().item()
-        if not self.losses and len(gap):  # the policy is still the one that has sampled
-            self.sums["gap"] += gap.abs().sum().item()
-            self.sums["gap_tokens"] += len(gap)
-            self.widest_gap = max(self.widest_gap, gap.abs().max().item())
+        tokens = torch.ones_like(gap)
+        found = {"tokens": tokens, "entropy": entropy, "clipped": outside}
+        if not self.losses:  # the policy is still the one that has sampled
+            found |= {"gap": gap.abs(), "gap_tokens": tokens}
+            if len(gap):
+                self.widest_gap = gap.abs().max().clamp(min=self.widest_gap)
+        for name, values in found.items():
+            self.sums[name] = self.sums[name] + values.sum().double()
 
     def metrics(self, exact: bool) -> dict[str, float]:
-        sums = {name: parallel.sum_over_ranks(value) for name, value in self.sums.items()}
+        totals = parallel.sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
+        sums = dict(zip(self.sums, totals))
         found = {
             "loss": sum(self.losses) / len(self.losses),
             "grad_norm": sum(self.norms) / len(self.norms),
@@ -520,7 +525,7 @@ class Tally:
         }
         if exact:  # otherwise `give_log_probs` has compared all of the tokens
             found["mismatch"] = sums["gap"] / sums["gap_tokens"]
-            found["mismatch_max"] = max(parallel.gather_objects(self.widest_gap))
+            found["mismatch_max"] = max(parallel.gather_objects(float(self.widest_gap)))
         return found
 
 
@@ -531,7 +536,7 @@ def zero_grad(learner: Learner) -> None:
 
 def descend(learner: Learner, tally: Tally) -> None:
     """One optimizer step with the gradients that stand in the models, unless the guard objects."""
-    loss = parallel.sum_over_ranks(tally.loss)
+    loss = float(parallel.sum_over_ranks(tally.loss))
     limit = learner.config.max_grad_norm
     norms = {name: parallel.clip_grad_norm(m, limit) for name, m in learner.models.items()}
     tally.losses.append(loss)
