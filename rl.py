@@ -71,7 +71,7 @@ import rollout
 import runfolder
 import tasks
 from cli import UserError
-from model import load_pretrained, model_folder, read_config
+from model import load_pretrained, model_folder, read_config, without_weights
 from muon import make_optimizers
 from packing import Packed
 from parallel import Scorer, World
@@ -211,11 +211,12 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
 def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally") -> None:
     """The loss of one minibatch, micro-batch by micro-batch; its gradient is left in the policy."""
     recipe = learner.recipe
-    like = next(learner.policy.parameters())  # its device, its type
-    old = flat(responses, "old").to(like.device, like.dtype)
-    anchor = flat(responses, "anchor").to(like.device, like.dtype)
-    advantage = flat(responses, "advantage").to(like.device, like.dtype)
-    weight = flat(responses, "weight").to(like.device, like.dtype)
+    device = learner.world.device
+    dtype = next(learner.policy.parameters()).dtype
+    old = flat(responses, "old").to(device, dtype)
+    anchor = flat(responses, "anchor").to(device, dtype)
+    advantage = flat(responses, "advantage").to(device, dtype)
+    weight = flat(responses, "weight").to(device, dtype)
     count = len(old)
     for at, packed in learner.micro_batches(responses):
         logprob, entropy = parallel.log_probs(learner.policy, packed, recipe.temperature)
@@ -713,6 +714,9 @@ class Config:
     changes no result beyond rounding."""
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
+    offload: bool = False
+    """Keep master weights, gradients, AdamW's moments and the anchor in the host's memory: slower,
+    for a GPU that has no room for them."""
     checkpoint_every: int = 10
     """Steps between checkpoints; the last two are kept."""
     keep_every: int = 0
@@ -750,7 +754,7 @@ OVERRIDES = (
 
 MAY_CHANGE = (
     *("out", "data", "model", "steps", "resume", "export", "step", "log", "show_every", "device"),
-    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute"),
+    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute", "offload"),
 )
 """Flags that --resume accepts with another value: a folder or a file may have moved (what it holds
 must be the same, see `Run.check_inputs`). All others would make it another run."""
@@ -841,7 +845,7 @@ def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world:
     policy = load_trained(config, world)
     exact = dtype == torch.float32
     # One process in fp32 samples from the policy itself; otherwise the sampler has its own copy.
-    alone = exact and world.size == 1
+    alone = exact and world.size == 1 and not config.offload
     actor = policy.model if alone else load_pretrained(config.model, dtype, world.device)
     tokenizer = load_tokenizer(config.model, config.template_args)
     anchor = load_trained(config, world) if recipe.kl_coef else None
@@ -867,8 +871,11 @@ def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world:
 
 def load_trained(config: Config, world: World, wrap: Callable = Scorer) -> Any:
     """The model of --model in a `wrap`, sharded over the ranks."""
+    model = without_weights(config.model)
     dtype = getattr(torch, config.dtype)
-    return parallel.shard(load_pretrained(config.model), world, dtype, config.recompute, wrap)
+    scorer = parallel.shard(model, world, dtype, config.recompute, config.offload, wrap)
+    parallel.load_weights(scorer, config.model)
+    return scorer
 
 
 def export(config: Config, world: World) -> None:
@@ -891,7 +898,7 @@ def export(config: Config, world: World) -> None:
     if Path(config.export).exists():
         raise UserError(f"--export: {config.export} exists already")
     cli.check_parent(config.export)
-    policy = parallel.shard(load_pretrained(config.model), world)
+    policy = parallel.shard(without_weights(config.model), world)
     parallel.load_checkpoint(newest, {"policy": policy}, world)
     parallel.save_model(policy, Path(config.export), load_tokenizer(config.model), world)
 
