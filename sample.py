@@ -44,7 +44,7 @@ import cli
 import kernels
 import tasks
 from cli import UserError
-from decode import Cache, CPUDecoder, KVCache, ModelDecoder, cache_block, round_up
+from decode import Cache, KVCache, cache_block, make_decoder, round_up
 from kernels.sampling import splitmix64
 from model import Transformer, causal_attention, load_pretrained
 from tasks import Problem
@@ -167,10 +167,7 @@ class Batch:
         self.tokens = torch.zeros(slots, limit + 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(slots, limit + 1, dtype=torch.float32, device=device)
 
-        if device.type == "cpu" and weight.dtype == torch.float32:
-            self.decoder = CPUDecoder(model, pack)
-        else:
-            self.decoder = ModelDecoder(model)
+        self.decoder = make_decoder(model, pack)
         self.cache = KVCache(self.decoder, limit)
         self.bound: tuple[int, int] | None = None  # rows and length that `decoder` works on
         self.cuda = weight.is_cuda

@@ -2,7 +2,7 @@
 
     python benchmarks/kernels_bench.py              # on a GPU: every table (2 to 3 minutes on an H200)
     python benchmarks/kernels_bench.py --smoke      # anywhere: the same rows end to end, at toy size
-    python benchmarks/kernels_bench.py --resources  # compile for sm_80, sm_90, sm_100 (no GPU needed)
+    python benchmarks/kernels_bench.py --resources  # compile for six kinds of GPU, sm_80 to sm_120 (no GPU needed)
     python benchmarks/kernels_bench.py --memory     # the CPU's peak in one step at N 4,096, V 151,936, D 896 (minutes)
 
 Prints Markdown. Times are medians after a warm-up, by CUDA events, of contenders that take turns within one run. "of
@@ -30,6 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 import kernels
+from kernels.decoding import add_norm_kernel, rotary_write_kernel, silu_mul_kernel
 from kernels.jit import triton
 from kernels.logprob import accumulate_kernel, gradient_kernel
 from kernels.sampling import sample_kernel
@@ -37,6 +38,7 @@ from kernels.softmax import softmax_kernel
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+CAPABILITIES = (80, 86, 89, 90, 100, 120)  # A100; RTX 30; RTX 40, L40; H100, H200; B200; RTX 50
 
 
 @dataclass
@@ -53,7 +55,10 @@ class Config:
 
 
 def compile_kernels(capability: int, dtypes: list[str]):
-    """Yields (name, resources) of every kernel at the tile sizes that V = 151,936 gets, for one compute capability."""
+    """Yields (name, resources) of every kernel for one compute capability.
+
+    At the tile sizes that V = 151,936, D = 5,120 and heads of 128 get (Qwen2.5-32B).
+    """
     sizes = {"DEEP": 4, "LANES": 2048}
     for dtype in dtypes:
         yield (
@@ -74,6 +79,13 @@ def compile_kernels(capability: int, dtypes: list[str]):
                 f"sampling, min-p {cut} ({dtype})",
                 _compile(sample_kernel, capability, dtype, constants, 8),
             )
+        for name, kernel, constants, warps in (
+            ("decoding: add, norm", add_norm_kernel, {"LANES": 8192}, 16),
+            ("decoding: rotary, write", rotary_write_kernel, {"NORM": False, "LANES": 128}, 1),
+            ("decoding: norm, rotary, write", rotary_write_kernel, {"NORM": True, "LANES": 128}, 1),
+            ("decoding: silu, times", silu_mul_kernel, {"BLOCK": 1024}, 4),
+        ):
+            yield f"{name} ({dtype})", _compile(kernel, capability, dtype, constants, warps)
 
 
 def _compile(kernel, capability, dtype, constants, warps):
@@ -81,12 +93,12 @@ def _compile(kernel, capability, dtype, constants, warps):
     from triton.compiler import ASTSource
 
     types = dict.fromkeys(("columns", "stride", "out_stride", "state_stride", "start"), "i32")
-    types |= dict.fromkeys(("scale", "min_p"), "fp32") | dict.fromkeys(
-        ("logits", "out"), f"*{dtype}"
-    )
-    types |= dict.fromkeys(("targets", "seeds", "positions", "token"), "*i64") | dict.fromkeys(
-        constants, "constexpr"
-    )
+    types |= dict.fromkeys(("heads", "kv_heads", "head_dim", "rope_dim"), "i32")
+    types |= dict.fromkeys(("scale", "min_p", "eps"), "fp32")
+    types |= dict.fromkeys(("logits", "out", "added", "weight", "gate_up"), f"*{dtype}")
+    types |= dict.fromkeys(("qkv", "q_weight", "k_weight", "keys", "values"), f"*{dtype}")
+    types |= dict.fromkeys(("targets", "seeds", "positions", "token", "places"), "*i64")
+    types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
     aligned = [i for i, type_ in enumerate(signature.values()) if type_[0] == "*" or type_ == "i32"]
     source = ASTSource(
@@ -115,12 +127,9 @@ def _compile(kernel, capability, dtype, constants, warps):
 
 
 def print_resources():
-    print(
-        "| kernel | "
-        + " | ".join(f"sm_{c}: registers, spilled, shared" for c in (80, 90, 100))
-        + " |\n|---|---|---|---|"
-    )
-    columns = [dict(compile_kernels(capability, ["bf16", "fp32"])) for capability in (80, 90, 100)]
+    heads = " | ".join(f"sm_{c}: registers, spilled, shared" for c in CAPABILITIES)
+    print(f"| kernel | {heads} |\n|---|" + "---|" * len(CAPABILITIES))
+    columns = [dict(compile_kernels(c, ["bf16", "fp32"])) for c in CAPABILITIES]
     for name in columns[0]:
         print(
             f"| {name} | "
