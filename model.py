@@ -200,10 +200,9 @@ class Transformer(nn.Module):
         x = x.to(wide(x.dtype))
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
+                # Nothing in a block is random: no generator has to be kept for the second time.
                 x = checkpoint(
-                    *(block, x, rotation, attend),
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # a block draws no random numbers
+                    block, x, rotation, attend, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 x = block(x, rotation, attend)
@@ -335,7 +334,11 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig(**pretrained.read_fields(folder))
 
 
-@torch.no_grad()
+def without_weights(path: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model in a Hugging Face folder on the meta device: shapes, and no memory for weights."""
+    return Transformer(read_config(model_folder(path)), dtype, device="meta")
+
+
 def load_pretrained(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Transformer:
@@ -343,11 +346,9 @@ def load_pretrained(
 
     UserError, one line, for a folder that is not whole or not understood.
     """
-    folder = model_folder(path)
-    config = read_config(folder)
-    tensors = pretrained.open_tensors(folder, config)
-    model = Transformer(config, dtype, device="meta").to_empty(device=device)
-    pretrained.fill(dict(model.named_parameters()), config, tensors, folder)
+    model = without_weights(path, dtype).to_empty(device=device)
+    parts = {name: (parameter, 0) for name, parameter in model.named_parameters()}
+    pretrained.fill(model_folder(path), model.config, parts)
     return model
 
 

@@ -48,6 +48,7 @@ from decode import Cache, KVCache, cache_block, make_decoder, round_up
 from kernels.sampling import splitmix64
 from model import Transformer, causal_attention, load_pretrained
 from tasks import Problem
+from tensor_parallel import least_of_team
 from tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64 adds it before each hash
@@ -487,7 +488,7 @@ class Sampler:
         # One layer more than there are: when the cache grows, one layer at a time is there twice.
         numbers = 2 * (config.layers + 1) * config.kv_heads * config.head_dim
         position_bytes = numbers * weight.element_size()
-        free = free_memory(weight.device)
+        free = least_of_team(self.model, free_memory(weight.device))
         budget = (self.cache_bytes or free // 2) // position_bytes
         row = round_up(limit, cache_block(weight.device))
         if row + longest > budget:

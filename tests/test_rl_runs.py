@@ -38,7 +38,7 @@ import rollout  # noqa: E402
 import runfolder  # noqa: E402
 import tasks  # noqa: E402
 from cli import UserError  # noqa: E402
-from model import load_pretrained, random_init, save_pretrained  # noqa: E402
+from model import ModelConfig, load_pretrained, random_init, save_pretrained  # noqa: E402
 from packing import Example, pack  # noqa: E402
 from parallel import World  # noqa: E402
 from sample import Sampler, SamplingParams  # noqa: E402
@@ -75,11 +75,11 @@ def rlsp_flags(model: Path | str, out: Path | str, **more) -> rlsp.Config:
 RUNS = {"t1": (flags, rl.main), "rlsp": (rlsp_flags, rlsp.main)}
 
 
-def save_babbler(folder: Path) -> None:
+def save_babbler(folder: Path, shape: ModelConfig = hand.SHAPE) -> None:
     """A model that has seen some arithmetic: its responses end now and then, and are not all
     garbled.
     """
-    model, rng = random_init(hand.SHAPE, 0), random.Random(0)
+    model, rng = random_init(shape, 0), random.Random(0)
     scorer = parallel.shard(model, ALONE)
     optimizer = parallel.adamw(scorer.parameters(), 1e-2)
     for _ in range(60):
