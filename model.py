@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pretrained
+from devices import BFLOAT16_SINCE
 from kernels.jit import wide
 from packing import Runs, positions_and_mask
 from pretrained import model_folder
@@ -255,7 +256,7 @@ def can_use_varlen(config: ModelConfig, dtype: torch.dtype, device: torch.device
     return (
         device.type == "cuda"
         and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE
         and config.head_dim % 8 == 0
         and config.head_dim <= 256
     )

@@ -47,6 +47,7 @@ from torch.distributed.tensor import DTensor
 
 import pretrained
 from cli import UserError, sync_folder, write_text, writing
+from devices import pick_device
 from kernels import linear_logprob_entropy
 from model import (
     Transformer,
@@ -81,13 +82,8 @@ class World:
 
 def start(device: str = "auto") -> World:
     """Join the ranks that torchrun started; without it, a World of one, with no process group."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: cpu, cuda or auto")
+    device = pick_device(device)
     on_gpu = device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no CUDA device")
     ranked = bool(os.environ.get("RANK"))
     if ranked:
         check_environment(on_gpu)

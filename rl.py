@@ -306,7 +306,7 @@ RECIPES = {
 class Learner:
     """The policy, everything that moves with it, and what it is asked."""
 
-    config: "Config"  # the flags, with `max_tokens` resolved
+    config: "Config"  # the flags, with `max_tokens` and `dtype` resolved
     recipe: Recipe  # with the numbers that flags override
     problems: list[Problem]
     world: World
@@ -774,9 +774,9 @@ class Config:
     """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     device: str = "auto"
     """cpu, cuda, or auto."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products and of the sampler's copy; the master weights are float32 in any
-    case."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the matrix products run in, and the sampler. auto: bfloat16 on a GPU that has it, else
+    float32; with --resume, what the run began with. Master weights are float32 in any case."""
 
 
 OVERRIDES = (
@@ -875,7 +875,7 @@ def check_one_sample(config: Config, recipe: Recipe) -> None:
 
 
 def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world: World) -> Learner:
-    """Load the models. config: with `max_tokens` resolved."""
+    """Load the models. config: with `max_tokens` and `dtype` resolved."""
     shape = read_config(model_folder(config.model))
     tensor_parallel.check(shape, config.sampler_ranks, world.size)
     dtype = getattr(torch, config.dtype)
@@ -1012,6 +1012,7 @@ def train(
     """A run from its first step, or from its last checkpoint, to its end."""
     recipe = resolve(config)
     check_flags(config, recipe)
+    config = runfolder.with_dtype(config, world)
     may_change = MAY_CHANGE
     if config.cooldown:  # it is counted from the end: the steps already taken had the wrong rate
         may_change = tuple(name for name in MAY_CHANGE if name != "steps")

@@ -153,8 +153,8 @@ class Config:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the matrix products run in. auto: bfloat16 on cuda, float32 on cpu. Master weights are
-    fp32 always."""
+    """What the matrix products run in. auto: bfloat16 on a GPU that has it, else float32; with
+    --resume, what the run began with. Master weights are float32 in any case."""
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
     offload: bool = False
@@ -491,6 +491,7 @@ PANELS = {
 def train(config: Config, world: World) -> None:
     """A run, from its flags to OUT/model."""
     check_flags(config)
+    config = runfolder.with_dtype(config, world)
     runfolder.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
     require_stop_token(tokenizer, model.config.vocab_size, config.model or "the demo's model")
@@ -500,7 +501,7 @@ def train(config: Config, world: World) -> None:
         raise UserError(
             f"--random-positions: --max-length {max_length} is beyond the context of {context}"
         )
-    dtype = product_dtype(config, world)
+    dtype = getattr(torch, config.dtype)
     scorer = parallel.shard(model, world, dtype, config.recompute, config.offload)
     if config.model is not None:
         parallel.load_weights(scorer, config.model)
@@ -536,14 +537,6 @@ def train(config: Config, world: World) -> None:
                 run.plot(PANELS)
         run.finish(scorer, tokenizer)
         run.say(closing(config))
-
-
-def product_dtype(config: Config, world: World) -> torch.dtype:
-    """What the matrix products run in."""
-    name = config.dtype
-    if name == "auto":
-        name = "bfloat16" if world.device.type == "cuda" else "float32"
-    return getattr(torch, name)
 
 
 def main(config: Config) -> None:

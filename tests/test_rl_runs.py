@@ -268,6 +268,21 @@ def test_a_run_says_where_it_begins_and_ends(model, tmp_path, capsys):
     assert "2 steps, 1 of them done" in capsys.readouterr().out
 
 
+def test_a_resumed_run_goes_on_in_its_dtype(model, tmp_path):
+    """Bug: --dtype auto, the default, is noted as "auto": a run that began in bfloat16 is resumed
+    on a CPU in float32, or not at all."""
+    out = tmp_path / "run"
+    rl.main(flags(model, out, steps=1, dtype="bfloat16"))
+    rl.main(flags(model, out, steps=2, resume=True))
+    assert [row["step"] for row in metrics(out)] == [1, 2]
+    for row in metrics(out):
+        assert row["mismatch"] > 1e-5  # in float32 it is rounding: below 1e-6
+    rl.main(flags(model, tmp_path / "other", steps=1))
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["dtype"] == "float32"
+    with pytest.raises(UserError, match=r"--dtype float32 \(now bfloat16\)"):
+        rl.main(flags(model, tmp_path / "other", steps=2, resume=True, dtype="bfloat16"))
+
+
 def test_a_policy_that_ends_as_nan_is_not_exported(model, tmp_path):
     """Bug: the last update makes NaN of the weights, the run ends well, and its model is NaN."""
     policy = parallel.shard(load_pretrained(model), ALONE)
