@@ -29,7 +29,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,7 @@ class Settings:
     budgets: tuple[int, ...] = ()  # of the curve
     curve_samples: int | None = None  # chains of each problem for the curve; None: all
     lenient: bool = False  # also find the answers of models that do not box them
+    greedy: bool = False  # also one greedy response to each problem
 
     def __post_init__(self) -> None:
         if min((*self.ks, *self.budgets)) < 1:
@@ -298,6 +299,7 @@ class Result:
     attempts: list[list[int]]  # countdown: how many attempts a sample made (0 elsewhere)
     repeats: float  # countdown: share of the attempts that are repeats, see `Judged.repeats`
     lost: float  # countdown: share of all samples that failed after a repeat
+    greedy: list[float] = field(default_factory=list)  # of each problem: is its greedy one right?
     fingerprint: str = ""  # of the model: another one may stand under its name by now
 
     def rates(self) -> list[float]:
@@ -313,6 +315,8 @@ class Result:
         scores = {}
         for k in self.ks:
             scores[f"pass@{k}"] = [pass_at_k(len(row), sum(row), k) for row in self.correct]
+        if self.greedy:
+            scores["greedy pass@1"] = self.greedy
         return scores | self.majority
 
     def summary(self) -> dict:
@@ -368,7 +372,13 @@ def evaluate(
     cuttable = [row[: settings.curve_samples] for row in sampled]
     answerer = answer_sampler or sampler
     curve = budget_curve(answerer, tokenizer, problems, cuttable, list(settings.budgets))
-    return result_of(problems, responses, settings, curve)
+    result = result_of(problems, responses, settings, curve)
+    if settings.greedy:
+        likeliest = sampler.generate(prompts, 1, replace(params, temperature=0.0), progress=True)
+        chains = [chain for [chain] in likeliest]
+        judged = judge_chains(problems, chains, tokenizer, settings.lenient)
+        result.greedy = [float(response.correct) for response in judged]
+    return result
 
 
 def judge_chains(
@@ -593,6 +603,8 @@ class Config:
     the model's context has room for, T1's 10,240 at most."""
     temperature: float = 1.0
     """1.0 samples the policy itself; 0 is greedy (then n = 1 says all)."""
+    greedy: bool = False
+    """Also one greedy response to each problem: what `pass@1` means in some reports."""
     top_p: float = 1.0
     """Nucleus. 0.95 is usual for reporting maths scores."""
     min_p: float = 0.0
@@ -664,7 +676,7 @@ def read_settings(config: Config) -> Settings:
     # Made for its checks: the number of tokens may follow from a model that is not loaded yet.
     max_tokens = 1 if config.max_tokens is None else config.max_tokens
     SamplingParams(max_tokens, config.temperature, config.top_p, config.min_p)
-    return Settings(config.n, ks, budgets, config.curve_samples, config.lenient)
+    return Settings(config.n, ks, budgets, config.curve_samples, config.lenient, config.greedy)
 
 
 def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:

@@ -712,6 +712,9 @@ class Config:
     """A response repeats itself if some n-gram of so many tokens ..."""
     repeat_times: int = 4
     """... stands in it so many times. (T1 names no numbers; short chains want smaller ones.)"""
+    least_logprob: float | None = None
+    """A response is unexpected, too, if the mean log-prob of its tokens is below this; -4 is a
+    perplexity of 55. (None: not looked at. T1 filters by perplexity, and names no number.)"""
     entropy_coef: float | None = None
     """Weight of the token-level entropy bonus: raise it if entropy collapses, lower it if responses
     turn garbled."""

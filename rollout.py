@@ -146,7 +146,7 @@ def judge(
 ) -> list[Response]:
     """Verdict and unexpected pattern of each completion: of K for each problem, one after another.
 
-    config: its flags --patterns, --repeat-ngram and --repeat-times.
+    config: its flags --patterns, --repeat-ngram, --repeat-times and --least-logprob.
     """
     samples = len(completions) // len(problems)
     asked = [problem for problem in problems for _ in range(samples)]
@@ -164,6 +164,7 @@ def judge(
                 config.patterns,
                 config.repeat_ngram,
                 config.repeat_times,
+                config.least_logprob,
             )
             patterns.append(pattern)
         return list(zip(texts, verdicts, patterns))
@@ -181,10 +182,12 @@ def unexpected_pattern(
     patterns: tuple[str, ...] = tasks.PATTERNS,
     ngram: int = 20,
     times: int = 4,
+    least_logprob: float | None = None,
 ) -> str | None:
     """The first of the `patterns` that a response shows, or None.
 
-    ngram, times: see `tasks.repeats`.
+    ngram, times: see `tasks.repeats`. least_logprob: of a response whose tokens have less than
+    that on average, the policy itself finds that it is not language; None: that is no pattern.
     """
     if "overlong" in patterns and completion.finish_reason == "length":
         return "overlong"
@@ -192,7 +195,14 @@ def unexpected_pattern(
         return "repeated"
     if "garbled" in patterns and tasks.garbled(text, question):
         return "garbled"
+    if least_logprob is not None and mean_logprob(completion) < least_logprob:
+        return "perplexity"
     return None
+
+
+def mean_logprob(completion: Completion) -> float:
+    """Per token, in nats, under the distribution that it was drawn from: -log of the perplexity."""
+    return sum(completion.logprobs) / len(completion.logprobs)
 
 
 class Stopwatch:

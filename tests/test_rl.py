@@ -126,6 +126,17 @@ def test_repetition_at_another_scale():
     assert rollout.unexpected_pattern(twice, "", "", ngram=4, times=2) is None
 
 
+def test_a_response_that_the_policy_finds_unlikely():
+    """Bug: a sum for a mean, so that long responses are unexpected; or on by default."""
+    likely = Completion([*range(2, 102), STOP], [-0.5] * 101, "stop")
+    unlikely = Completion([8, STOP], [-9.0, -0.5], "stop")
+    for completion in (likely, unlikely):
+        assert rollout.unexpected_pattern(completion, "", "") is None
+    assert rollout.unexpected_pattern(likely, "", "", least_logprob=-4.0) is None
+    assert rollout.unexpected_pattern(unlikely, "", "", least_logprob=-4.0) == "perplexity"
+    assert rollout.unexpected_pattern(unlikely, "", "", least_logprob=-4.75) is None
+
+
 def test_centred_kl_by_hand():
     """Bug: tokens of the next response counted, tokens averaged instead of summed, or the mean left
     in, which pushes all responses one way."""
