@@ -30,7 +30,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from itertools import combinations, islice
+from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import behaviours
 import cli
 import pretrained
 import tasks
@@ -185,8 +186,10 @@ class CutChain:
 
     budget: int
     problem: int  # its number
+    thought: str  # of the chain, up to the budget
     text: str
     written: list[int] | None  # what the forced answer continues; None: the chain has its answer
+    correct: bool = False  # known in the end
 
 
 def cut_chain(
@@ -201,9 +204,10 @@ def cut_chain(
     short = shorten(chain, budget)
     text = short.text(tokenizer)
     if short.finish_reason == "stop" or verify.last_boxed(text) is not None:
-        return CutChain(budget, number, text, None)
+        return CutChain(budget, number, text, text, None)
     prefix = forced_prefix(problem, text, prompt)
-    return CutChain(budget, number, text + prefix, short.tokens + tokenizer.encode(prefix))
+    written = short.tokens + tokenizer.encode(prefix)
+    return CutChain(budget, number, text, text + prefix, written)
 
 
 def budget_curve(
@@ -213,7 +217,39 @@ def budget_curve(
     completions: list[list[Completion]],
     budgets: list[int],
 ) -> dict[int, list[float]]:
-    """T1's inference scaling: {budget: accuracy per problem} of chains cut at each budget.
+    """T1's inference scaling: {budget: accuracy per problem} of chains cut at each budget."""
+    cuts = answered_cuts(sampler, tokenizer, problems, completions, budgets)
+    return curve_of(cuts, [len(chains) for chains in completions])
+
+
+def curve_of(cuts: list[CutChain], samples: list[int]) -> dict[int, list[float]]:
+    """{budget: accuracy per problem} of what `answered_cuts` has judged; samples: per problem."""
+    curve: dict[int, list[float]] = {}
+    for cut in cuts:
+        accuracies = curve.setdefault(cut.budget, [0.0] * len(samples))
+        accuracies[cut.problem] += cut.correct / samples[cut.problem]
+    return dict(sorted(curve.items()))
+
+
+def turning_steps(cuts: list[CutChain]) -> list[tuple[str, bool]]:
+    """Of every cut with a wrong answer: (how its chain goes on to the next budget, does that turn
+    it right?). For `behaviours.turning_words`."""
+    steps = []
+    for cut, longer in pairwise(cuts):
+        same_chain = cut.problem == longer.problem and cut.budget < longer.budget
+        if same_chain and not cut.correct and longer.thought != cut.thought:
+            steps.append((longer.thought[len(cut.thought) :], longer.correct))
+    return steps
+
+
+def answered_cuts(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    completions: list[list[Completion]],
+    budgets: list[int],
+) -> list[CutChain]:
+    """Every chain cut at every budget, with an answer, judged; chain by chain, budgets rising.
 
     `sampler` writes the forced answers, greedily, from its own model. Nothing is generated for a
     chain that stopped within the budget or whose answer already stands in its box.
@@ -236,10 +272,9 @@ def budget_curve(
             cut.text = close_box(cut.text, answer.text(tokenizer))
 
     verdicts = tasks.judge_all([problems[cut.problem] for cut in cuts], [cut.text for cut in cuts])
-    curve = {budget: [0.0] * len(problems) for budget in budgets}
     for cut, verdict in zip(cuts, verdicts):
-        curve[cut.budget][cut.problem] += verdict.correct / len(completions[cut.problem])
-    return curve
+        cut.correct = verdict.correct
+    return cuts
 
 
 # --- one model ------------------------------------------------------------------------------------
@@ -275,6 +310,7 @@ class Judged:
     correct: bool
     kind: str  # "correct", or by what it fails
     tried: list[str]  # countdown: what each attempt came to
+    shown: dict[str, int]  # how often each behaviour, see behaviours.py
 
     @property
     def repeats(self) -> int:
@@ -299,12 +335,21 @@ class Result:
     attempts: list[list[int]]  # countdown: how many attempts a sample made (0 elsewhere)
     repeats: float  # countdown: share of the attempts that are repeats, see `Judged.repeats`
     lost: float  # countdown: share of all samples that failed after a repeat
+    behaviours: dict[str, float] = field(default_factory=dict)  # times per response
+    turning_words: list[tuple[str, float, int]] = field(default_factory=list)  # see behaviours.py
     greedy: list[float] = field(default_factory=list)  # of each problem: is its greedy one right?
     fingerprint: str = ""  # of the model: another one may stand under its name by now
 
     def rates(self) -> list[float]:
         """The pass rate of each problem."""
         return [sum(row) / len(row) for row in self.correct]
+
+    def by_attempts(self) -> dict[str, tuple[float, float]]:
+        """See `behaviours.by_attempts`; {} where no response made any."""
+        if not np.any(self.attempts):
+            return {}
+        made = [attempts for row in self.attempts for attempts in row]
+        return behaviours.by_attempts(made, [right for row in self.correct for right in row])
 
     def right_beyond(self, attempts: int) -> float:
         """The share of all samples that are right, at an attempt beyond so many."""
@@ -333,6 +378,9 @@ class Result:
             "attempts": float(np.mean(self.attempts)),
             "repeats": self.repeats,
             "lost": self.lost,
+            "behaviours": self.behaviours,
+            "by_attempts": self.by_attempts(),
+            "turning_words": self.turning_words,
             "problems": len(self.correct),
             "samples": len(self.correct[0]),
         }
@@ -371,8 +419,10 @@ def evaluate(
     # Each budget costs a forced answer for every chain that is not finished: hence `curve_samples`.
     cuttable = [row[: settings.curve_samples] for row in sampled]
     answerer = answer_sampler or sampler
-    curve = budget_curve(answerer, tokenizer, problems, cuttable, list(settings.budgets))
+    cuts = answered_cuts(answerer, tokenizer, problems, cuttable, list(settings.budgets))
+    curve = curve_of(cuts, [len(chains) for chains in cuttable])
     result = result_of(problems, responses, settings, curve)
+    result.turning_words = behaviours.turning_words(turning_steps(cuts))
     if settings.greedy:
         likeliest = sampler.generate(prompts, 1, replace(params, temperature=0.0), progress=True)
         chains = [chain for [chain] in likeliest]
@@ -402,6 +452,7 @@ def judge_chains(
             correct=verdict.correct,
             kind=kind,
             tried=tasks.attempts(text),
+            shown=behaviours.count(problem, text),
         )
         responses.append(response)
     return responses
@@ -439,7 +490,16 @@ def result_of(
         attempts=by_problem(lambda response: len(response.tried)),
         repeats=repeated / max(1, attempts),
         lost=lost / count,
+        behaviours=mean_counts([response.shown for response in responses]),
     )
+
+
+def mean_counts(shown: list[dict[str, int]]) -> dict[str, float]:
+    """How often each behaviour is shown, per response."""
+    total: Counter[str] = Counter()
+    for counts in shown:
+        total.update(counts)
+    return {name: total[name] / len(shown) for name in shown[0]}
 
 
 def majority(
@@ -517,6 +577,10 @@ def cells_of(summary: dict) -> dict[str, str]:
         cells["attempts"] = f"{summary['attempts']:.2f}"
         cells["... that repeat a value"] = percent(summary["repeats"])
         cells["repeats, and fails"] = percent(summary["lost"])
+    for name, times in summary["behaviours"].items():
+        cells[name] = f"{times:.2f}"
+    for made, (share, accuracy) in summary["by_attempts"].items():
+        cells[f"right of {made} attempts"] = f"{percent(accuracy)} (of {percent(share)})"
     for budget, accuracy in summary["budget_curve"].items():
         cells[f"at {budget} tokens"] = percent(accuracy)
     for kind, share in summary["failures"].items():
@@ -790,11 +854,24 @@ def compare(config: Config) -> None:
     print(table(results))
     if len(results) == 2:
         print_gain(*results.values())
+    print_turning_words(results)
+    if file:
+        counts = {name: result.behaviours for name, result in results.items()}
+        attempts = {name: result.by_attempts() for name, result in results.items()}
+        behaviours.plot(counts, attempts, file.with_name("behaviours.png"))
     if file and settings.budgets:
         plot_budgets(results, file.with_name("budgets.png"))
     if config.curate:
         [result] = results.values()
         curate(rows, result, config.curate, config.curate_above, config.curate_upto)
+
+
+def print_turning_words(results: dict[str, Result]) -> None:
+    """T1's key steps: the words where an answer turns from wrong to right between two budgets."""
+    for name, result in results.items():
+        if result.turning_words:
+            words = [f"{word} {lift:.1f}x" for word, lift, _ in result.turning_words]
+            print(f"{name}, where answers turn right: {', '.join(words)}")
 
 
 def write_results(path: Path, flags: dict, results: dict[str, Result]) -> None:
