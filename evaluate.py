@@ -32,7 +32,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -556,11 +556,17 @@ def table(results: dict[str, Result]) -> str:
     rows = {"": list(results)}
     for label in labels:
         rows[label] = [cells.get(label, percent(0)) for cells in columns]  # 0: a kind of failure
+    return aligned(rows)
+
+
+def aligned(rows: dict[str, list[str]]) -> str:
+    """{label: cells} as text, the columns one below the other."""
+    first = max(26, *(len(label) + 2 for label in rows))
     width = 2 + max(len(cell) for row in rows.values() for cell in row)
     lines = []
     for label, row in rows.items():
         padded = [f"{cell:>{width}}" for cell in row]
-        lines.append(f"{label:<26}" + "".join(padded))
+        lines.append(f"{label:<{first}}" + "".join(padded))
     return "\n".join(lines)
 
 
@@ -642,7 +648,8 @@ def measured_by(config: "Config", problems: list[Problem]) -> dict[str, Any]:
 @dataclass
 class Config:
     model: list[str]
-    """Run folders or Hugging Face folders to compare, in the order of the table (SFT before RL)."""
+    """Run folders, Hugging Face folders or names of its hub to compare, in the order of the table
+    (SFT before RL)."""
     data: str | None = None
     """Problems: a file with `problem` (or `question`, `prompt`) and `answer`, or a data set's name,
     such as gsm8k or openai/gsm8k:main/test (hub.py)."""
@@ -652,6 +659,8 @@ class Config:
     """Multiple choice: in how many orders the options are put; the accuracy is the mean."""
     task: str | None = None
     """Generated problems instead of --data, the held-out ones: countdown, or a task of your own."""
+    suite: Literal["", "t1"] = ""
+    """t1: the paper's four sets, instead of --data, as it measures them, with its own rows."""
     limit: int | None = None
     """The first so many problems: all of a file, 1024 of a task, unless given."""
     n: int = 16
@@ -717,7 +726,9 @@ def read_settings(config: Config) -> Settings:
     ks = integers(config.k, "--k") or (1,)
     budgets = integers(config.budgets, "--budgets")
     if (config.data is None) == (config.task is None):
-        raise UserError("name the problems: either --data FILE.jsonl or --task countdown")
+        raise UserError(
+            "name the problems: either --data FILE.jsonl, or --task countdown, or --suite t1"
+        )
     if config.limit is not None and config.limit < 1:
         raise UserError(f"--limit {config.limit}: at least one problem")
     if config.shuffles < 1 or (config.shuffles > 1 and config.task):
@@ -842,7 +853,43 @@ def main(config: Config) -> None:
     with contextlib.ExitStack() as held:
         for path in filter(None, (config.out, config.curate)):
             held.enter_context(cli.holding(path, kept))
-        compare(config)
+        if config.suite:
+            compare_suite(config)
+        else:
+            compare(config)
+
+
+SUITE = {"math500": 1, "aime24": 32, "omni-math": 1, "gpqa-diamond": 1}
+"""The paper's sets, and how many samples of each problem their pass@1 is the mean of. Of Omni-MATH
+it takes 500 problems that it does not name; here are all 4,428. Temperature is not said."""
+PAPER = {
+    "T1-SFT, GLM-4-9B": (60.2, 4.1, 20.0, 37.2),
+    "T1, GLM-4-9B": (65.8, 9.2, 24.4, 38.1),
+    "T1-SFT, Qwen2.5-14B": (77.2, 10.3, 28.5, 42.3),
+    "T1, Qwen2.5-14B": (87.4, 30.5, 38.6, 48.3),
+    "T1-SFT, Qwen2.5-32B": (83.4, 24.9, 34.6, 49.5),
+    "T1, Qwen2.5-32B": (92.4, 50.6, 49.6, 56.1),
+}
+"""pass@1 in percent on the sets of `SUITE`, from the paper's table."""
+
+
+def compare_suite(config: Config) -> None:
+    """Measure the models on every set of `SUITE`, each in a folder of its own in --out."""
+    if config.data or config.task or config.curate:
+        raise UserError("--suite names its own problems: no --data, --task or --curate beside it")
+    ours: dict[str, list[str]] = {model: [] for model in config.model}
+    for name, samples in SUITE.items():
+        out = str(Path(config.out) / name) if config.out else None
+        part = replace(config, suite="", data=name, n=samples, out=out)
+        settings = read_settings(part)
+        problems, _ = read_problems(part)
+        file = Path(out) / "results.json" if out else None
+        for model, result in measure(part, settings, problems, file).items():
+            ours[model].append(cells_of(result.summary())["pass@1"])
+    rows = {"": list(SUITE)} | ours
+    for model, numbers in PAPER.items():
+        rows[f"paper: {model}"] = [f"{number} %" for number in numbers]
+    print(aligned(rows))
 
 
 def compare(config: Config) -> None:

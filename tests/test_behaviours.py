@@ -71,6 +71,39 @@ def test_steps_are_between_budgets_of_one_chain():
     assert evaluate.turning_steps(cuts) == [(" b", False), (" c", True)]
 
 
+def test_the_papers_suite(tmp_path, monkeypatch, capsys):
+    """Guards against AIME measured by one sample, and against our numbers under another set."""
+    measured = []
+
+    def measure(config, settings, problems, file):
+        measured.append((config.data, config.n, str(file)))
+        right = len(measured) / 10
+        rows = [[True] * round(10 * right) + [False] * round(10 - 10 * right)]
+        found = evaluate.Result(rows, [[1] * 10], 0.0, {}, {}, {}, [1], [[0] * 10], 0.0, 0.0)
+        return {"m": found}
+
+    monkeypatch.setattr(evaluate, "measure", measure)
+    monkeypatch.setattr(evaluate, "read_problems", lambda config: ([MATHS], [{}]))
+    evaluate.main(evaluate.Config(["m"], suite="t1", out=str(tmp_path)))
+    assert [row[:2] for row in measured] == list(evaluate.SUITE.items())
+    assert measured[1] == ("aime24", 32, str(tmp_path / "aime24" / "results.json"))
+    head, ours, *paper = capsys.readouterr().out.strip().split("\n")
+    assert head.split() == list(evaluate.SUITE)
+    assert ours.index("10.0 %") < ours.index("20.0 %") < ours.index("30.0 %") < ours.index("40.0")
+    assert len(paper) == 6 and paper[-1].split()[-8:] == [
+        "92.4",
+        "%",
+        "50.6",
+        "%",
+        "49.6",
+        "%",
+        "56.1",
+        "%",
+    ]
+    with pytest.raises(evaluate.UserError, match="--suite"):
+        evaluate.main(evaluate.Config(["m"], suite="t1", data="x"))
+
+
 def test_evaluate_shows_them(tmp_path):
     """Guards against counts that no table and no file holds."""
     chains = [["3+5=8, 8+7=15 not 22\n" + SOLVED, FALSE_CLAIM]]
