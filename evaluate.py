@@ -29,15 +29,16 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations, islice
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import behaviours
 import cli
 import pretrained
 import tasks
@@ -185,8 +186,10 @@ class CutChain:
 
     budget: int
     problem: int  # its number
+    thought: str  # of the chain, up to the budget
     text: str
     written: list[int] | None  # what the forced answer continues; None: the chain has its answer
+    correct: bool = False  # known in the end
 
 
 def cut_chain(
@@ -201,9 +204,10 @@ def cut_chain(
     short = shorten(chain, budget)
     text = short.text(tokenizer)
     if short.finish_reason == "stop" or verify.last_boxed(text) is not None:
-        return CutChain(budget, number, text, None)
+        return CutChain(budget, number, text, text, None)
     prefix = forced_prefix(problem, text, opening)
-    return CutChain(budget, number, text + prefix, short.tokens + tokenizer.encode(prefix))
+    written = short.tokens + tokenizer.encode(prefix)
+    return CutChain(budget, number, text, text + prefix, written)
 
 
 def budget_curve(
@@ -213,7 +217,39 @@ def budget_curve(
     completions: list[list[Completion]],
     budgets: list[int],
 ) -> dict[int, list[float]]:
-    """T1's inference scaling: {budget: accuracy per problem} of chains cut at each budget.
+    """T1's inference scaling: {budget: accuracy per problem} of chains cut at each budget."""
+    cuts = answered_cuts(sampler, tokenizer, problems, completions, budgets)
+    return curve_of(cuts, [len(chains) for chains in completions])
+
+
+def curve_of(cuts: list[CutChain], samples: list[int]) -> dict[int, list[float]]:
+    """{budget: accuracy per problem} of what `answered_cuts` has judged; samples: per problem."""
+    curve: dict[int, list[float]] = {}
+    for cut in cuts:
+        accuracies = curve.setdefault(cut.budget, [0.0] * len(samples))
+        accuracies[cut.problem] += cut.correct / samples[cut.problem]
+    return dict(sorted(curve.items()))
+
+
+def turning_steps(cuts: list[CutChain]) -> list[tuple[str, bool]]:
+    """Of every cut with a wrong answer: (how its chain goes on to the next budget, does that turn
+    it right?). For `behaviours.turning_words`."""
+    steps = []
+    for cut, longer in pairwise(cuts):
+        same_chain = cut.problem == longer.problem and cut.budget < longer.budget
+        if same_chain and not cut.correct and longer.thought != cut.thought:
+            steps.append((longer.thought[len(cut.thought) :], longer.correct))
+    return steps
+
+
+def answered_cuts(
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    completions: list[list[Completion]],
+    budgets: list[int],
+) -> list[CutChain]:
+    """Every chain cut at every budget, with an answer, judged; chain by chain, budgets rising.
 
     `sampler` writes the forced answers, greedily, from its own model. Nothing is generated for a
     chain that stopped within the budget or whose answer already stands in its box.
@@ -236,10 +272,9 @@ def budget_curve(
             cut.text = close_box(cut.text, answer.text(tokenizer))
 
     verdicts = tasks.judge_all([problems[cut.problem] for cut in cuts], [cut.text for cut in cuts])
-    curve = {budget: [0.0] * len(problems) for budget in budgets}
     for cut, verdict in zip(cuts, verdicts):
-        curve[cut.budget][cut.problem] += verdict.correct / len(completions[cut.problem])
-    return curve
+        cut.correct = verdict.correct
+    return cuts
 
 
 # --- one model ------------------------------------------------------------------------------------
@@ -254,6 +289,7 @@ class Settings:
     budgets: tuple[int, ...] = ()  # of the curve
     curve_samples: int | None = None  # chains of each problem for the curve; None: all
     lenient: bool = False  # also find the answers of models that do not box them
+    greedy: bool = False  # also one greedy response to each problem
 
     def __post_init__(self) -> None:
         if min((*self.ks, *self.budgets)) < 1:
@@ -274,6 +310,7 @@ class Judged:
     correct: bool
     kind: str  # "correct", or by what it fails
     tried: list[str]  # countdown: what each attempt came to
+    shown: dict[str, int]  # how often each behaviour, see behaviours.py
 
     @property
     def repeats(self) -> int:
@@ -298,11 +335,21 @@ class Result:
     attempts: list[list[int]]  # countdown: how many attempts a sample made (0 elsewhere)
     repeats: float  # countdown: share of the attempts that are repeats, see `Judged.repeats`
     lost: float  # countdown: share of all samples that failed after a repeat
+    behaviours: dict[str, float] = field(default_factory=dict)  # times per response
+    turning_words: list[tuple[str, float, int]] = field(default_factory=list)  # see behaviours.py
+    greedy: list[float] = field(default_factory=list)  # of each problem: is its greedy one right?
     fingerprint: str = ""  # of the model: another one may stand under its name by now
 
     def rates(self) -> list[float]:
         """The pass rate of each problem."""
         return [sum(row) / len(row) for row in self.correct]
+
+    def by_attempts(self) -> dict[str, tuple[float, float]]:
+        """See `behaviours.by_attempts`; {} where no response made any."""
+        if not np.any(self.attempts):
+            return {}
+        made = [attempts for row in self.attempts for attempts in row]
+        return behaviours.by_attempts(made, [right for row in self.correct for right in row])
 
     def right_beyond(self, attempts: int) -> float:
         """The share of all samples that are right, at an attempt beyond so many."""
@@ -313,6 +360,8 @@ class Result:
         scores = {}
         for k in self.ks:
             scores[f"pass@{k}"] = [pass_at_k(len(row), sum(row), k) for row in self.correct]
+        if self.greedy:
+            scores["greedy pass@1"] = self.greedy
         return scores | self.majority
 
     def summary(self) -> dict:
@@ -329,6 +378,9 @@ class Result:
             "attempts": float(np.mean(self.attempts)),
             "repeats": self.repeats,
             "lost": self.lost,
+            "behaviours": self.behaviours,
+            "by_attempts": self.by_attempts(),
+            "turning_words": self.turning_words,
             "problems": len(self.correct),
             "samples": len(self.correct[0]),
         }
@@ -367,8 +419,16 @@ def evaluate(
     # Each budget costs a forced answer for every chain that is not finished: hence `curve_samples`.
     cuttable = [row[: settings.curve_samples] for row in sampled]
     answerer = answer_sampler or sampler
-    curve = budget_curve(answerer, tokenizer, problems, cuttable, list(settings.budgets))
-    return result_of(problems, responses, settings, curve)
+    cuts = answered_cuts(answerer, tokenizer, problems, cuttable, list(settings.budgets))
+    curve = curve_of(cuts, [len(chains) for chains in cuttable])
+    result = result_of(problems, responses, settings, curve)
+    result.turning_words = behaviours.turning_words(turning_steps(cuts))
+    if settings.greedy:
+        likeliest = sampler.generate(prompts, 1, replace(params, temperature=0.0), progress=True)
+        chains = [chain for [chain] in likeliest]
+        judged = judge_chains(problems, chains, tokenizer, settings.lenient)
+        result.greedy = [float(response.correct) for response in judged]
+    return result
 
 
 def judge_chains(
@@ -392,6 +452,7 @@ def judge_chains(
             correct=verdict.correct,
             kind=kind,
             tried=tasks.attempts(text),
+            shown=behaviours.count(problem, text),
         )
         responses.append(response)
     return responses
@@ -429,7 +490,16 @@ def result_of(
         attempts=by_problem(lambda response: len(response.tried)),
         repeats=repeated / max(1, attempts),
         lost=lost / count,
+        behaviours=mean_counts([response.shown for response in responses]),
     )
+
+
+def mean_counts(shown: list[dict[str, int]]) -> dict[str, float]:
+    """How often each behaviour is shown, per response."""
+    total: Counter[str] = Counter()
+    for counts in shown:
+        total.update(counts)
+    return {name: total[name] / len(shown) for name in shown[0]}
 
 
 def majority(
@@ -486,11 +556,17 @@ def table(results: dict[str, Result]) -> str:
     rows = {"": list(results)}
     for label in labels:
         rows[label] = [cells.get(label, percent(0)) for cells in columns]  # 0: a kind of failure
+    return aligned(rows)
+
+
+def aligned(rows: dict[str, list[str]]) -> str:
+    """{label: cells} as text, the columns one below the other."""
+    first = max(26, *(len(label) + 2 for label in rows))
     width = 2 + max(len(cell) for row in rows.values() for cell in row)
     lines = []
     for label, row in rows.items():
         padded = [f"{cell:>{width}}" for cell in row]
-        lines.append(f"{label:<26}" + "".join(padded))
+        lines.append(f"{label:<{first}}" + "".join(padded))
     return "\n".join(lines)
 
 
@@ -507,6 +583,10 @@ def cells_of(summary: dict) -> dict[str, str]:
         cells["attempts"] = f"{summary['attempts']:.2f}"
         cells["... that repeat a value"] = percent(summary["repeats"])
         cells["repeats, and fails"] = percent(summary["lost"])
+    for name, times in summary["behaviours"].items():
+        cells[name] = f"{times:.2f}"
+    for made, (share, accuracy) in summary["by_attempts"].items():
+        cells[f"right of {made} attempts"] = f"{percent(accuracy)} (of {percent(share)})"
     for budget, accuracy in summary["budget_curve"].items():
         cells[f"at {budget} tokens"] = percent(accuracy)
     for kind, share in summary["failures"].items():
@@ -568,7 +648,8 @@ def measured_by(config: "Config", problems: list[Problem]) -> dict[str, Any]:
 @dataclass
 class Config:
     model: list[str]
-    """Run folders or Hugging Face folders to compare, in the order of the table (SFT before RL)."""
+    """Run folders, Hugging Face folders or names of its hub to compare, in the order of the table
+    (SFT before RL)."""
     data: str | None = None
     """Problems: a file with `problem` (or `question`, `prompt`) and `answer`, or a data set's name,
     such as gsm8k or openai/gsm8k:main/test (hub.py)."""
@@ -578,6 +659,8 @@ class Config:
     """Multiple choice: in how many orders the options are put; the accuracy is the mean."""
     task: str | None = None
     """Generated problems instead of --data, the held-out ones: countdown, or a task of your own."""
+    suite: Literal["", "t1"] = ""
+    """t1: the paper's four sets, instead of --data, as it measures them, with its own rows."""
     limit: int | None = None
     """The first so many problems: all of a file, 1024 of a task, unless given."""
     n: int = 16
@@ -593,6 +676,8 @@ class Config:
     the model's context has room for, T1's 10,240 at most."""
     temperature: float = 1.0
     """1.0 samples the policy itself; 0 is greedy (then n = 1 says all)."""
+    greedy: bool = False
+    """Also one greedy response to each problem: what `pass@1` means in some reports."""
     top_p: float = 1.0
     """Nucleus. 0.95 is usual for reporting maths scores."""
     min_p: float = 0.0
@@ -641,7 +726,9 @@ def read_settings(config: Config) -> Settings:
     ks = integers(config.k, "--k") or (1,)
     budgets = integers(config.budgets, "--budgets")
     if (config.data is None) == (config.task is None):
-        raise UserError("name the problems: either --data FILE.jsonl or --task countdown")
+        raise UserError(
+            "name the problems: either --data FILE.jsonl, or --task countdown, or --suite t1"
+        )
     if config.limit is not None and config.limit < 1:
         raise UserError(f"--limit {config.limit}: at least one problem")
     if config.shuffles < 1 or (config.shuffles > 1 and config.task):
@@ -664,7 +751,7 @@ def read_settings(config: Config) -> Settings:
     # Made for its checks: the number of tokens may follow from a model that is not loaded yet.
     max_tokens = 1 if config.max_tokens is None else config.max_tokens
     SamplingParams(max_tokens, config.temperature, config.top_p, config.min_p)
-    return Settings(config.n, ks, budgets, config.curve_samples, config.lenient)
+    return Settings(config.n, ks, budgets, config.curve_samples, config.lenient, config.greedy)
 
 
 def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
@@ -766,7 +853,43 @@ def main(config: Config) -> None:
     with contextlib.ExitStack() as held:
         for path in filter(None, (config.out, config.curate)):
             held.enter_context(cli.holding(path, kept))
-        compare(config)
+        if config.suite:
+            compare_suite(config)
+        else:
+            compare(config)
+
+
+SUITE = {"math500": 1, "aime24": 32, "omni-math": 1, "gpqa-diamond": 1}
+"""The paper's sets, and how many samples of each problem their pass@1 is the mean of. Of Omni-MATH
+it takes 500 problems that it does not name; here are all 4,428. Temperature is not said."""
+PAPER = {
+    "T1-SFT, GLM-4-9B": (60.2, 4.1, 20.0, 37.2),
+    "T1, GLM-4-9B": (65.8, 9.2, 24.4, 38.1),
+    "T1-SFT, Qwen2.5-14B": (77.2, 10.3, 28.5, 42.3),
+    "T1, Qwen2.5-14B": (87.4, 30.5, 38.6, 48.3),
+    "T1-SFT, Qwen2.5-32B": (83.4, 24.9, 34.6, 49.5),
+    "T1, Qwen2.5-32B": (92.4, 50.6, 49.6, 56.1),
+}
+"""pass@1 in percent on the sets of `SUITE`, from the paper's table."""
+
+
+def compare_suite(config: Config) -> None:
+    """Measure the models on every set of `SUITE`, each in a folder of its own in --out."""
+    if config.data or config.task or config.curate:
+        raise UserError("--suite names its own problems: no --data, --task or --curate beside it")
+    ours: dict[str, list[str]] = {model: [] for model in config.model}
+    for name, samples in SUITE.items():
+        out = str(Path(config.out) / name) if config.out else None
+        part = replace(config, suite="", data=name, n=samples, out=out)
+        settings = read_settings(part)
+        problems, _ = read_problems(part)
+        file = Path(out) / "results.json" if out else None
+        for model, result in measure(part, settings, problems, file).items():
+            ours[model].append(cells_of(result.summary())["pass@1"])
+    rows = {"": list(SUITE)} | ours
+    for model, numbers in PAPER.items():
+        rows[f"paper: {model}"] = [f"{number} %" for number in numbers]
+    print(aligned(rows))
 
 
 def compare(config: Config) -> None:
@@ -778,11 +901,24 @@ def compare(config: Config) -> None:
     print(table(results))
     if len(results) == 2:
         print_gain(*results.values())
+    print_turning_words(results)
+    if file:
+        counts = {name: result.behaviours for name, result in results.items()}
+        attempts = {name: result.by_attempts() for name, result in results.items()}
+        behaviours.plot(counts, attempts, file.with_name("behaviours.png"))
     if file and settings.budgets:
         plot_budgets(results, file.with_name("budgets.png"))
     if config.curate:
         [result] = results.values()
         curate(rows, result, config.curate, config.curate_above, config.curate_upto)
+
+
+def print_turning_words(results: dict[str, Result]) -> None:
+    """T1's key steps: the words where an answer turns from wrong to right between two budgets."""
+    for name, result in results.items():
+        if result.turning_words:
+            words = [f"{word} {lift:.1f}x" for word, lift, _ in result.turning_words]
+            print(f"{name}, where answers turn right: {', '.join(words)}")
 
 
 def write_results(path: Path, flags: dict, results: dict[str, Result]) -> None:

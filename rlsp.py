@@ -9,18 +9,24 @@ own, made of rl.py's pieces. All that rl.py's flags, torchrun and --resume do, t
 
 RLSP is PPO as it first was, with a learned critic, and rewards exploration beside correctness:
 
-    reward      1 / 0 / -0.5 for right / wrong / no boxed answer, less c / length      `exploration`
-                or 0.8 of the first + 0.2 of a second model's opinion of creativity
-                and effort                                                                `opinions`
+    reward      1 / 0 / -0.5 for right / wrong / no boxed answer                       `correctness`
+                with --judge 0.8 of that + 0.2 of a second model's opinion of
+                creativity and effort                                                     `opinions`
+                less c / length of the thought, which is what stands before the box    `length_cost`
     KL          at every token, to where the run began: r_t = -beta * log pi/ref `critic_advantages`
     advantage   A_t = sum_l (discount * trace)^l * delta_{t+l},                                `gae`
                 delta_t = r_t + discount * V(s_{t+1}) - V(s_t); discount 1 here
     critic      a transformer of its own, begun as the policy's copy, and a linear head     `Critic`
 
-Its released 8B script: rollouts of 512, updates of 128 (--prompts 512 --samples 1 --minibatches 4),
-actor 2e-7, critic 2e-6 (here always 10 times the actor's), beta 0.05. What it leaves open, or we do
-otherwise: --trace is 1, because below 1 a reward at the end of a long chain hardly reaches its
-beginning; the value loss is not clipped; the actor is not frozen at first.
+As in its released code: the length is that of the text before the first box, in characters / 4; a
+judge whose reply holds no number says 0.5; lambda is 1; the temperature 0.7; the policy stands
+still for the first 4 steps, while the critic learns; the critic's error is clipped (`value_loss`).
+Its 8B script takes rollouts of 512 and updates of 128 (--prompts 512 --samples 1 --minibatches 4),
+rates of 2e-7 for the policy and 2e-6 for the critic (here always 10 times the policy's), beta 0.05.
+
+What we do differently: advantages are brought to mean 0 and deviation 1, its code does that to
+rewards. The KL's coefficient stays as it is. A right answer is what verify.py finds equal, not what
+is equal as text.
 """
 
 import re
@@ -54,6 +60,10 @@ class Config(rl.Config):
     judge: str = ""
     """Model folder of a judge of creativity and effort, whose opinion replaces the length in the
     reward."""
+    critic_first: int = 4
+    """Steps in which only the critic learns: a policy that follows a new critic is misled."""
+    value_clip: float = 0.2
+    """A value may move so far from what it was before the step, for the loss to count it."""
     trace: float = 1.0
     """GAE's lambda: 0 trusts the critic one step ahead, 1 only the whole return, which is unbiased.
     """
@@ -69,12 +79,24 @@ def correctness(responses: list[Response]) -> Tensor:
     return torch.tensor([worth.get(name, 0.0) for name in outcomes], dtype=torch.float64)
 
 
+def length_cost(responses: list[Response], config: Config) -> Tensor:
+    """c / length of each thought: thinking longer costs less. [N].
+
+    The thought is the text before the first box, in characters / 4: about as many tokens.
+    """
+    thoughts = [response.text.partition("\\boxed")[0] for response in responses]
+    sizes = [max(1.0, len(thought) / 4) for thought in thoughts]
+    return config.length_cost / torch.tensor(sizes, dtype=torch.float64)
+
+
 def exploration(responses: list[Response], config: Config) -> Tensor:
-    """Correctness less cost / length: thinking longer costs less. [N]."""
-    return correctness(responses) - config.length_cost / lengths(responses)
+    """Correctness less the length's cost. [N]."""
+    return correctness(responses) - length_cost(responses, config)
 
 
-rl.RECIPES["rlsp"] = Recipe(reward=exploration, advantage=None, lr=2e-7, kl_coef=0.05)
+rl.RECIPES["rlsp"] = Recipe(
+    reward=exploration, advantage=None, lr=2e-7, kl_coef=0.05, temperature=0.7
+)
 
 QUESTION = """Here is a problem and an attempt at it.
 
@@ -113,9 +135,9 @@ def question(problem: Problem, response: str, tokenizer: Tokenizer) -> list[int]
 
 
 def read_reply(reply: str) -> float:
-    """The first number of a reply, from 0 to 10, as one in [0, 1]; without a number, 0."""
+    """The first number of a reply, from 0 to 10, as one in [0, 1]; without a number, 0.5."""
     number = re.search(r"\d+(?:\.\d+)?", reply)
-    return min(float(number[0]), 10.0) / 10 if number else 0.0
+    return min(float(number[0]), 10.0) / 10 if number else 0.5
 
 
 # --- the critic -----------------------------------------------------------------------------------
@@ -183,9 +205,17 @@ def critic_advantages(
     return (advantages - advantages.mean()) / (deviation + 1e-8), returns
 
 
-def value_loss(values: Tensor, returns: Tensor, token_count: float) -> Tensor:
-    """Half the squared error of the critic, divided once by the update's tokens. [M] -> scalar."""
-    return 0.5 * ((values - returns) ** 2).sum() / token_count
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, clip: float, token_count: float
+) -> Tensor:
+    """Half the squared error of the critic, divided once by the update's tokens. [M] -> scalar.
+
+    PPO's clip, of values: one that has moved by more than `clip` towards its return since the step
+    began has no gradient. old_values: before the step.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    worse = torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return 0.5 * worse.sum() / token_count
 
 
 # --- one step of RLSP -----------------------------------------------------------------------------
@@ -206,7 +236,7 @@ def train_step(learner: RLSPLearner, responses: list[Response], step: int) -> di
     rewards = rl.rewards_of(responses, config, recipe)
     if learner.judge:
         opinion = opinions(*learner.judge, responses, learner.world)
-        rewards = 0.8 * correctness(responses) + 0.2 * opinion
+        rewards = 0.8 * correctness(responses) + 0.2 * opinion - length_cost(responses, config)
     penalty, _ = rl.PENALTIES[recipe.penalty]
     rewards = rl.penalise(rewards, rl.patterns_of(responses), penalty)
     for response, reward in zip(responses, rewards.tolist()):
@@ -228,28 +258,36 @@ def train_step(learner: RLSPLearner, responses: list[Response], step: int) -> di
     # The PPO loop: one update of policy and critic for each minibatch.
     tally = rl.Tally()
     missed = 0.0
-    targets = returns.split(sizes.tolist())
+    targets = torch.stack([values, returns]).split(sizes.tolist(), dim=1)
     for rows in rl.minibatches(len(responses), config, step):
         chosen = [responses[i] for i in rows]
         rl.policy_gradient(learner, chosen, tally)
-        missed += critic_gradient(learner, chosen, torch.cat([targets[i] for i in rows]))
+        if step <= config.critic_first:
+            learner.policy.zero_grad()  # it was computed for the metrics
+        old_values, wanted = torch.cat([targets[i] for i in rows], dim=1)
+        missed += critic_gradient(learner, chosen, old_values, wanted)
         rl.descend(learner, tally)
     metrics |= tally.metrics(learner.exact)
-    metrics["value_loss"] = parallel.sum_over_ranks(missed) / (config.epochs * len(returns))
+    missed = float(parallel.sum_over_ranks(missed))
+    metrics["value_loss"] = missed / (config.epochs * len(returns))
     if learner.anchor:
         rl.update_anchor(learner.anchor, learner.policy, recipe.anchor_decay)
     return metrics
 
 
-def critic_gradient(learner: RLSPLearner, responses: list[Response], returns: Tensor) -> float:
-    """The critic's gradient of one minibatch; its loss, summed over this rank's tokens."""
+def critic_gradient(
+    learner: RLSPLearner, responses: list[Response], old_values: Tensor, returns: Tensor
+) -> Tensor:
+    """The critic's gradient of one minibatch; its loss, summed over this rank's tokens, fp64."""
+    old_values = old_values.to(learner.world.device)
     returns = returns.to(learner.world.device)
-    summed = 0.0
+    clip = learner.config.value_clip
+    summed = torch.zeros((), dtype=torch.float64, device=returns.device)
     for at, packed in learner.micro_batches(responses):
         values = parallel.forward(learner.critic, packed)
-        loss = value_loss(values, returns[at], len(returns))
+        loss = value_loss(values, old_values[at], returns[at], clip, len(returns))
         loss.backward()
-        summed += loss.item() * len(returns)
+        summed += loss.detach() * len(returns)
     return summed
 
 
@@ -287,6 +325,8 @@ def check_flags(config: Config) -> None:
         raise UserError(f"--recipe {config.recipe}: rlsp.py has its own; others are rl.py's")
     if not 0 <= config.trace <= 1:
         raise UserError(f"--trace must lie between 0 and 1, but is {config.trace}")
+    if config.critic_first < 0 or config.value_clip <= 0:
+        raise UserError("--critic-first must not be below 0, and --value-clip must be above 0")
     if config.penalty == "advantage":
         raise UserError("--penalty advantage: RLSP has an advantage per token, not per response")
 

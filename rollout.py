@@ -101,14 +101,16 @@ def draw(
     samples: int,
     params: SamplingParams,
     world: World,
+    team: int = 1,
 ) -> list[Completion]:
     """`samples` completions of each prompt, prompt after prompt.
 
     Each rank takes some of the prompts. Where there are more ranks than prompts, several of them
     share the samples of one. keys: one for each prompt; they seed the draws, so that the tokens do
-    not depend on which rank draws them.
+    not depend on which rank draws them. team: so many ranks share one copy of the model, see
+    tensor_parallel.py; they take one share of the work.
     """
-    share = share_of(len(prompts), samples, world.size)
+    share = share_of(len(prompts), samples, world.size // team)
     pieces = []  # (prompt, first sample): `share` completions each
     for i in range(len(prompts)):
         pieces += [(i, first) for first in range(0, samples, share)]
@@ -119,12 +121,12 @@ def draw(
         return sampler.generate(chosen, share, params, [keys[i] for i, _ in mine], firsts)
 
     work = [len(prompts[i]) + share * params.max_tokens for i, _ in pieces]
-    groups = parallel.share_out(draw_mine, pieces, work, world)
+    groups = parallel.share_out(draw_mine, pieces, work, world, team)
     return [completion for group in groups for completion in group]
 
 
 def share_of(prompts: int, samples: int, ranks: int) -> int:
-    """How many of a prompt's K samples one rank draws.
+    """How many of a prompt's K samples one rank (or team of ranks) draws.
 
     All of them, or the largest divisor of K that leaves no rank idle.
     """
@@ -144,7 +146,7 @@ def judge(
 ) -> list[Response]:
     """Verdict and unexpected pattern of each completion: of K for each problem, one after another.
 
-    config: its flags --patterns, --repeat-ngram and --repeat-times.
+    config: its flags --patterns, --repeat-ngram, --repeat-times and --least-logprob.
     """
     samples = len(completions) // len(problems)
     asked = [problem for problem in problems for _ in range(samples)]
@@ -162,6 +164,7 @@ def judge(
                 config.patterns,
                 config.repeat_ngram,
                 config.repeat_times,
+                config.least_logprob,
             )
             patterns.append(pattern)
         return list(zip(texts, verdicts, patterns))
@@ -179,10 +182,12 @@ def unexpected_pattern(
     patterns: tuple[str, ...] = tasks.PATTERNS,
     ngram: int = 20,
     times: int = 4,
+    least_logprob: float | None = None,
 ) -> str | None:
     """The first of the `patterns` that a response shows, or None.
 
-    ngram, times: see `tasks.repeats`.
+    ngram, times: see `tasks.repeats`. least_logprob: of a response whose tokens have less than
+    that on average, the policy itself finds that it is not language; None: that is no pattern.
     """
     if "overlong" in patterns and completion.finish_reason == "length":
         return "overlong"
@@ -190,7 +195,14 @@ def unexpected_pattern(
         return "repeated"
     if "garbled" in patterns and tasks.garbled(text, question):
         return "garbled"
+    if least_logprob is not None and mean_logprob(completion) < least_logprob:
+        return "perplexity"
     return None
+
+
+def mean_logprob(completion: Completion) -> float:
+    """Per token, in nats, under the distribution that it was drawn from: -log of the perplexity."""
+    return sum(completion.logprobs) / len(completion.logprobs)
 
 
 class Stopwatch:

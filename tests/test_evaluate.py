@@ -286,6 +286,17 @@ def test_what_was_cut_off_is_told_from_what_has_no_box():
     assert result.correct == [[False, False, True, False]]
 
 
+def test_the_greedy_response_beside_the_samples():
+    """Guards against "greedy" that is one of the samples, and against a cost where nobody asks."""
+    policy = Script([[FALSE_CLAIM] * 2], answer=SOLVED)
+    params = SamplingParams(max_tokens=100)
+    result = evaluate.evaluate(policy, Letters(), [COUNTDOWN], params, Settings(2, greedy=True))
+    assert result.greedy == [1.0] and result.rates() == [0.0]
+    assert "greedy pass@1" in evaluate.table({"m": result})
+    silent = evaluate.evaluate(Script([[SOLVED]]), Letters(), [COUNTDOWN], params, Settings(1))
+    assert silent.greedy == [] and "greedy" not in evaluate.table({"m": silent})
+
+
 def test_an_answer_model_writes_the_forced_answers():
     """Guards against --answer-model being ignored: T1 lets the SFT model answer from the RL model's
     chain."""

@@ -34,11 +34,12 @@ from verify import Verdict
 
 
 def responses_of(*found: tuple[str, int]) -> list[Response]:
-    """(outcome, length) of each."""
+    """(outcome, characters / 4 before the box) of each."""
     made = []
     for outcome, length in found:
-        completion = Completion([0] * length, [0.0] * length, "stop")
-        made.append(Response(Problem("1+1", "2"), [1], completion, "", Verdict(outcome), None))
+        text = "abcd" * length + "\\boxed{2} and some more"
+        completion = Completion([0] * 7, [0.0] * 7, "stop")
+        made.append(Response(Problem("1+1", "2"), [1], completion, text, Verdict(outcome), None))
     return made
 
 
@@ -49,7 +50,8 @@ def make_learner(world: World = ALONE, **given) -> rlsp.RLSPLearner:
     critic = parallel.shard(random_init(hand.SHAPE, 2, torch.float64), world, wrap=double)
     learner.models["critic"] = critic
     learner.optimizers["critic_sgd"] = torch.optim.SGD(critic.parameters(), 1.0)
-    learner.config, learner.recipe = hand.step_config(rlsp.Config, length_cost=2.0, **given)
+    given = {"length_cost": 2.0, "critic_first": 0, "value_clip": 1e9} | given
+    learner.config, learner.recipe = hand.step_config(rlsp.Config, **given)
     return rlsp.RLSPLearner(**vars(learner))
 
 
@@ -61,20 +63,49 @@ def test_exploration_reward_by_hand():
     config = rlsp.Config(model="", out="")
     same(rlsp.exploration(responses, config), 1 - 2, 0 - 1, -0.5 - 0.5, 0 - 0.25)
     same(rlsp.correctness(responses), 1, 0, -0.5, 0)
+    empty = responses_of(("wrong", 0))  # a box and no thought: as dear as can be, and finite
+    same(rlsp.exploration(empty, config), -1000)
 
 
-def test_opinions_stand_in_for_the_length(monkeypatch):
-    """Bug: opinion and correctness weighed the wrong way, or the length charged beside it."""
+def test_opinions_and_the_length(monkeypatch):
+    """Bug: opinion and correctness weighed the wrong way, or the length free beside them."""
     monkeypatch.setattr(rlsp, "opinions", lambda *_: tensor(*[0.5] * 12))
     learner = make_learner()
     learner.judge = (None, None)
-    metrics = rlsp.train_step(learner, make_responses(learner), 1)
-    assert metrics["reward"] == pytest.approx((0.8 * (5 - 0.5) + 0.2 * 6) / 12)
+    responses = make_responses(learner)
+    metrics = rlsp.train_step(learner, responses, 1)
+    cost = rlsp.length_cost(responses, learner.config).sum().item()
+    assert metrics["reward"] == pytest.approx((0.8 * (5 - 0.5) + 0.2 * 6 - cost) / 12)
+
+
+def test_value_clip_by_hand():
+    """Bug: the clip keeps a value from coming back. Old values 0, returns 1: one that has moved to
+    0.5 has had enough (its loss is that of 0.2, no gradient); one that has moved away is pulled
+    back."""
+    values = tensor(0.1, 0.5, -0.5).requires_grad_()
+    old, returns = torch.zeros(3), torch.ones(3)
+    loss = rlsp.value_loss(values, old, returns, 0.2, 3)
+    loss.backward()
+    same(loss.detach(), 0.5 * (0.9**2 + 0.8**2 + 1.5**2) / 3)
+    same(values.grad, -0.9 / 3, 0, -1.5 / 3)
+
+
+def test_at_first_only_the_critic_learns():
+    """Bug: the policy follows a critic that knows nothing yet; or it stays frozen for ever."""
+    learner = make_learner(critic_first=1)
+    before = [p.detach().clone() for p in learner.policy.parameters()]
+    values = [p.detach().clone() for p in learner.critic.parameters()]
+    responses = make_responses(learner)
+    rlsp.train_step(learner, responses, 1)
+    assert all(map(torch.equal, before, learner.policy.parameters()))
+    assert not all(map(torch.equal, values, learner.critic.parameters()))
+    rlsp.train_step(learner, responses, 2)
+    assert not all(map(torch.equal, before, learner.policy.parameters()))
 
 
 @pytest.mark.parametrize(
     ("reply", "score"),
-    [("7", 0.7), ("Score: 8.5/10", 0.85), ("0", 0), ("100", 1), ("very creative", 0), ("", 0)],
+    [("7", 0.7), ("Score: 8.5/10", 0.85), ("0", 0), ("100", 1), ("very creative", 0.5), ("", 0.5)],
 )
 def test_judges_replies(reply, score):
     """Bug: a judge that does not answer as asked crashes the run, or pays more than 1."""
@@ -123,7 +154,8 @@ def returns_by_hand(learner: rlsp.RLSPLearner, responses: list[Response]) -> lis
     """No boxed answer: the last one; a cost of 2 / length; the KL of all tokens from there on."""
     found = []
     for i, response in enumerate(responses):
-        reward = hand.RIGHT[i] - (0.5 if i == 11 else 0) - 2 / LENGTHS[i]
+        thought = response.text.split("\\boxed")[0]
+        reward = hand.RIGHT[i] - (0.5 if i == 11 else 0) - 2 / max(1, len(thought) / 4)
         reference, _ = token_logprobs(learner.anchor.model, response.example, 1.2)
         spent = 0.05 * (
             torch.tensor(response.completion.logprobs, dtype=torch.float64) - reference.detach()
