@@ -240,7 +240,9 @@ class Batch:
         self.tokens[row, following] = token
         self.logprobs[row, following] = logprob
         position += ~done
-        done |= torch.isin(token, self.eos) | (following + 1 >= self.end[:rows])
+        # Not torch.isin: with many stop tokens it sorts, and then it waits for the result.
+        stopped = (token[:, None] == self.eos).any(1)
+        done |= stopped | (following + 1 >= self.end[:rows])
 
     def replay(self, rows: int, length: int) -> None:
         """The decode step as a CUDA graph, one for each shape. (Not yet measured on a GPU.)
