@@ -19,7 +19,7 @@ import sample
 from cli import UserError
 from decode import CPUDecoder, can_pack
 from model import ModelConfig, Transformer, load_pretrained, random_init, save_pretrained
-from sample import Batch, Completion, Sampler, SamplingParams, sequence_seed
+from sample import Batch, Completion, Queue, Sampler, SamplingParams, sequence_seed
 from tokenizer import Tokenizer, demo_tokenizer, load_tokenizer
 
 EOS = 7
@@ -463,7 +463,7 @@ def test_memory_budget_is_respected(reference, monkeypatch, budget):
     prefixes = []  # bytes of the prompts' that are ready
     made = []
     allocate = CPUDecoder.allocate
-    prefill = sample.prefill
+    prefill_next = Queue.prefill_next
 
     def watched(decoder, rows, capacity):
         pair = allocate(decoder, rows, capacity)
@@ -472,15 +472,15 @@ def test_memory_budget_is_respected(reference, monkeypatch, budget):
         peaks.append(alive + (prefixes[-1] if prefixes else 0))
         return pair
 
-    def watched_prefill(model, jobs):
-        prefill(model, jobs)
-        tensors = [tensor for job in jobs for pair in job.prefix for tensor in pair]
+    def watched_prefill(queue):
+        prefill_next(queue)
+        tensors = [tensor for job in queue.ready for pair in job.prefix for tensor in pair]
         storages = [tensor.untyped_storage() for tensor in tensors]
         sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
         prefixes.append(sum(sizes.values()))
 
     monkeypatch.setattr(CPUDecoder, "allocate", watched)
-    monkeypatch.setattr(sample, "prefill", watched_prefill)
+    monkeypatch.setattr(Queue, "prefill_next", watched_prefill)
     results = Sampler(MODEL, eos_ids=[EOS], cache_bytes=budget).generate(PROMPTS, 4, PARAMS)
     assert max(peaks) <= budget
     assert tokens_of(results) == tokens_of(reference)

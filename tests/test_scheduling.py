@@ -1,14 +1,234 @@
-"""The decode step waits for nobody."""
+"""Who runs when: sequences that are evicted and go on later, the memory they share, and CUDA graphs
+that are used again. None of it may change what is drawn."""
+
+from itertools import pairwise
 
 import pytest
 import torch
-from test_sample import BLOCK, CONFIG, MODEL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_sample import BLOCK, CONFIG, CONTEXT, EOS, MODEL, PARAMS
+from test_sample import PROMPTS as ALL_PROMPTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+import sample
+from decode import KVCache, ModelDecoder, as_rows, row_sizes
 from model import Transformer
-from sample import Batch, SamplingParams
+from sample import Batch, Queue, Sampler, SamplingParams
+
+PROMPTS = ALL_PROMPTS[1::2]  # of 2, 15, 17, 31, 33 and 4 tokens
+POSITION = 2 * (CONFIG.layers + 1) * CONFIG.kv_heads * CONFIG.head_dim * 4  # bytes, in fp32
+ROW = 80  # the longest sequence has 33 + 40 tokens: in blocks
+LEAST = (ROW + 33) * POSITION  # one such row, and its prompt
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Six completions of every prompt in one batch, where nobody is evicted."""
+    return Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 6, PARAMS)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """What happened: rows evicted, tokens that were prefilled again, rows at each decode step; and
+    the least that a row drew before it was evicted, beside the longest row when it started."""
+    counts = {"evicted": 0, "again": 0, "rows": [], "gained": 9.0}
+    begun = {}  # seed -> tokens of the sequence, and of the longest one, when it started
+    add = Batch.add
+    take = Batch.evict
+    step = Batch.step
+
+    def started(batch, sequences):
+        rows = add(batch, sequences)
+        for sequence in sequences:
+            begun[sequence.seed] = (len(sequence.tokens), batch.longest + 1)
+        return rows
+
+    def evict(batch, count):
+        before = [sequence.seed for sequence in batch.sequences]
+        positions = batch.position[: batch.live].tolist()
+        taken = take(batch, count)
+        counts["evicted"] += count
+        counts["again"] += sum(len(sequence.tokens) - 1 for sequence in taken)
+        gone = {sequence.seed for sequence in taken}
+        for sequence in taken:
+            before_it, longest = begun[sequence.seed]
+            gained = (len(sequence.tokens) - before_it) / longest
+            counts["gained"] = min(counts["gained"], gained)
+        staying = [position for seed, position in zip(before, positions) if seed not in gone]
+        assert len(taken) == count and max(staying) == max(positions), "the longest was evicted"
+        return taken
+
+    def watched(batch, rows):
+        counts["rows"].append(rows)
+        step(batch, rows)
+
+    monkeypatch.setattr(Batch, "add", started)
+    monkeypatch.setattr(Batch, "evict", evict)
+    monkeypatch.setattr(Batch, "step", watched)
+    return counts
+
+
+def assert_equal(results, expected) -> None:
+    for row, others in zip(results, expected, strict=True):
+        for completion, other in zip(row, others, strict=True):
+            assert completion.tokens == other.tokens
+            assert completion.finish_reason == other.finish_reason
+            assert completion.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+# --- eviction -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    extra=st.integers(0, 400),
+    max_batch=st.sampled_from([1, 2, 7, 36]),
+    prefill_tokens=st.sampled_from([1, 60, 4096]),
+)
+def test_any_budget_draws_the_same(reference, extra, max_batch, prefill_tokens):
+    """A sequence that comes back with a token lost or drawn twice, with another's keys, log-probs
+    or end; an endless wait for room, from the least budget on."""
+    sampler = Sampler(
+        MODEL,
+        max_batch=max_batch,
+        eos_ids=[EOS],
+        cache_bytes=LEAST + extra * POSITION,
+        prefill_tokens=prefill_tokens,
+    )
+    expected = [row[:3] for row in reference]
+    assert_equal(sampler.generate(PROMPTS, 3, PARAMS), expected)
+
+
+@pytest.mark.parametrize("rows", [2, 3])
+def test_sequences_are_evicted_and_come_back(reference, counted, rows):
+    """Eviction that never happens: each row counted at its longest."""
+    budget = LEAST + (rows - 1) * ROW * POSITION
+    results = Sampler(MODEL, eos_ids=[EOS], cache_bytes=budget).generate(PROMPTS, 6, PARAMS)
+    assert_equal(results, reference)
+    drawn = sum(len(completion.tokens) for row in results for completion in row)
+    assert counted["evicted"] > 0
+    assert sum(counted["rows"]) == drawn  # no token was drawn twice
+    assert max(counted["rows"]) > rows  # more than would fit at their longest
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_nobody_is_evicted_again_and_again(counted, rows):
+    """Rows that start where the others leave no room to grow: each is evicted after a few tokens,
+    and more is prefilled than drawn."""
+    prompts = [[i % 50, 3 * i % 50, 5] for i in range(30)]
+    budget = (rows * CONTEXT + 64) * POSITION
+    sampler = Sampler(MODEL, eos_ids=[EOS], cache_bytes=budget, prefill_tokens=64)
+    results = sampler.generate(prompts, 1, SamplingParams(150, 1.2, seed=1))
+    assert counted["evicted"] > 3
+    assert counted["gained"] >= 1
+    drawn = sum(len(completions[0].tokens) for completions in results)
+    assert counted["again"] <= 2 * drawn
+
+
+def test_with_room_for_all_nobody_is_evicted(reference, counted):
+    """Work done twice where memory is plenty."""
+    plenty = 2 * 6 * len(PROMPTS) * ROW * POSITION  # a quarter of it is for prompts
+    results = Sampler(MODEL, eos_ids=[EOS], cache_bytes=plenty).generate(PROMPTS, 6, PARAMS)
+    assert_equal(results, reference)
+    assert counted["evicted"] == 0
+    assert max(counted["rows"]) == 6 * len(PROMPTS)
+
+
+def test_a_sequence_that_was_evicted_may_end_by_its_limit(counted):
+    """A limit counted from where a sequence came back, not from its prompt's end; the log-probs of
+    before the eviction lost."""
+    params = SamplingParams(40, temperature=1.2)
+    expected = Sampler(MODEL).generate(PROMPTS, 3, params)
+    tight = Sampler(MODEL, cache_bytes=LEAST + 2 * ROW * POSITION)
+    results = tight.generate(PROMPTS, 3, params)
+    assert counted["evicted"] > 0
+    assert_equal(results, expected)
+    for row in results:
+        for completion in row:
+            assert len(completion.tokens) == len(completion.logprobs) == 40
+
+
+# --- the cache's memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 16, 17, 73, 160, 1000, 10_000])
+@pytest.mark.parametrize("block", [16, 256])
+def test_sizes_of_rows(limit, block):
+    """A limit that no size holds, sizes that are no blocks, or so far apart that memory is left
+    empty."""
+    sizes = row_sizes(limit, block)
+    assert sizes[-1] - block < limit <= sizes[-1]
+    assert all(size % block == 0 for size in sizes)
+    for size, following in pairwise(sizes):
+        assert size < following <= size + max(block, size // 4)
+    assert len(sizes) < 25 * (1 + limit / block / 400)
+
+
+class Transposed(ModelDecoder):
+    """[rows, capacity, Hkv, Dh] in memory, which attention over several lengths reads best."""
+
+    def allocate(self, rows, capacity):
+        pair = []
+        for tensor in super().allocate(rows, capacity):
+            shape = (rows, capacity, *tensor.shape[1::2])
+            pair.append(tensor.view(shape).transpose(1, 2))
+        return tuple(pair)
+
+
+DECODERS = {
+    "model": ModelDecoder,
+    "cpu": lambda model: sample.CPUDecoder(model, pack=False),
+    "transposed": Transposed,
+}
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@torch.inference_mode()
+def test_a_layout_keeps_rows_and_addresses(kind):
+    """Keys and values mixed up when the memory is cut anew, in any order of dimensions; memory that
+    moves although there is enough of it (graphs would read the old one)."""
+    cache = KVCache(DECODERS[kind](MODEL))
+    cache.restart(limit=200, budget=1000)
+    cache.lay_out(rows=12, capacity=16, keep=0)
+    shape = (12, CONFIG.kv_heads, 16, CONFIG.head_dim)
+    numbers = torch.arange(torch.Size(shape).numel()).view(shape).float()
+    for layer in range(CONFIG.layers):
+        cache.write_layer(slice(12), layer, numbers + layer, -numbers - layer)
+
+    def places():
+        return [tensor.data_ptr() for pair in cache.layers for tensor in pair]
+
+    def check(rows, length):
+        for layer, (keys, values) in enumerate(cache.view(rows, length)):
+            assert torch.equal(keys, numbers[:rows, :, :length] + layer)
+            assert torch.equal(values, -keys)
+            made = cache.allocate(*keys.shape[::2])
+            for tensor, like in zip((keys, values), made):
+                order = sorted(range(4), key=tensor.stride)
+                assert order == sorted(range(4), key=like.stride)
+
+    before = places()
+    for rows, capacity in ((6, 32), (2, 80), (12, 16), (3, 64)):
+        assert cache.holds(rows, capacity)
+        cache.lay_out(rows, capacity, keep=2)
+        check(2, 16)
+        assert places() == before
+    assert not cache.holds(4, 64)
+    cache.lay_out(4, 64, keep=2)
+    check(2, 16)
+    assert places() != before
+
+
+def test_one_key_head_lies_as_before():
+    """A dimension of size 1, whose place in memory no stride tells: `view` must still flatten."""
+    tensor = torch.zeros(6, 1, 16, 8)
+    assert as_rows(tensor, 3, 32).is_contiguous()
+    transposed = torch.zeros(6, 16, 1, 8).transpose(1, 2)
+    assert as_rows(transposed, 3, 32).transpose(1, 2).view(96, 8).is_contiguous()
+
 
 # --- the decode step waits for nobody -------------------------------------------------------------
 
@@ -93,3 +313,29 @@ def test_no_operation_of_a_step_waits_for_the_host(monkeypatch, device, top_p, m
     with NoHost(device) as mode:
         batch.decode()
     assert mode.count > 50
+
+
+def test_ranks_with_the_same_free_memory_decide_alike(counted, monkeypatch):
+    """Schedules that depend on anything but prompts, draws and `free_memory`: ranks that share one
+    model would wait for one another for ever."""
+    schedules = []
+    for free in (3 * LEAST, 3 * LEAST, 8 * LEAST):
+        monkeypatch.setattr(sample, "free_memory", lambda device, free=free: free)
+        counted["rows"] = []
+        Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 6, PARAMS)
+        schedules.append(counted["rows"])
+    assert schedules[0] == schedules[1] != schedules[2]
+
+
+def test_evicted_sequences_come_last_and_the_longest_first():
+    """Fresh prompts that wait behind what was evicted: the last to end would then be the longest."""
+    queue = Queue(MODEL, [sample.new_job(0, [1, 2], [0]), sample.new_job(1, [1] * 30, [1])], 64)
+    batch = Batch(MODEL, PARAMS, [], slots=9, limit=80)
+    for index, length in ((2, 5), (3, 20)):
+        queue.evicted.append(sample.Sequence(index, 0, 0, 1, [1] * length))
+    queue.evicted.sort(key=lambda sequence: -len(sequence.tokens))
+    queue.unstarted += 2
+    with torch.inference_mode():
+        queue.refill(batch)
+    assert [sequence.index for sequence in batch.sequences] == [1, 0, 3, 2]
+    assert queue.unstarted == 0
