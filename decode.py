@@ -81,6 +81,11 @@ class KVCache:
         self.capacity = 0
         self.sizes = row_sizes(limit, self.block)
 
+    @property
+    def nbytes(self) -> int:
+        """What all keys and values take."""
+        return sum(tensor.untyped_storage().nbytes() for pair in self.layers for tensor in pair)
+
     def size(self, length: int) -> int:
         """The size of rows that hold `length` positions, or `limit` if that is less."""
         place = bisect_left(self.sizes, length)

@@ -166,7 +166,7 @@ class Batch:
 
     On CUDA a step depends on the number of rows and on where the tensors lie, and on nothing else
     that the host knows. It is captured once for each of a few numbers of rows (`bucket`). The
-    graphs are valid until the cache or the weights move.
+    graphs are valid until the cache or the weights move: a batch can be used again (`restart`).
 
     slots: rows at most. limit: tokens of a sequence at most, its prompt included. pack: see
     decode.CPUDecoder.
@@ -183,7 +183,10 @@ class Batch:
     ) -> None:
         weight = model.head_weight
         device = weight.device
+        self.most = slots  # rows that there are; a call may want fewer
+        self.widest = limit
         self.eos_ids = set(eos_ids)
+        self.weights = addresses(model)
 
         self.row = torch.arange(slots, device=device)
         # Of each row: the position of its last token, that of its first drawn one, how many tokens
@@ -221,6 +224,11 @@ class Batch:
         self.position.zero_()
         self.done.fill_(True)
         self.cache.restart(limit, budget)
+
+    def serves(self, model: Transformer, eos_ids: list[int], slots: int, limit: int) -> bool:
+        """Whether it can be used again for this, graphs and all."""
+        fits = slots <= self.most and limit <= self.widest
+        return fits and set(eos_ids) == self.eos_ids and addresses(model) == self.weights
 
     def room(self, length: int) -> int:
         """How many rows there may be once a sequence of `length` tokens has started.
@@ -416,6 +424,11 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def addresses(model: Transformer) -> list[int]:
+    """Where the weights lie in memory."""
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
 # --- prompts that wait for their turn -------------------------------------------------------------
 
 
@@ -531,7 +544,9 @@ def prefill(
 class Sampler:
     """Samples from `model`, with the weights it has at the time of the call.
 
-    Nothing that is cached outlives one `generate`.
+    On CUDA the batch is kept for the next `generate`, its cache and its graphs with it, until
+    `release`. It is made anew when it does not fit a call, or when the weights lie elsewhere in
+    memory; new weights at the old place are fine. On a CPU nothing outlives one `generate`.
 
     max_batch: sequences decoded at once, at most. eos_ids: the tokens that end a completion
     (default: the tokenizer's). cache_bytes: what keys and values may take (default: of the memory
@@ -561,6 +576,7 @@ class Sampler:
         self.eos_ids = list(eos_ids)
         self.cache_bytes = cache_bytes
         self.prefill_tokens = prefill_tokens
+        self.kept: Batch | None = None  # of the last call, on CUDA
 
     @torch.inference_mode()
     def generate(
@@ -608,6 +624,7 @@ class Sampler:
                 seconds = bar.format_dict["elapsed"]
                 if seconds:
                     bar.set_postfix_str(f"{generated / seconds:.0f} tok/s", refresh=False)
+        self.keep(batch)
         return results
 
     @torch.inference_mode()
@@ -619,6 +636,19 @@ class Sampler:
         while not batch.done[0]:
             batch.decode()
             yield int(batch.tokens[0, batch.position[0]])
+        self.keep(batch)
+
+    def keep(self, batch: Batch) -> None:
+        """Use this batch again, where that saves the capture of graphs.
+
+        A CPU's batch holds copies of the weights, and saves nothing.
+        """
+        if batch.captures:
+            self.kept = batch
+
+    def release(self) -> None:
+        """Give up what is kept from one call to the next: a cache, and graphs."""
+        self.kept = None
 
     def prepare(self, jobs: list[Job], params: SamplingParams) -> tuple[Batch, Queue]:
         """An empty batch, and the queue that fills it.
@@ -649,6 +679,8 @@ class Sampler:
         numbers = 2 * (config.layers + 1) * config.kv_heads * config.head_dim
         position_bytes = numbers * weight.element_size()
         free = free_memory(weight.device)
+        if self.kept:
+            free += self.kept.cache.nbytes
         share = free * 4 // 5 if weight.is_cuda else free // 2
         budget = (self.cache_bytes or share) // position_bytes
         row = round_up(limit, cache_block(weight.device))
@@ -665,9 +697,20 @@ class Sampler:
         several_steps = total * params.max_tokens > 8 * slots
         weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         pack = slots > 1 and several_steps and 4 * weight_bytes < free
-        batch = Batch(self.model, params, self.eos_ids, slots, row, pack)
+        if not self.reusable(slots, limit, budget - chunk):
+            self.release()  # first, so that both are never there at once
+            self.kept = Batch(self.model, params, self.eos_ids, slots, row, pack)
+        # Taken out while it is in use: a stream that is left half-way keeps its batch to itself.
+        batch, self.kept = self.kept, None
         batch.restart(params, slots, limit, budget - chunk)
         return batch, Queue(self.model, jobs, chunk)
+
+    def reusable(self, slots: int, limit: int, budget: int) -> bool:
+        """Whether the batch that is kept serves for this, in a budget of so many positions."""
+        batch = self.kept
+        if batch is None or batch.cache.positions > budget:
+            return False
+        return batch.serves(self.model, self.eos_ids, slots, limit)
 
 
 def new_job(index: int, prompt: list[int], seeds: list[int]) -> Job:

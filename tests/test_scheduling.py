@@ -1,14 +1,17 @@
 """Who runs when: sequences that are evicted and go on later, the memory they share, and CUDA graphs
 that are used again. None of it may change what is drawn."""
 
+import dataclasses
+import gc
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sample import BLOCK, CONFIG, CONTEXT, EOS, MODEL, PARAMS
+from test_sample import BLOCK, CONFIG, CONTEXT, EOS, MODEL, PARAMS, spread_out_model, tokens_of
 from test_sample import PROMPTS as ALL_PROMPTS
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -315,6 +318,228 @@ def test_no_operation_of_a_step_waits_for_the_host(monkeypatch, device, top_p, m
     assert mode.count > 50
 
 
+# --- graphs ---------------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """The operations of a step as a graph holds them: addresses of tensors from outside, numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = set()
+        self.operations = []
+        self.outside = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        entry = [str(func)]
+        for leaf in tree_leaves((args, kwargs)):
+            if not isinstance(leaf, torch.Tensor):
+                entry.append(repr(leaf))
+                continue
+            storage = leaf.untyped_storage()
+            place = "made"
+            if storage._cdata not in self.made:
+                place = leaf.data_ptr()
+                self.outside[storage._cdata] = StorageWeakRef(storage)
+            entry.append((place, leaf.dtype, tuple(leaf.shape), leaf.stride()))
+        self.operations.append(entry)
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()._cdata
+                if storage not in self.outside:
+                    self.made.add(storage)
+        return out
+
+
+class FakeGraph:
+    """Replays by doing the step again, if that is what the graph holds: the same operations with
+    the same numbers on tensors that are alive, at the same addresses. Or else it fails."""
+
+    current = None  # (batch, rows) of the step that runs
+    captures = 0
+    replays = 0
+
+    def replay(self):
+        if self.fresh:  # a capture does nothing; ours has done the step already
+            self.fresh = False
+            return
+        FakeGraph.replays += 1
+        batch, rows = self.step
+        assert not any(storage.expired() for storage in self.outside), "it reads freed memory"
+        with Recorder() as recorder:
+            batch.step(rows)
+        assert recorder.operations == self.operations, "a graph would do something else"
+
+
+class FakeCapture:
+    def __init__(self, graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.graph = graph
+
+    def __enter__(self):
+        self.recorder = Recorder()
+        self.recorder.__enter__()
+
+    def __exit__(self, *error):
+        self.recorder.__exit__(*error)
+        FakeGraph.captures += 1
+        self.graph.fresh = True
+        self.graph.step = FakeGraph.current
+        self.graph.operations = self.recorder.operations
+        self.graph.outside = list(self.recorder.outside.values())
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA's way of stepping, on a CPU; a decoder whose `bind` makes a tensor that a step reads."""
+    step = Batch.step
+    bind = ModelDecoder.bind
+    call = ModelDecoder.__call__
+
+    def watched_step(batch, rows):
+        FakeGraph.current = (batch, rows)
+        step(batch, rows)
+
+    def watched_bind(decoder, cache):
+        bind(decoder, cache)
+        decoder.starts = torch.arange(len(cache[0][0])) if cache else None
+
+    def watched_call(decoder, tokens, positions):
+        return call(decoder, tokens + 0 * decoder.starts, positions)
+
+    monkeypatch.setattr(Batch, "step", watched_step)
+    monkeypatch.setattr(ModelDecoder, "bind", watched_bind)
+    monkeypatch.setattr(ModelDecoder, "__call__", watched_call)
+    monkeypatch.setattr(kernels.sampling, "first_minimum", lambda x: x.argmin(1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", FakeCapture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(sample, "can_capture", lambda device: True)
+    monkeypatch.setattr(FakeGraph, "captures", 0)
+    monkeypatch.setattr(FakeGraph, "replays", 0)
+    return FakeGraph
+
+
+WIDE = SamplingParams(max_tokens=24, temperature=1.2, min_p=0.01, seed=3)
+
+
+def change(model: Transformer, seed: int) -> Transformer:
+    """Other weights in the same tensors."""
+    model.load_state_dict(spread_out_model(seed).state_dict(), strict=False)
+    return model
+
+
+def one_layer() -> Transformer:
+    """A model in the dtype that only ModelDecoder computes in."""
+    return change(Transformer(dataclasses.replace(CONFIG, layers=1), torch.float64), 0)
+
+
+def test_graphs_live_as_long_as_what_they_read_lies_where_it_lay(graphs, monkeypatch):
+    """Graphs captured anew for each call (dozens of slow steps each); one that is replayed with the
+    last call's weights, temperature, or stop tokens, or on memory that was freed."""
+    model = one_layer()
+    other = one_layer()
+    sampler = Sampler(model, max_batch=12, eos_ids=[EOS])
+
+    def captured(prompts, params):
+        """How many graphs a call captures. It must draw what is drawn without graphs."""
+        other.load_state_dict(model.state_dict())
+        with monkeypatch.context() as plain:
+            plain.setattr(sample, "can_capture", lambda device: False)
+            expected = Sampler(other, eos_ids=sampler.eos_ids).generate(prompts, 3, params)
+        before = graphs.captures, graphs.replays
+        assert_equal(sampler.generate(prompts, 3, params), expected)
+        assert graphs.replays > before[1]
+        return graphs.captures - before[0]
+
+    def settled(prompts, params):
+        """Whether new graphs were captured; and then, none any more."""
+        # A shape is captured when it comes for the second time.
+        new = captured(prompts, params) + captured(prompts, params)
+        assert captured(prompts, params) == 0
+        return new > 0
+
+    assert settled(PROMPTS, WIDE)
+    kept = sampler.kept
+    change(model, 1)
+    settled(PROMPTS, WIDE)
+    settled(PROMPTS[:4], SamplingParams(30, 1.2, min_p=0.01))  # a smaller call fits
+    hot = SamplingParams(24, 1.5, seed=4)
+    assert settled(PROMPTS, hot)
+    assert captured(PROMPTS, hot) == captured(PROMPTS, WIDE) == 0  # those of both are there
+    assert sampler.kept is kept
+
+    sampler.eos_ids = [EOS, 3]
+    assert settled(PROMPTS, WIDE)
+    assert sampler.kept is not kept
+    for parameter in model.parameters():  # the same weights elsewhere
+        parameter.data = parameter.data.clone()
+    assert settled(PROMPTS, WIDE)
+    assert settled([[1] * 60, *PROMPTS[:2]], WIDE)  # longer than the rows that are there
+    sampler.release()
+    assert settled(PROMPTS, WIDE)
+
+
+def test_graphs_with_evictions(graphs, counted):
+    """A graph of another size of rows, or of a cache that moved; buckets that the budget has no
+    room for."""
+    model = one_layer()
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(sample, "can_capture", lambda device: False)
+        expected = Sampler(model, eos_ids=[EOS]).generate(PROMPTS, 4, WIDE)
+    assert counted["evicted"] == 0
+    # Two thirds of the bytes that POSITION counts for each layer, and float64 takes twice as many.
+    budget = 2 * 2 * (64 + 33 + 2 * 64) * POSITION // 3
+    sampler = Sampler(model, eos_ids=[EOS], cache_bytes=budget)
+    for _ in range(2):  # a shape is captured when it comes for the second time
+        assert_equal(sampler.generate(PROMPTS, 4, WIDE), expected)
+    captures = graphs.captures
+    assert_equal(sampler.generate(PROMPTS, 4, WIDE), expected)
+    assert graphs.captures == captures > 0
+    assert counted["evicted"] > 0
+
+
+def test_a_graph_of_a_cache_that_moved_is_not_replayed(graphs):
+    """The proof that the tests above can fail: graphs kept over a move of the cache."""
+    sampler = Sampler(one_layer(), max_batch=12, eos_ids=[EOS])
+    sampler.generate(PROMPTS, 3, WIDE)
+    batch = sampler.kept
+    batch.cache.layers[0] = batch.cache.moved(0, 12, batch.cache.capacity, 0)
+    gc.collect()
+    with pytest.raises(AssertionError, match="freed memory"):
+        for captured in batch.graphs.values():
+            captured.decoder.bind(batch.cache.view(*captured.decoder.cache[0][0].shape[::2]))
+        sampler.generate(PROMPTS, 3, WIDE)
+
+
+def test_a_stream_that_is_left_half_way_keeps_its_batch(graphs):
+    """Two answers at once, drawn into the same rows."""
+    sampler = Sampler(one_layer(), eos_ids=[EOS])
+    expected = tokens_of(sampler.generate(PROMPTS[:1], 1, WIDE))[0][0]
+    first = sampler.stream(PROMPTS[0], WIDE)
+    begun = [next(first) for _ in range(3)]
+    assert list(sampler.stream(PROMPTS[0], WIDE)) == expected
+    assert begun + list(first) == expected
+
+
+def test_on_a_cpu_nothing_is_kept():
+    """Packed copies of old weights that serve new ones."""
+    sampler = Sampler(MODEL, eos_ids=[EOS])
+    sampler.generate(PROMPTS[:2], 2, PARAMS)
+    assert sampler.kept is None
+
+
+def test_buckets_are_few_and_hold_the_rows(graphs):
+    """A graph for each number of rows; a bucket above the slots or the memory."""
+    batch = Batch(one_layer(), WIDE, [], slots=300, limit=160)
+    batch.restart(WIDE, 300, 160, 300 * 16)
+    buckets = [batch.bucket(rows, 16) for rows in range(1, 301)]
+    assert sorted(set(buckets)) == [8, 16, 32, 64, 128, 192, 256, 300]
+    assert all(bucket >= rows for rows, bucket in enumerate(buckets, start=1))
+    assert batch.bucket(130, 32) == 150
+
+
 def test_ranks_with_the_same_free_memory_decide_alike(counted, monkeypatch):
     """Schedules that depend on anything but prompts, draws and `free_memory`: ranks that share one
     model would wait for one another for ever."""
@@ -325,6 +550,29 @@ def test_ranks_with_the_same_free_memory_decide_alike(counted, monkeypatch):
         Sampler(MODEL, eos_ids=[EOS]).generate(PROMPTS, 6, PARAMS)
         schedules.append(counted["rows"])
     assert schedules[0] == schedules[1] != schedules[2]
+
+
+def test_a_batch_that_is_used_again_takes_the_steps_of_a_new_one(graphs, counted, monkeypatch):
+    """A rank that could keep its batch, beside one that could not: with other numbers of rows they
+    would wait for one another for ever."""
+    schedules = []
+    sampler = Sampler(one_layer(), eos_ids=[EOS])
+
+    def free(device):
+        held = sampler.kept.cache.nbytes if sampler.kept else 0
+        return 30 * LEAST - held
+
+    monkeypatch.setattr(sample, "free_memory", free)
+    sampler.generate(PROMPTS, 6, WIDE)
+    for release in (False, True):
+        if release:
+            sampler.release()
+        kept = sampler.kept
+        counted["rows"] = []
+        sampler.generate(PROMPTS[:5], 2, WIDE)
+        assert (sampler.kept is kept) != release
+        schedules.append(counted["rows"])
+    assert schedules[0] == schedules[1]
 
 
 def test_evicted_sequences_come_last_and_the_longest_first():
