@@ -13,11 +13,13 @@ of ours and keeps its traceback.
 """
 
 import contextlib
+import csv
 import dataclasses
 import errno
 import fcntl
 import gzip
 import hashlib
+import io
 import json
 import os
 import signal
@@ -165,7 +167,8 @@ def read_json(path: str | Path) -> dict:
 
 
 def read_rows(path: str | Path) -> dict[str, dict]:
-    """{place: object}, for every row of a JSONL file, gzipped or not, or of a Parquet file.
+    """{place: object}, for every row of a JSONL file, of a JSON list, both gzipped or not, of a
+    Parquet file or of a CSV file with a header.
 
     place: "FILE, line 3" or "FILE, row 3", for what there is to say about it. A field that is null
     is left out: Parquet has every column in every row. UserError names the place of the first bad
@@ -173,8 +176,15 @@ def read_rows(path: str | Path) -> dict[str, dict]:
     """
     content = read_bytes(path)
     rows = {}
+    table = None
     if content.startswith(PARQUET):
-        for number, row in enumerate(parse_parquet(content, path), start=1):
+        table = parse_parquet(content, path)
+    elif str(path).endswith(".csv"):
+        table = list(csv.DictReader(io.StringIO(decode(content, path), newline="")))
+    elif str(path).endswith((".json", ".json.gz")) and content.lstrip().startswith(b"["):
+        table = parse_list(content, path)
+    if table is not None:
+        for number, row in enumerate(table, start=1):
             rows[f"{path}, row {number}"] = row
     else:
         # Not splitlines(), which also splits at U+2028: a JSON string may hold that character.
@@ -189,6 +199,18 @@ def read_rows(path: str | Path) -> dict[str, dict]:
 
 def without_nulls(row: dict) -> dict:
     return {name: value for name, value in row.items() if value is not None}
+
+
+def parse_list(content: bytes, path: str | Path) -> list[dict]:
+    """The objects of a JSON list."""
+    try:
+        rows = json.loads(decode(content, path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({getattr(error, 'msg', error)})") from None
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: expected an object, found {type(row).__name__}")
+    return rows
 
 
 def parse_parquet(content: bytes, path: str | Path) -> list[dict]:

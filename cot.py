@@ -52,6 +52,7 @@ import cli
 import tasks
 import verify
 from cli import UserError
+from devices import pick_device, pick_dtype
 from model import load_pretrained
 from sample import Sampler, SamplingParams
 from tasks import Problem
@@ -154,25 +155,28 @@ class Draft:
 def load_sampler(
     path: str, max_batch: int = 256, template_args: str = ""
 ) -> tuple[Sampler, Tokenizer]:
-    """A policy ready to sample: bf16 on a GPU, fp32 without one."""
-    if torch.cuda.is_available():
-        policy = load_pretrained(path, dtype=torch.bfloat16, device="cuda")
-    else:
-        policy = load_pretrained(path)
+    """A policy ready to sample: on a GPU, in bf16, where there is one; see devices.py."""
+    device = pick_device()
+    policy = load_pretrained(path, getattr(torch, pick_dtype("auto", device)), device)
     tokenizer = load_tokenizer(path, template_args)
     return Sampler(policy, tokenizer, max_batch=max_batch), tokenizer
 
 
 def ask(
-    path: str, chats: list[list[dict]], n: int, params: SamplingParams, what: str
+    path: str,
+    chats: list[list[dict]],
+    n: int,
+    params: SamplingParams,
+    what: str,
+    template_args: str = "",
 ) -> list[list[str]]:
     """What a checkpoint answers to each chat: up to n answers, without those that never end or are
     garbled.
 
     A chat that leaves no room for an answer gets none, and is no error: one long set of notes must
-    not undo hours of attempts. what: for the terminal.
+    not undo hours of attempts. what: for the terminal. template_args: see `tokenizer.Tokenizer`.
     """
-    sampler, tokenizer = load_sampler(path)
+    sampler, tokenizer = load_sampler(path, template_args=template_args)
     print(f"{what}: {len(chats)} x {n} from {path}")
     prompts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
     room = sampler.model.config.context - params.max_tokens
@@ -194,7 +198,11 @@ def ask(
 
 
 def sample_attempts(
-    problems: list[Problem], models: list[str], n: int, params: SamplingParams
+    problems: list[Problem],
+    models: list[str],
+    n: int,
+    params: SamplingParams,
+    template_args: str = "",
 ) -> list[list[Attempt]]:
     """Step 1. n attempts per problem and checkpoint, verified.
 
@@ -203,7 +211,8 @@ def sample_attempts(
     chats = [tasks.messages(problem) for problem in problems]
     said: list[tuple[int, str]] = []  # (number of the problem, text)
     for path in models:
-        for number, texts in enumerate(ask(path, chats, n, params, "attempts")):
+        answers = ask(path, chats, n, params, "attempts", template_args)
+        for number, texts in enumerate(answers):
             said += [(number, text) for text in texts]
     boxed = [tasks.boxed(text) for _, text in said]
     verdicts = tasks.judge_all([problems[number] for number, _ in said], boxed)
@@ -281,13 +290,16 @@ def usable(critique: str, problem: Problem, attempt: Attempt) -> bool:
     return 20 <= len(critique) <= 800 and "\\boxed" not in critique
 
 
-def criticise(path: str, drafts: list[Draft], params: SamplingParams) -> None:
+def criticise(
+    path: str, drafts: list[Draft], params: SamplingParams, template_args: str = ""
+) -> None:
     """Step 2. Gives the attempts that are shown the critic's critique, where it is usable."""
     pairs = []
     for draft in drafts:
         pairs += [(draft.problem, attempt) for attempt in [*draft.failures, draft.right[0]]]
     chats = [critic_chat(problem, attempt) for problem, attempt in pairs]
-    for (problem, attempt), said in zip(pairs, ask(path, chats, 1, params, "critiques")):
+    critiques = ask(path, chats, 1, params, "critiques", template_args)
+    for (problem, attempt), said in zip(pairs, critiques):
         if said and usable(said[0], problem, attempt):
             attempt.critique = said[0]
 
@@ -331,13 +343,13 @@ REWRITING = (
 )
 
 
-def rewrite(path: str, rows: list[dict], params: SamplingParams) -> None:
+def rewrite(path: str, rows: list[dict], params: SamplingParams, template_args: str = "") -> None:
     """Step 4. A checkpoint rewrites each response; one that is no longer right is not taken."""
     chats = []
     for row in rows:
         wish = f"{row['problem']}\n\nNotes: {row['response']}\n\n{REWRITING}"
         chats.append([{"role": "user", "content": wish}])
-    answers = ask(path, chats, 1, params, "rewriting")
+    answers = ask(path, chats, 1, params, "rewriting", template_args)
     texts = [answer[0] if answer else "" for answer in answers]
     problems = [Problem(row["problem"], row["answer"], row["task"]) for row in rows]
     for row, text, verdict in zip(rows, texts, tasks.judge_all(problems, texts)):
@@ -347,20 +359,22 @@ def rewrite(path: str, rows: list[dict], params: SamplingParams) -> None:
 
 def by_attempts(config: "Config") -> list[dict]:
     """Chains from the attempts of `--model` at the problems of `--data`: T1's four steps."""
-    problems = tasks.load(config.data)[: config.limit]
+    problems = tasks.load(config.data, config.fields, config.seed)[: config.limit]
     params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
     rng = random.Random(f"attempts {config.seed}")
 
-    attempts = sample_attempts(problems, config.model, config.n, params)
+    template_args = config.template_args
+    attempts = sample_attempts(problems, config.model, config.n, params, template_args)
     drafts = draft_chains(problems, attempts, config.failures, rng)
     if config.critic:
-        criticise(config.critic, drafts, params)
+        criticise(config.critic, drafts, params, template_args)
     rows = []
     for draft in drafts:
         row = training_row(draft.problem, merge(draft))
         rows.append(row | {"failures": len(draft.failures)})
     if config.rewrite:
-        rewrite(config.rewrite, rows, replace(params, max_tokens=config.rewrite_tokens))
+        params = replace(params, max_tokens=config.rewrite_tokens)
+        rewrite(config.rewrite, rows, params, template_args)
     for draft, row in zip(drafts, rows):
         if draft.problem.earlier:  # then sft.py needs the whole chat
             answer = {"role": "assistant", "content": row["response"]}
@@ -388,7 +402,10 @@ class Config:
     attempts: int = 3
     """By program: attempts drawn at a problem, the most that a chain shows. 99: all there are."""
     data: str | None = None
-    """From attempts: the problem file, JSONL with `problem` (or `question`) and `answer`."""
+    """From attempts: the problems, a file with `problem` (or `question`) and `answer`, or a data
+    set's name (hub.py)."""
+    fields: str = ""
+    """From attempts: what these are called there, if otherwise: problem=NAME,answer=NAME."""
     model: tuple[str, ...] = ()
     """From attempts: the checkpoints that attempt the problems; several give chains that change
     their mind more."""
@@ -408,6 +425,9 @@ class Config:
     """From attempts: checkpoint that rewrites the merged chains; they stay as merged without it."""
     rewrite_tokens: int = 1024
     """From attempts: longest rewriting; it holds several attempts, and needs more room than one."""
+    template_args: str = ""
+    """From attempts: JSON that the chat template is to know, such as '{"enable_thinking": false}'.
+    """
 
 
 def check_flags(config: Config) -> None:

@@ -1,6 +1,6 @@
 """What a decode step computes: the logits of one more token for each sequence of a batch.
 
-    decoder = ModelDecoder(model)                  # or CPUDecoder(model, pack=True)
+    decoder = make_decoder(model, pack=True)       # the one for its device and dtype
     cache = KVCache(decoder)                       # keys and values of the tokens before
     cache.restart(limit=2048, budget=16_384)       # positions: of a row, and of all
     cache.lay_out(rows=8, capacity=112, keep=0)    # [8, Hkv, 112, Dh] in every layer
@@ -9,15 +9,21 @@
 
 A step also writes the key and value of its token into the cache, at `positions`.
 
-`ModelDecoder` is the model itself: any device, any dtype. On CUDA the sampler captures it as a
-graph, which is meant to make its many small operations cheap (not yet measured on a GPU).
+`ModelDecoder` is the model itself: any device, any dtype. It does much that one token does not
+need. The two others compute the same for less; each equals the model in every family, up to
+rounding (tests/test_decode.py).
 
-A CPU has no graphs. With one sequence those small operations were a third of a token's time. With
-64, a quarter of the time went into laying all weights out anew, for every step's products.
-`CPUDecoder` computes the same with less work: its weights are laid out once (MKL's packed
-matrices), it takes half as many operations, in place where it can, and keys are stored in the
-order in which their product with the queries reads them. It equals the model in every family, up
-to rounding (tests/test_decode.py).
+`GPUDecoder` is for bf16 on CUDA. A step cannot be shorter than the time to read the weights and
+the cached keys and values. The model starts many small kernels besides, and reads every row up to
+the end of the longest. Here three kernels do the small work (kernels/decoding.py), and attention
+reads what each row has, and no more. No shape depends on how long the rows are: a CUDA graph of the
+step serves as long as the cache stays where it is. (Not yet measured on a GPU.)
+
+`CPUDecoder` is for fp32 on a CPU, which has no graphs. With one sequence the small operations were
+a third of a token's time. With 64, a quarter of the time went into laying all weights out anew, for
+every step's products. It computes with less work: its weights are laid out once (MKL's packed
+matrices), it takes half as many operations, in place where it can, and keys are stored in the order
+in which their product with the queries reads them.
 """
 
 from bisect import bisect_left, bisect_right
@@ -27,9 +33,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from model import Block, RMSNorm, Transformer, rotations
+from kernels import add_norm, rotary_write, silu_mul
+from kernels.jit import wide
+from model import Block, RMSNorm, Transformer, can_use_varlen, rotations
+from tensor_parallel import SummedLinear
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of every layer
 # Rows that a packed layout is made for. Measured: it serves 1 to 256 rows well, and with more it is
@@ -65,7 +74,7 @@ class KVCache:
     `restart` must come before anything else.
     """
 
-    def __init__(self, decoder: "ModelDecoder | CPUDecoder") -> None:
+    def __init__(self, decoder: "ModelDecoder | GPUDecoder | CPUDecoder") -> None:
         self.allocate = decoder.allocate
         self.layers: Cache = [decoder.allocate(0, 0)] * decoder.config.layers
         self.block = cache_block(self.layers[0][0].device)
@@ -206,6 +215,16 @@ def as_rows(tensor: Tensor, rows: int, capacity: int) -> Tensor:
     return tensor.as_strided(shape, stride)
 
 
+def make_decoder(model: Transformer, pack: bool) -> "ModelDecoder | GPUDecoder | CPUDecoder":
+    """The fastest decoder of `model` where it is, in its dtype. pack: see CPUDecoder."""
+    weight = model.head_weight
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        return CPUDecoder(model, pack)
+    if can_use_varlen(model.config, weight.dtype, weight.device):
+        return GPUDecoder(model)
+    return ModelDecoder(model)
+
+
 class ModelDecoder:
     """The decode step of `model` itself."""
 
@@ -251,6 +270,126 @@ def causal_bias(positions: Tensor, keys: Tensor) -> Tensor:
     """[B, L]: 0 where a cached position is to be seen, -inf beyond `positions` [B]."""
     beyond = torch.arange(keys.shape[2], device=keys.device) > positions[:, None]
     return torch.zeros_like(beyond, dtype=keys.dtype).masked_fill_(beyond, -torch.inf)
+
+
+class GPUStep(NamedTuple):
+    """What the layers of one decode step have in common.
+
+    It is made in the step: so a CUDA graph owns it, and nobody can free what the graph reads.
+    """
+
+    rotation: Tensor  # [B, rope_dim / 2, 2]: cos and sin
+    places: Tensor  # [B]: of this token's keys in a layer's flat ones
+    query_starts: Tensor  # [B + 1] int32: query b is row b's only one
+    key_starts: Tensor  # [B + 1] int32: the keys of row b begin at b * capacity...
+    key_counts: Tensor  # [B] int32: ...and are position + 1
+
+
+class GPUDecoder:
+    """The same as ModelDecoder, for bf16 on CUDA. (Tests give it float64 and another attention.)
+
+    It writes in place, so it runs under no_grad or inference_mode only. Nothing in a step waits for
+    the device. What is launched depends on the number of rows and on the cache that is bound, and
+    not on positions. It reads the model's own weights, so changes in place are seen at once.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.config = model.config
+        self.capacity = 0  # positions from one row's keys to the next row's
+        self.cache: Cache = []  # flat: [rows * capacity, Hkv, Dh]
+
+    def allocate(self, rows: int, capacity: int) -> tuple[Tensor, Tensor]:
+        """The same; in memory, keys and values lie as [rows, capacity, Hkv, Dh].
+
+        Nothing is written there: no position beyond a row's own is read, so it may hold NaN.
+        """
+        shape = (rows, capacity, self.config.kv_heads, self.config.head_dim)
+        keys = self.model.head_weight.new_empty(shape)
+        values = self.model.head_weight.new_empty(shape)
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def bind(self, cache: Cache) -> None:
+        """Use these keys and values from now on, and forget the former ones.
+
+        A step may have fewer rows than are bound.
+        """
+        self.cache = [(flat(keys), flat(values)) for keys, values in cache]
+        if cache:
+            self.capacity = row_capacity(cache[0][0])
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """tokens [B] at positions [B] -> logits [B, V] of the tokens that follow them."""
+        model = self.model
+        eps = self.config.norm_eps
+        step = self.step(positions)
+        # The embeddings are added to an empty stream, so that every norm follows an addition.
+        added = model.embed(tokens)
+        stream = torch.zeros_like(added, dtype=wide(added.dtype))
+        for block, cache in zip(model.blocks, self.cache):
+            x = add_norm(stream, added, block.attention_norm.weight, eps)
+            added = self.attention(block, x, step, cache)
+            x = add_norm(stream, added, block.mlp_norm.weight, eps)
+            added = block.post_mlp_norm(block.down(silu_mul(block.gate_up(x))))
+        return model.logits(add_norm(stream, added, model.norm.weight, eps))
+
+    def step(self, positions: Tensor) -> GPUStep:
+        rows = len(positions)
+        capacity = self.capacity
+        integers = {"dtype": torch.int32, "device": positions.device}
+        rotation = rotations(self.config, positions[:, None])[:, 0, 0]
+        key_starts = torch.arange(0, (rows + 1) * capacity, capacity, **integers)
+        return GPUStep(
+            rotation=torch.view_as_real(rotation),
+            places=key_starts[:-1] + positions,
+            query_starts=torch.arange(rows + 1, **integers),
+            key_starts=key_starts,
+            key_counts=positions.int() + 1,
+        )
+
+    def attention(
+        self, block: Block, x: Tensor, step: GPUStep, cache: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """What attention adds to the stream, for its normalised copy x [B, D]."""
+        # Imported here: it brings torch's compiler, which would make every command start later.
+        from torch.nn.attention.varlen import varlen_attn
+
+        keys, values = cache
+        norms = None
+        if self.config.qk_norm:
+            norms = (block.q_norm.weight, block.k_norm.weight)
+        qkv = block.qkv(x)
+        q = rotary_write(qkv, step.rotation, step.places, keys, values, norms, self.config.norm_eps)
+        # How the work is split over the chip depends on the greatest lengths, which must be known
+        # here: one query, and as many keys as a row can hold. (`block_table` is not for us: pages
+        # that are split give wrong results in torch 2.13, pytorch#194167.)
+        mixed = varlen_attn(
+            q,
+            keys,
+            values,
+            step.query_starts,
+            step.key_starts,
+            max_q=1,
+            max_k=self.capacity,
+            enable_gqa=True,
+            seqused_k=step.key_counts,
+        )
+        return block.post_attention_norm(block.out(mixed.flatten(1)))
+
+
+def row_capacity(cached: Tensor) -> int:
+    """Positions that lie between two rows of keys or values [rows, Hkv, L, Dh] in memory.
+
+    They may be more than the L of this view.
+    """
+    return cached.stride(0) // cached.stride(2)
+
+
+def flat(cached: Tensor) -> Tensor:
+    """[rows * capacity, Hkv, Dh]: the memory of keys or values [rows, Hkv, L, Dh]."""
+    rows, kv_heads, _, head_dim = cached.shape
+    places = rows * row_capacity(cached)
+    return cached.as_strided((places, kv_heads, head_dim), (kv_heads * head_dim, head_dim, 1))
 
 
 class Step(NamedTuple):
@@ -333,13 +472,13 @@ class CPUBlock:
         self.rope_dim = config.rope_dim or config.head_dim
 
         self.attention_norm = rms_norm(block.attention_norm)
-        self.qkv = product(block.qkv.weight, block.qkv.bias, pack)
+        self.qkv = linear(block.qkv, pack)
         self.q_norm = rms_norm(block.q_norm)
         self.k_norm = rms_norm(block.k_norm)
-        self.out = product(block.out.weight, block.out.bias, pack)
+        self.out = linear(block.out, pack)
         self.mlp_norm = rms_norm(block.mlp_norm)
-        self.gate_up = product(block.gate_up.weight, block.gate_up.bias, pack)
-        self.down = product(block.down.weight, block.down.bias, pack)
+        self.gate_up = linear(block.gate_up, pack)
+        self.down = linear(block.down, pack)
         self.post_attention_norm = None
         self.post_mlp_norm = None
         if config.post_norms:
@@ -403,6 +542,14 @@ def can_pack(weight: Tensor) -> bool:
     return (
         fp32_on_cpu and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     )
+
+
+def linear(layer: nn.Linear, pack: bool) -> Callable[[Tensor], Tensor]:
+    """`layer` as a function, by `product`; one that is cut over ranks with its sum over them."""
+    if isinstance(layer, SummedLinear):
+        columns = product(layer.weight, None, pack)
+        return lambda x: layer.complete(columns(x))
+    return product(layer.weight, layer.bias, pack)
 
 
 def product(weight: Tensor, bias: Tensor | None, pack: bool) -> Callable[[Tensor], Tensor]:

@@ -570,8 +570,12 @@ class Config:
     model: list[str]
     """Run folders or Hugging Face folders to compare, in the order of the table (SFT before RL)."""
     data: str | None = None
-    """Problems: JSONL (or gzipped, or Parquet) with `problem` (or `question`, `prompt`) and
-    `answer`."""
+    """Problems: a file with `problem` (or `question`, `prompt`) and `answer`, or a data set's name,
+    such as gsm8k or openai/gsm8k:main/test (hub.py)."""
+    fields: str = ""
+    """What these are called there, if otherwise: problem=NAME,answer=NAME."""
+    shuffles: int = 1
+    """Multiple choice: in how many orders the options are put; the accuracy is the mean."""
     task: str | None = None
     """Generated problems instead of --data, the held-out ones: countdown, or a task of your own."""
     limit: int | None = None
@@ -640,6 +644,8 @@ def read_settings(config: Config) -> Settings:
         raise UserError("name the problems: either --data FILE.jsonl or --task countdown")
     if config.limit is not None and config.limit < 1:
         raise UserError(f"--limit {config.limit}: at least one problem")
+    if config.shuffles < 1 or (config.shuffles > 1 and config.task):
+        raise UserError(f"--shuffles {config.shuffles}: at least 1, and more only with --data")
     above, upto = config.curate_above, config.curate_upto
     if not config.curate and (above, upto) != (0, 1):
         raise UserError(
@@ -664,9 +670,13 @@ def read_settings(config: Config) -> Settings:
 def read_problems(config: Config) -> tuple[list[Problem], list[dict]]:
     """The problems, and the JSONL rows they stand for."""
     if config.data:
-        rows = cli.read_rows(config.data)
-        problems = [tasks.read_problem(row, where) for where, row in rows.items()]
-        return problems[: config.limit], list(rows.values())[: config.limit]
+        problems, chosen = [], []
+        for order in range(config.shuffles):
+            rows = tasks.read_source(config.data, config.fields, config.seed + order)
+            for where, row in islice(rows.items(), config.limit):
+                problems.append(tasks.read_problem(row, where))
+                chosen.append(row)
+        return problems, chosen
     stream = tasks.made(config.task, config, heldout=True)
     problems = list(islice(stream, config.limit or 1024))
     rows = [{"problem": p.question, "answer": p.answer, "task": p.task} for p in problems]

@@ -36,9 +36,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pretrained
+from devices import BFLOAT16_SINCE
 from kernels.jit import wide
-from packing import positions_and_mask
+from packing import Runs, positions_and_mask
 from pretrained import model_folder
+
+# On an H100 PyTorch would prefer cuDNN's attention, which plans for 0.4 to 0.6 seconds at every new
+# shape (transformers#48163); nearly every micro-batch and every prefill has a shape of its own.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """Attention, then a gated MLP. Each reads a normalised copy of the stream and adds to it.
 
-    (decode.CPUBlock computes the same for one token of each row, with fewer operations.)
+    (decode.CPUBlock and decode.GPUDecoder compute the same for one token of each row, for less.)
     """
 
     def __init__(self, config: ModelConfig, layer: int, **factory):
@@ -149,6 +154,8 @@ class Transformer(nn.Module):
         self.config = config
         # True: store only the input of each block, and compute the block again in the backward pass
         self.checkpoint_blocks = False
+        # True: packed rows are trained on by `varlen_attention`, where `can_use_varlen`
+        self.varlen = False
         self.embed = nn.Embedding(config.vocab_size, config.dim, **factory)
         blocks = [Block(config, layer, **factory) for layer in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)
@@ -194,7 +201,10 @@ class Transformer(nn.Module):
         x = x.to(wide(x.dtype))
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, attend, use_reentrant=False)
+                # Nothing in a block is random: no generator has to be kept for the second time.
+                x = checkpoint(
+                    block, x, rotation, attend, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 x = block(x, rotation, attend)
         return self.norm(x)
@@ -210,7 +220,7 @@ def causal_attention(visible: Tensor | None, layer: int, q: Tensor, k: Tensor, v
     visible [B, 1, T, T]: which keys a query sees. None: all up to itself.
     """
     group = q.shape[1] // k.shape[1]
-    if group > 1 and q.is_cuda and (visible is not None or q.dtype == torch.float32):
+    if group > 1 and q.is_cuda and q.dtype == torch.float32:
         # Here PyTorch's rules for choosing a kernel would pick one that holds all T x T scores, to
         # save this copy of keys and values. (Read in its source, not measured on a GPU.)
         k = k.repeat_interleave(group, 1)
@@ -218,6 +228,37 @@ def causal_attention(visible: Tensor | None, layer: int, q: Tensor, k: Tensor, v
         group = 1
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=group > 1
+    )
+
+
+def varlen_attention(runs: Runs, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`causal_attention` within the runs of packed rows, without a mask: a GPU's kernel computes no
+    pair that is not needed. It needs what `can_use_varlen` asks for.
+    """
+    # Imported here, because it brings the compiler with it, which makes every command start later.
+    from torch.nn.attention.varlen import varlen_attn
+
+    height = q.shape[0]
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, heads, Dh], no copies
+    if runs.keys is not None:
+        # By way of fp32: the gradient adds up there what all of a stem's responses ask of its keys.
+        k, v = (x.to(wide(x.dtype)).index_select(0, runs.keys).to(x.dtype) for x in (k, v))
+    mixed = varlen_attn(
+        *(q, k, v, runs.query_starts, runs.key_starts, runs.most_queries, runs.most_keys),
+        window_size=(-1, 0),  # causal: a run's last query sees all of its keys
+        enable_gqa=True,
+    )
+    return mixed.unflatten(0, (height, -1)).transpose(1, 2)
+
+
+def can_use_varlen(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> bool:
+    """Has PyTorch a kernel for `varlen_attention` there: bf16 on CUDA, from an A100 (sm_80) on?"""
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE
+        and config.head_dim % 8 == 0
+        and config.head_dim <= 256
     )
 
 
@@ -294,7 +335,11 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig(**pretrained.read_fields(folder))
 
 
-@torch.no_grad()
+def without_weights(path: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model in a Hugging Face folder on the meta device: shapes, and no memory for weights."""
+    return Transformer(read_config(model_folder(path)), dtype, device="meta")
+
+
 def load_pretrained(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Transformer:
@@ -302,11 +347,9 @@ def load_pretrained(
 
     UserError, one line, for a folder that is not whole or not understood.
     """
-    folder = model_folder(path)
-    config = read_config(folder)
-    tensors = pretrained.open_tensors(folder, config)
-    model = Transformer(config, dtype, device="meta").to_empty(device=device)
-    pretrained.fill(dict(model.named_parameters()), config, tensors, folder)
+    model = without_weights(path, dtype).to_empty(device=device)
+    parts = {name: (parameter, 0) for name, parameter in model.named_parameters()}
+    pretrained.fill(model_folder(path), model.config, parts)
     return model
 
 

@@ -10,9 +10,10 @@ rewards (penalties, KL to the anchor), rewards into advantages (leave-one-out); 
 them with an entropy bonus; move the anchor. From the outcomes on, each is one function below, in
 that order, and `train_step` calls them in that order (the two of the loss by `policy_gradient`).
 
-With r_i the reward of the i-th of K responses y_i to a prompt x, t its tokens, pi the policy at
-the temperature, pi_old the policy that sampled, ref the anchor, M the number of tokens of the
-update, beta `kl_coef`, alpha `entropy_coef`, a `anchor_decay`, eps `clip_low` and eps' `clip_high`:
+With r_i the reward of the i-th of K responses y_i to a prompt x, y_it its t-th token, pi the policy
+at the temperature, pi_old the same before the step (it sampled, up to rounding), ref the anchor, M
+the number of tokens of the update, beta `kl_coef`, alpha `entropy_coef`, a `anchor_decay`, eps
+`clip_low` and eps' `clip_high`:
 
     penalties       r'_i = -1 if y_i repeats itself, never ends, or is garbled; else r_i `penalise`
     centred KL      k_i = sum_t log pi_old(y_it) / ref(y_it);
@@ -24,19 +25,20 @@ update, beta `kl_coef`, alpha `entropy_coef`, a `anchor_decay`, eps `clip_low` a
                     H of the whole next-token distribution                          `entropy_bonus`
     dynamic anchor  ref <- a * ref + (1 - a) * pi                                   `update_anchor`
 
-Rewards and advantages are one number for each response, [N]; log-probs, and all that the loss is
-made of, one number for each trained token, [M], response after response.
+Rewards and advantages are one number for each response, [N] = [P * K] for P prompts. Log-probs, and
+all that the loss is made of, are one number for each trained token, response after response: [M],
+be it of a batch or of a part. What the loss is divided by is always the update's M, `token_count`.
 
 What we do differently from the paper (GUIDE.md says why, in the part named):
 
-1. The update is a PPO loop. With one epoch and one minibatch, the default, every ratio is 1 and the
-   gradient is T1's own, exactly (4).
+1. The update is a PPO loop. With one epoch and one minibatch, the default, every ratio is 1 (up to
+   rounding), and the gradient is T1's own (4).
 2. The loss is divided once, by the number of tokens M of the update. The paper does not say how it
    normalises (4).
-3. Groups of K responses whose advantages are all zero are dropped before any forward pass (3),
-   unless the recipe drops no single group: by a mean over the batch, none is.
-4. Neither coefficient that the paper calls alpha is published. Ours (`entropy_coef`,
-   `anchor_decay`) were chosen on the demo (5, 6).
+3. Groups of K responses whose advantages are all zero are dropped before the trainer's first
+   forward pass (3). A recipe whose baseline is the mean of the whole batch drops none.
+4. The paper calls two numbers alpha, the entropy bonus's weight and the anchor's decay, and
+   publishes neither. Ours, alpha and a above, were chosen on the demo (5, 6).
 5. The temperature divides the logits in training, too, and training never truncates: no top-p, no
    min-p (8).
 6. The KL is the sum of log-ratios of the sampled tokens: one pass of the anchor and no more (6).
@@ -70,8 +72,9 @@ import relatives
 import rollout
 import runfolder
 import tasks
+import tensor_parallel
 from cli import UserError
-from model import load_pretrained, model_folder, read_config
+from model import ModelConfig, Transformer, model_folder, read_config, without_weights
 from muon import make_optimizers
 from packing import Packed
 from parallel import Scorer, World
@@ -79,6 +82,7 @@ from rollout import Response, Stopwatch, flat, give, lengths, outcome
 from runfolder import Run
 from sample import Sampler, SamplingParams
 from tasks import Problem
+from tensor_parallel import SlicedTransformer
 from tokenizer import Tokenizer, load_tokenizer, require_stop_token
 
 # --- T1, one idea per function --------------------------------------------------------------------
@@ -134,8 +138,9 @@ def ppo_clip_loss(
 ) -> Tensor:
     """PPO's clipped surrogate: summed over tokens, divided once by the update's `token_count`.
 
-    All tensors are [M]; weight: 1, unless a recipe averages otherwise. At ratio 1 its gradient is
-    -A * grad log pi: REINFORCE's.
+    All tensors are [M]. weight: 1 for T1 in fp32; else a recipe's average, times the importance
+    weight where the sampler computes in bf16. At ratio 1 the gradient is -A * grad log pi, the
+    plain policy gradient (GUIDE.md, part 2; it is called REINFORCE).
     """
     ratio = (logprob - old_logprob).exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -178,7 +183,7 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
     metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
     teaching = teaching_groups(responses, rewards, config, recipe)
     groups = torch.arange(len(responses)).view(-1, config.samples)  # numbers of the responses
-    # Dynamic sampling may have drawn more than are wanted.
+    # A recipe with `resample` may have drawn more than are wanted.
     kept = groups[teaching][: config.prompts]
     if drops_groups(recipe, config.samples):
         metrics["dropped"] = 1 - len(kept) / len(groups)
@@ -211,11 +216,12 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
 def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally") -> None:
     """The loss of one minibatch, micro-batch by micro-batch; its gradient is left in the policy."""
     recipe = learner.recipe
-    like = next(learner.policy.parameters())  # its device, its type
-    old = flat(responses, "old").to(like.device, like.dtype)
-    anchor = flat(responses, "anchor").to(like.device, like.dtype)
-    advantage = flat(responses, "advantage").to(like.device, like.dtype)
-    weight = flat(responses, "weight").to(like.device, like.dtype)
+    device = learner.world.device
+    dtype = next(learner.policy.parameters()).dtype
+    old = flat(responses, "old").to(device, dtype)
+    anchor = flat(responses, "anchor").to(device, dtype)
+    advantage = flat(responses, "advantage").to(device, dtype)
+    weight = flat(responses, "weight").to(device, dtype)
     count = len(old)
     for at, packed in learner.micro_batches(responses):
         logprob, entropy = parallel.log_probs(learner.policy, packed, recipe.temperature)
@@ -300,7 +306,7 @@ RECIPES = {
 class Learner:
     """The policy, everything that moves with it, and what it is asked."""
 
-    config: "Config"  # the flags, with `max_tokens` resolved
+    config: "Config"  # the flags, with `max_tokens` and `dtype` resolved
     recipe: Recipe  # with the numbers that flags override
     problems: list[Problem]
     world: World
@@ -328,7 +334,8 @@ class Learner:
         """This rank's part of the responses, see `parallel.micro_batches`."""
         examples = [response.example for response in responses]
         tokens = self.config.micro_tokens
-        return parallel.micro_batches(examples, tokens, self.policy.model.config.dim, self.world)
+        dim = parallel.row_dim(self.policy.model)
+        return parallel.micro_batches(examples, tokens, dim, self.world)
 
     def logprobs(self, scorer: Scorer, responses: list[Response]) -> Tensor:
         """Of each token of the responses, [M], on every rank."""
@@ -342,7 +349,7 @@ class Learner:
     ) -> Tensor:
         """What `function` says of each token of the responses, see `parallel.values_of_all`."""
         examples = [response.example for response in responses]
-        dim = self.policy.model.config.dim
+        dim = parallel.row_dim(self.policy.model)
         return parallel.values_of_all(function, examples, self.config.micro_tokens, dim, self.world)
 
 
@@ -392,9 +399,9 @@ def teaching_groups(
 ) -> Tensor:
     """Which groups have an advantage that is not zero, bool [P].
 
-    The recipe's own advantage is asked: by a mean over the batch, say, a group of equal rewards
-    does teach. The KL is not in the rewards yet, so equal verdicts are equal rewards. Of the groups
-    that are kept the advantages are computed again, with it.
+    The recipe's own advantage is asked: where the baseline is a mean over the batch, say, a group
+    of equal rewards does teach. The KL is not in the rewards yet, so equal verdicts are equal
+    rewards. Of the groups that are kept the advantages are computed again, with it.
     """
     advantages = advantages_of(rewards, patterns_of(responses), config, recipe)
     shape = (-1, config.samples)
@@ -413,7 +420,7 @@ def teaching_groups(
 def drops_groups(recipe: Recipe, samples: int) -> bool:
     """Whether a recipe may drop one group and keep another.
 
-    By a mean over the batch a group of equal rewards does teach something, beside other groups.
+    Where the baseline is a mean over the batch, a group of equal rewards does teach something.
     """
     rewards = torch.zeros(2, samples, dtype=torch.float64)
     rewards[1, 0] = 1.0
@@ -485,33 +492,38 @@ def minibatches(size: int, config: "Config", step: int) -> Iterator[list[int]]:
 
 
 class Tally:
-    """The metrics of a step's updates: summed over this rank's tokens, in the end over all."""
+    """The metrics of a step's updates: summed over this rank's tokens, in the end over all.
+
+    The sums stay on the device (0.0 until there are any): to look at one would be to wait for it.
+    """
 
     def __init__(self) -> None:
         self.losses: list[float] = []  # of the updates that are done
         self.norms: list[float] = []
-        self.loss = 0.0  # of the update that is under way
+        self.loss: float | Tensor = 0.0  # of the update that is under way
         names = ("tokens", "entropy", "clipped", "gap", "gap_tokens")
-        self.sums = dict.fromkeys(names, 0.0)
-        self.widest_gap = 0.0
+        self.sums: dict[str, float | Tensor] = dict.fromkeys(names, 0.0)
+        self.widest_gap: float | Tensor = 0.0
 
     @torch.no_grad()
     def add(self, loss: Tensor, logprob: Tensor, entropy: Tensor, old: Tensor, recipe: Recipe):
         """Count a micro-batch."""
-        self.loss += loss.item()
+        self.loss = self.loss + loss.double()
         gap = logprob - old
         ratio = gap.exp()
         outside = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
-        self.sums["tokens"] += len(gap)
-        self.sums["entropy"] += entropy.sum().item()
-        self.sums["clipped"] += outside.sum().item()
-        if not self.losses and len(gap):  # the policy is still the one that has sampled
-            self.sums["gap"] += gap.abs().sum().item()
-            self.sums["gap_tokens"] += len(gap)
-            self.widest_gap = max(self.widest_gap, gap.abs().max().item())
+        tokens = torch.ones_like(gap)
+        found = {"tokens": tokens, "entropy": entropy, "clipped": outside}
+        if not self.losses:  # the policy is still the one that has sampled
+            found |= {"gap": gap.abs(), "gap_tokens": tokens}
+            if len(gap):
+                self.widest_gap = gap.abs().max().clamp(min=self.widest_gap)
+        for name, values in found.items():
+            self.sums[name] = self.sums[name] + values.sum().double()
 
     def metrics(self, exact: bool) -> dict[str, float]:
-        sums = {name: parallel.sum_over_ranks(value) for name, value in self.sums.items()}
+        totals = parallel.sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
+        sums = dict(zip(self.sums, totals))
         found = {
             "loss": sum(self.losses) / len(self.losses),
             "grad_norm": sum(self.norms) / len(self.norms),
@@ -520,7 +532,7 @@ class Tally:
         }
         if exact:  # otherwise `give_log_probs` has compared all of the tokens
             found["mismatch"] = sums["gap"] / sums["gap_tokens"]
-            found["mismatch_max"] = max(parallel.gather_objects(self.widest_gap))
+            found["mismatch_max"] = max(parallel.gather_objects(float(self.widest_gap)))
         return found
 
 
@@ -531,7 +543,7 @@ def zero_grad(learner: Learner) -> None:
 
 def descend(learner: Learner, tally: Tally) -> None:
     """One optimizer step with the gradients that stand in the models, unless the guard objects."""
-    loss = parallel.sum_over_ranks(tally.loss)
+    loss = float(parallel.sum_over_ranks(tally.loss))
     limit = learner.config.max_grad_norm
     norms = {name: parallel.clip_grad_norm(m, limit) for name, m in learner.models.items()}
     tally.losses.append(loss)
@@ -556,7 +568,8 @@ def begin_step(learner: Learner, step: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1.0, rise, fall)
     if learner.sampler.model is not learner.policy.model:
-        # Before the rollout, not after the update: a resumed run has new weights, too.
+        # Before the rollout, not after the update: a resumed run has new weights, too. And a copy
+        # may hold no memory by now, see `make_room`.
         parallel.copy_weights(learner.policy, learner.sampler.model)
 
 
@@ -576,13 +589,33 @@ def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
         prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
         with watch("sampling"):
             completions = rollout.draw(
-                learner.sampler, prompts, keys, config.samples, params, world
+                learner.sampler, prompts, keys, config.samples, params, world, config.sampler_ranks
             )
         with watch("verifying"):
             responses += rollout.judge(problems, prompts, completions, tokenizer, config, world)
         if unequal_groups(outcome(responses), config.samples).sum() >= config.prompts:
             break
     return responses
+
+
+def make_room(learner: Learner) -> None:
+    """Give the memory of the sampler's copy back, where training needs it. See `begin_step`."""
+    copy = learner.sampler.model
+    if copy is not learner.policy.model and is_large(copy):
+        parallel.free_weights(copy)
+
+
+def is_large(copy: Transformer) -> bool:
+    """Whether the sampler's copy takes more than a quarter of a GPU's memory.
+
+    A smaller one stays where it is: CUDA graphs that read it end when it moves. So does every copy
+    on a CPU, where memory that is given back costs time, and is seldom what a run lacks.
+    """
+    device = copy.head_weight.device
+    if device.type != "cuda":
+        return False
+    held = sum(parameter.nbytes for parameter in copy.parameters())
+    return held > torch.cuda.get_device_properties(device).total_memory // 4
 
 
 def nth_problem(learner: Learner, number: int) -> Problem:
@@ -599,6 +632,7 @@ def run_step(
     watch = Stopwatch()
     begin_step(learner, step)
     responses = collect(learner, watch)
+    make_room(learner)
     with watch("training"):
         metrics = train_step(learner, responses, step)
     end_step(learner, responses, metrics, watch)
@@ -638,8 +672,10 @@ class Config:
     task: str = ""
     """Problems made by program, instead of --data: countdown."""
     data: str = ""
-    """Problem file, JSONL (or gzipped, or Parquet): `problem` (or `question`, `prompt`) and
-    `answer`."""
+    """Problems: a file with `problem` (or `question`, `prompt`) and `answer`, or a data set's name,
+    such as openai/gsm8k:main/train (hub.py)."""
+    fields: str = ""
+    """What these are called there, if otherwise: problem=NAME,answer=NAME."""
     recipe: str = "t1"
     """The algorithm: t1, grpo, dr_grpo, dapo or reinforce; `RECIPES` in rl.py says what each is."""
     steps: int = 100
@@ -708,6 +744,9 @@ class Config:
     changes no result beyond rounding."""
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
+    offload: bool = False
+    """Keep master weights, gradients, AdamW's moments and the anchor in the host's memory: slower,
+    for a GPU that has no room for them."""
     checkpoint_every: int = 10
     """Steps between checkpoints; the last two are kept."""
     keep_every: int = 0
@@ -726,15 +765,18 @@ class Config:
     """With --export: the checkpoint of this step (none: the newest)."""
     max_batch: int = 1024
     """Sequences decoded at once, at most."""
+    sampler_ranks: int = 1
+    """Ranks, best of one node, that share one copy of the policy to sample from, each with a slice
+    of every layer: for a policy that is too large for one GPU (see tensor_parallel.py)."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the metrics go besides metrics.jsonl."""
     template_args: str = ""
     """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     device: str = "auto"
     """cpu, cuda, or auto."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products and of the sampler's copy; the master weights are float32 in any
-    case."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the matrix products run in, and the sampler. auto: bfloat16 on a GPU that has it, else
+    float32; with --resume, what the run began with. Master weights are float32 in any case."""
 
 
 OVERRIDES = (
@@ -745,7 +787,8 @@ OVERRIDES = (
 
 MAY_CHANGE = (
     *("out", "data", "model", "steps", "resume", "export", "step", "log", "show_every", "device"),
-    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute"),
+    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute", "offload"),
+    "sampler_ranks",
 )
 """Flags that --resume accepts with another value: a folder or a file may have moved (what it holds
 must be the same, see `Run.check_inputs`). All others would make it another run."""
@@ -797,7 +840,8 @@ def check_numbers(config: Config, recipe: Recipe) -> None:
             raise UserError(f"--{name.replace('_', '-')} must {wanted}, but is {value}")
 
     counts = ("steps", "prompts", "samples", "epochs", "minibatches", "checkpoint_every")
-    for name in (*counts, "max_tokens", "micro_tokens", "max_batch", "repeat_ngram"):
+    sizes = ("max_tokens", "micro_tokens", "max_batch", "sampler_ranks", "repeat_ngram")
+    for name in (*counts, *sizes):
         value = getattr(config, name)
         require(value is None or value >= 1, name, "be at least 1", value)
     require(config.repeat_times >= 2, "repeat_times", "be at least 2", config.repeat_times)
@@ -831,13 +875,15 @@ def check_one_sample(config: Config, recipe: Recipe) -> None:
 
 
 def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world: World) -> Learner:
-    """Load the models. config: with `max_tokens` resolved."""
+    """Load the models. config: with `max_tokens` and `dtype` resolved."""
+    shape = read_config(model_folder(config.model))
+    tensor_parallel.check(shape, config.sampler_ranks, world.size)
     dtype = getattr(torch, config.dtype)
     policy = load_trained(config, world)
     exact = dtype == torch.float32
     # One process in fp32 samples from the policy itself; otherwise the sampler has its own copy.
-    alone = exact and world.size == 1
-    actor = policy.model if alone else load_pretrained(config.model, dtype, world.device)
+    alone = exact and world.size == 1 and not config.offload
+    actor = policy.model if alone else empty_copy(shape, config.sampler_ranks, dtype, world)
     tokenizer = load_tokenizer(config.model, config.template_args)
     anchor = load_trained(config, world) if recipe.kl_coef else None
     start = None
@@ -860,10 +906,20 @@ def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world:
     )
 
 
+def empty_copy(shape: ModelConfig, ranks: int, dtype: torch.dtype, world: World) -> Transformer:
+    """A model to sample from, whole or in slices. `begin_step` gives it the policy's weights."""
+    if ranks > 1:
+        return SlicedTransformer(shape, ranks, dtype, world.device)
+    return Transformer(shape, dtype, "meta").to_empty(device=world.device)
+
+
 def load_trained(config: Config, world: World, wrap: Callable = Scorer) -> Any:
     """The model of --model in a `wrap`, sharded over the ranks."""
+    model = without_weights(config.model)
     dtype = getattr(torch, config.dtype)
-    return parallel.shard(load_pretrained(config.model), world, dtype, config.recompute, wrap)
+    scorer = parallel.shard(model, world, dtype, config.recompute, config.offload, wrap)
+    parallel.load_weights(scorer, config.model)
+    return scorer
 
 
 def export(config: Config, world: World) -> None:
@@ -886,7 +942,7 @@ def export(config: Config, world: World) -> None:
     if Path(config.export).exists():
         raise UserError(f"--export: {config.export} exists already")
     cli.check_parent(config.export)
-    policy = parallel.shard(load_pretrained(config.model), world)
+    policy = parallel.shard(without_weights(config.model), world)
     parallel.load_checkpoint(newest, {"policy": policy}, world)
     parallel.save_model(policy, Path(config.export), load_tokenizer(config.model), world)
 
@@ -956,6 +1012,7 @@ def train(
     """A run from its first step, or from its last checkpoint, to its end."""
     recipe = resolve(config)
     check_flags(config, recipe)
+    config = runfolder.with_dtype(config, world)
     may_change = MAY_CHANGE
     if config.cooldown:  # it is counted from the end: the steps already taken had the wrong rate
         may_change = tuple(name for name in MAY_CHANGE if name != "steps")

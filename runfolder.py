@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError, check_parent, read_json, whole_file, write_text, writing
+from devices import pick_dtype
 from parallel import (
     Checkpoints,
     Scorer,
@@ -81,6 +82,19 @@ def check_run(
         )
     check_parent(out)
     return flags
+
+
+def with_dtype(config: Any, world: World) -> Any:
+    """The flags with what --dtype auto stands for: a run keeps it, so config.json has to name it.
+
+    A resumed run goes on in the dtype that it began with, on whatever device. UserError if the
+    device does not have it.
+    """
+    name = config.dtype
+    if config.resume and name == "auto":
+        with contextlib.suppress(UserError):  # no run there: `check_run` says so
+            name = read_json(Path(config.out) / "config.json").get("dtype", name)
+    return dataclasses.replace(config, dtype=pick_dtype(name, world.device, say=world.main))
 
 
 def check_same_run(out: Path, flags: dict[str, Any], may_change: tuple[str, ...]) -> None:
@@ -156,9 +170,7 @@ class MetricsLog:
             with writing(out / "tensorboard"):
                 self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         elif backend == "wandb":
-            import wandb
-
-            self.wandb = wandb.init(project="nanoT1", name=out.name, dir=str(out))
+            self.wandb = start_wandb(out)
         rows = {row["step"]: row for row in (*read_metrics(self.path), *remembered)}
         lost = [number for number in range(1, step + 1) if number not in rows]
         if lost:
@@ -177,6 +189,19 @@ class MetricsLog:
                     self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log(metrics, step=step)
+
+
+def start_wandb(out: Path) -> Any:
+    """A run of Weights & Biases, named like the folder. UserError where it refuses to start."""
+    import wandb
+
+    try:
+        return wandb.init(project="nanoT1", name=out.name, dir=str(out))
+    except wandb.Error as error:  # nobody is logged in, no network, ...
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"--log wandb: {reason} (`wandb login`, or WANDB_MODE=offline; then --resume {out})"
+        ) from None
 
 
 def check_backend(backend: str) -> None:

@@ -48,10 +48,12 @@ import cli
 import kernels
 import tasks
 from cli import UserError
-from decode import Cache, CPUDecoder, KVCache, ModelDecoder, cache_block, round_up
+from decode import Cache, GPUDecoder, KVCache, ModelDecoder, cache_block, make_decoder, round_up
+from devices import pick_device, pick_dtype
 from kernels.sampling import splitmix64
 from model import Transformer, causal_attention, load_pretrained
 from tasks import Problem
+from tensor_parallel import least_of_team
 from tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64 adds it before each hash
@@ -139,7 +141,7 @@ class Captured:
     for this shape lives as long as the graph.
     """
 
-    decoder: ModelDecoder
+    decoder: ModelDecoder | GPUDecoder
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -199,10 +201,7 @@ class Batch:
         self.tokens = torch.zeros(slots, limit + 1, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(slots, limit + 1, dtype=torch.float32, device=device)
 
-        if device.type == "cpu" and weight.dtype == torch.float32:
-            self.decoder = CPUDecoder(model, pack)
-        else:
-            self.decoder = ModelDecoder(model)
+        self.decoder = make_decoder(model, pack)
         self.cache = KVCache(self.decoder)
         self.bound: tuple[int, int] | None = None  # rows and length that `decoder` works on
         self.captures = can_capture(device)
@@ -681,6 +680,7 @@ class Sampler:
         free = free_memory(weight.device)
         if self.kept:
             free += self.kept.cache.nbytes
+        free = least_of_team(self.model, free)
         share = free * 4 // 5 if weight.is_cuda else free // 2
         budget = (self.cache_bytes or share) // position_bytes
         row = round_up(limit, cache_block(weight.device))
@@ -812,18 +812,15 @@ class Config:
     template_args: str = ""
     """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on CUDA, which halves what a step has to read; float32 elsewhere."""
+    """auto: bfloat16 on a GPU that has it, which halves what a step has to read; else float32."""
 
 
 def main(config: Config) -> None:
     check_flags(config)
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    device = "cuda" if on_gpu else "cpu"
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if on_gpu else "float32"
+    device = pick_device(config.device)
+    dtype = getattr(torch, pick_dtype(config.dtype, device))
     tokenizer = load_tokenizer(config.model, config.template_args)
-    sampler = Sampler(load_pretrained(config.model, getattr(torch, dtype), device), tokenizer)
+    sampler = Sampler(load_pretrained(config.model, dtype, device), tokenizer)
     most = config.max_tokens
     if most is None:
         most = MOST_TOKENS  # the sampler ends earlier where the context does
@@ -842,8 +839,6 @@ def check_flags(config: Config) -> None:
         raise UserError(f"--n must be at least 1, not {config.n}")
     if config.question is None and (config.n > 1 or config.verify is not None):
         raise UserError("--n and --verify need a question")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to torch")
 
 
 def answer(

@@ -26,7 +26,7 @@ PROMPT, WAY = 6, 15  # words: "3 5 7 9 target 4"; three sums, "9 - 7 = 2 2 + 5 =
 def ways(numbers: str) -> dict[str, list[str]]:
     """{target: all ways to it}. A way: an order of the four numbers and three signs, worked out."""
     found: dict[str, list[str]] = {}
-    orders = itertools.permutations(map(int, reversed(numbers.split())))
+    orders = itertools.permutations(map(int, reversed(numbers.split())))  # large ones first
     for order, signs in itertools.product(orders, itertools.product("+-", repeat=3)):
         terms = [y if sign == "+" else -y for sign, y in zip(signs, order[1:])]
         values = list(itertools.accumulate([order[0], *terms]))
@@ -46,7 +46,7 @@ def problems(heldout: bool) -> list[str]:
 
 
 def chain(prompt: str, rng: random.Random) -> str | None:
-    """T1's data: attempts, here three, merged up to the first that is right. None if none is."""
+    """T1's data: three attempts, at three values, merged up to the first right one; or None."""
     numbers, target = prompt.split(" target ")
     found, text = ways(numbers), ""
     for value in rng.sample(list(found), min(3, len(found))):
@@ -160,8 +160,8 @@ def train_sft(policy: Transformer, prompts: list[str], rng: random.Random) -> No
     texts = [f"{p} {found}" for p in prompts for _ in range(30) if (found := chain(p, rng))]
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(SFT_STEPS):
-        # In 70 % of the batches 72 of all 240 positions, in order. With 0, 1, 2, ... alone, those
-        # behind the longest chain (71 words) are never trained, and longer thoughts are garbled.
+        # 70 % of the batches stand at 72 of all 240 positions, in order. With 0, 1, 2, ... alone,
+        # those behind the longest chain (71 words) are never trained: longer thoughts are garbled.
         positions = None
         if rng.random() < 0.7:
             positions = torch.rand(SFT_BATCH, CONTEXT).argsort(dim=1)[:, :72].sort(dim=1).values
@@ -180,7 +180,7 @@ def update(policy: Transformer, optimizer: torch.optim.Optimizer, rate: float) -
 
 
 # --- 4. RL ----------------------------------------------------------------------------------------
-# y_i: one of K responses to a prompt x. pi: the policy; pi_old: the one that sampled; ref: anchor.
+# y_i: one of K responses to a prompt x. pi: the policy; pi_old: before the step; ref: the anchor.
 PROMPTS, K, TEMPERATURE, MOST = 64, 16, 1.2, 160  # T1: 32 prompts, K = 64, at 1.2
 RL_LR, MINIBATCHES, CLIP, KL_COEF, ENTROPY_COEF, ANCHOR_DECAY = 3e-4, 2, 0.2, 2e-4, 1e-3, 0.99
 
@@ -198,7 +198,7 @@ def centred_kl(old: Tensor, anchor: Tensor, lengths: list[int]) -> Tensor:
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """A_i = r_i - mean of the other K - 1 rewards of the prompt. [P, K] -> [P, K]."""
+    """A_i = r_i - mean of the other K - 1 rewards of the prompt. [P prompts, K] -> [P, K]."""
     others = rewards.sum(dim=1, keepdim=True) - rewards
     return rewards - others / (rewards.shape[1] - 1)
 
@@ -255,7 +255,7 @@ BUDGETS = (32, 48, 64, 96, 128, 160)  # words; an attempt has 16
 
 
 def budget_curve(policy: Transformer, prompts: list[str]) -> list[float]:
-    """Written anew at each budget. Behind a thought without <end> "check" is put, then answered."""
+    """Thoughts written anew for each budget. Behind a cut one, "check" asks for the answer."""
     curve = []
     for budget in BUDGETS:
         thoughts = sample(policy, prompts, budget)

@@ -2,9 +2,10 @@
 
 A `Problem` is a question, its reference answer, and the name of its task. A `Task` says what is
 particular to such problems: the judge that compares a response with the problem, the instruction
-that follows the question, and a few things more that may be left out. There are two of them:
+that follows the question, and a few things more that may be left out. There are three of them:
 
     math        any problem file; `verify.py` decides whether the last \\boxed{} equals the answer
+    choice      the same with options to choose from, shuffled; the answer is a letter
     countdown   the demo's: reach a target with all of the given numbers, each used exactly once
                 numbers 3 5 7, target 22      ->  \\boxed{(5*3)+7}
 
@@ -24,6 +25,8 @@ A task of your own is a function and a line, in a file of your own (see `rl.comm
 
 Problem files name it, `"task": "reverse"`, and `rl.py --task reverse` knows it if the Task also has
 `problems`.
+
+    python tasks.py --show problems.jsonl    # three problems of a file or data set, as they are put
 """
 
 import math
@@ -38,6 +41,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import cli
+import hub
 import verify
 from cli import UserError, read_rows
 from tokenizer import Tokenizer
@@ -277,9 +282,109 @@ def holds(x: str, operator: str, y: str, result: str) -> bool:
 # --- problem files --------------------------------------------------------------------------------
 
 
-def load(path: str | Path) -> list[Problem]:
-    """The problems of a file: see `read_problem`, and `cli.read_rows` for its formats."""
-    return [read_problem(row, where) for where, row in read_rows(path).items()]
+def load(source: str | Path, fields: str = "", seed: int = 0) -> list[Problem]:
+    """The problems of a file (`cli.read_rows` has its formats) or of a data set (`hub.py`): see
+    `read_source` and `read_problem`."""
+    rows = read_source(source, fields, seed)
+    return [read_problem(row, where) for where, row in rows.items()]
+
+
+def read_source(source: str | Path, fields: str = "", seed: int = 0) -> dict[str, dict]:
+    """{place: row} of a file, or of a data set by name, with `problem` and `answer` in each row.
+
+    fields: what they are called there, "problem=Question,answer=Solution"; "": one of `QUESTIONS`,
+    one of `ANSWERS`. seed: of the order of the options, where there are some.
+    """
+    known = hub.Known("")
+    if not Path(source).exists():
+        known = hub.KNOWN.get(str(source), known)
+    renamed = known.fields | read_fields(fields)
+    rows = {}
+    for where, row in read_files(source).items():
+        rows[where] = with_choices(rename(row, renamed, where), known.options, seed, where)
+    return rows
+
+
+def read_files(source: str | Path) -> dict[str, dict]:
+    """{place: row} as it stands in a file, or in the files of a data set by name."""
+    if Path(source).exists():
+        return read_rows(source)
+    known = hub.KNOWN.get(str(source))
+    rows = {}
+    for file in hub.fetch_data(known.source if known else str(source)):
+        rows |= read_rows(file)
+    return rows
+
+
+def read_fields(text: str) -> dict[str, str]:
+    """--fields: "problem=Question,answer=Solution" -> {"problem": "Question", ...}."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    for ours, _, theirs in pairs:
+        if ours not in ("problem", "answer") or not theirs:
+            raise UserError(f"--fields takes problem=NAME,answer=NAME, not {text!r}")
+    return {ours: theirs for ours, _, theirs in pairs}
+
+
+def rename(row: dict, fields: dict[str, str], where: str) -> dict:
+    """The row with our names for its fields: those that --fields gives, or the usual ones, also
+    with capitals."""
+    found = dict(row)
+    for ours, theirs in fields.items():
+        if theirs not in row:
+            raise UserError(f"{where}: no field `{theirs}` (it has {', '.join(row)})")
+        found[ours] = row[theirs]
+    lower = {name.lower(): value for name, value in row.items() if value not in ("", [])}
+    if not any(name in found for name in QUESTIONS):
+        asked = [lower[name] for name in QUESTIONS if name in lower]
+        found |= dict(zip(["problem"], asked))
+    if found.get("answer") in (None, ""):
+        answers = [lower[name] for name in ANSWERS if name in lower]
+        if answers and isinstance(answers[0], list) and len(answers[0]) == 1:
+            answers = answers[0]  # OlympiadBench lists the one answer that there is
+        found |= dict(zip(["answer"], answers))
+    return found
+
+
+def with_choices(row: dict, columns: tuple[str, ...], seed: int, where: str) -> dict:
+    """A multiple-choice row as a problem whose answer is a letter; any other row as it is.
+
+    The options are those of its `options` or `choices`, or stand in `columns`, the right one first.
+    They are shuffled by `seed` and the question, for a model may like one letter better; not where
+    an option speaks of others ("both A and B", "all of the above").
+    """
+    listed = [row.get(name) for name in columns]
+    options = row.get("options") or row.get("choices") or listed
+    texts_only = isinstance(options, list) and all(isinstance(text, str) for text in options)
+    if not options or not texts_only or row.get("task", "choice") != "choice":
+        return row
+    if len(options) > len(LETTERS):
+        raise UserError(f"{where}: {len(options)} options, {len(LETTERS)} at most")
+    texts = [re.sub(r"^\(?[A-J][).:]\s*", "", text) for text in options]
+    right = 0 if columns else right_option(row, options, texts, where)
+    question = str(next((row[name] for name in QUESTIONS if row.get(name)), ""))
+    order = list(range(len(texts)))
+    others = r"\b(?:above|below|both|neither|[A-J] (?:and|or) [A-J])\b"
+    if not any(re.search(others, text, re.IGNORECASE) for text in texts):
+        random.Random(f"options {seed} {question}").shuffle(order)
+    lines = [f"({LETTERS[place]}) {texts[number]}" for place, number in enumerate(order)]
+    letter = LETTERS[order.index(right)]
+    return row | {"problem": "\n".join([question, *lines]), "answer": letter, "task": "choice"}
+
+
+LETTERS = "ABCDEFGHIJ"
+
+
+def right_option(row: dict, options: list[str], texts: list[str], where: str) -> int:
+    """Which option a row's answer names: by its letter, its number or its text."""
+    answer = row.get("correct", row.get("answer"))
+    if isinstance(answer, str) and answer.strip().strip("().") in LETTERS[: len(options)]:
+        return LETTERS.index(answer.strip().strip("()."))
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        return answer
+    for known in (options, texts):
+        if answer in known:
+            return known.index(answer)
+    raise UserError(f"{where}: the answer {answer!r} is none of its {len(options)} options")
 
 
 def read_problem(row: dict, where: str) -> Problem:
@@ -306,6 +411,8 @@ def read_problem(row: dict, where: str) -> Problem:
 
 QUESTIONS = ("problem", "question", "prompt", "messages")
 """The fields that a question may stand in; the first that is not empty counts."""
+ANSWERS = ("answer", "final_answer", "solution", "label", "target")
+"""The same for the reference answer. Of a solution it is what stands in its last box."""
 
 
 def read_question(row: dict, where: str) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -391,6 +498,12 @@ TASKS = {
     "math": Task(
         judge_math,
         instruction="\nReason step by step, and put your final answer within \\boxed{}.",
+        read_answer=read_math,
+    ),
+    "choice": Task(
+        judge_math,  # which knows a letter, with the option's text or without
+        instruction="\nReason step by step, and put the letter of the right option within "
+        "\\boxed{}.",
         read_answer=read_math,
     ),
     "countdown": Task(
@@ -499,3 +612,30 @@ def script(letter: str) -> str:
     plain = unicodedata.normalize("NFKC", letter)[0]
     name = unicodedata.name(plain, "UNKNOWN").split(" ")[0].split("-")[0]
     return "CJK" if name == "IDEOGRAPHIC" else name  # a mark for "closed", among Chinese characters
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    show: str
+    """A problem file, or a data set's name."""
+    fields: str = ""
+    """What `problem` and `answer` are called there, if otherwise: problem=NAME,answer=NAME."""
+
+
+def main(config: Config) -> None:
+    """Three problems, spread over the whole, as they are put to a model."""
+    problems = load(config.show, config.fields)
+    print(f"{config.show}: {len(problems):,} problems; three of them as they are put to a model:")
+    for number in (0, len(problems) // 2, len(problems) - 1):
+        problem = problems[number]
+        print(f"\n--- {number + 1}, task {problem.task}")
+        for message in messages(problem):
+            print(f"{message['role']}: {message['content']}")
+        print(f"reference: {problem.answer}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Config)

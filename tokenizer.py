@@ -27,6 +27,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
+import hub
 from cli import UserError, parse_json, read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -233,12 +234,13 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path, template_args: str = "") -> Tokenizer:
-    """The tokenizer in a Hugging Face folder, or in a finished run's `model` folder.
+    """The tokenizer in a Hugging Face folder, in a finished run's `model` folder, or of a model of
+    the hub (hub.py).
 
     Its stop tokens are all that its files name. template_args: see `Tokenizer`. UserError for a
     folder without a tokenizer, or with one that is not whole.
     """
-    path = Path(path)
+    path = Path(path) if Path(path).exists() else hub.fetch_model(str(path))
     folders = [path / "model", path]
     folder = next((one for one in folders if (one / "tokenizer.json").is_file()), None)
     if folder is None:

@@ -42,13 +42,13 @@ TRAILING_STEPS = 15  # the last steps of the teaching, in which the anchor alrea
 PROBLEM = tasks.countdown_problem([3, 5, 7], 22)
 CHECKED = "check (5*3)+7=15+7=22 ok\n\\boxed{(5*3)+7}"
 RESPONSES = {
-    "A": f"7-3=4, 5*4=20 not 22\n5*3=15, 15+7=22 is 22\n{CHECKED}",  # fails, notices, succeeds
-    "B": "7*5=35, 35-3=22 is 22\ncheck (7*5)-3=35-3=22 ok\n\\boxed{(7*5)-3}",  # bends a sum
-    "C": "7*3=21, " + "21-5=16, 16+5=21, " * 4,  # goes round in circles, never ends
-    "D": f"5*3=15, 15+7=22 is 22\n{CHECKED}",  # succeeds at once
+    "1": f"7-3=4, 5*4=20 not 22\n5*3=15, 15+7=22 is 22\n{CHECKED}",  # fails, notices, succeeds
+    "2": "7*5=35, 35-3=22 is 22\ncheck (7*5)-3=35-3=22 ok\n\\boxed{(7*5)-3}",  # bends a sum
+    "3": "7*3=21, " + "21-5=16, 16+5=21, " * 4,  # goes round in circles, never ends
+    "4": f"5*3=15, 15+7=22 is 22\n{CHECKED}",  # succeeds at once
 }
-ENDLESS = "C"  # cut off at the longest length allowed, so that it has no stop token
-TRACED = ("A", " not ")  # the token whose gradient is shown: here A could have claimed success
+ENDLESS = "3"  # cut off at the longest length allowed, so that it has no stop token
+TRACED = ("1", " not ")  # the token whose gradient is shown: here it could have claimed success
 
 
 # --- what is asked of rl.py: no other lines here know how its functions are called ----------------
@@ -352,8 +352,8 @@ def show_advantages(step: Step) -> None:
 
 def show_loss(step: Step) -> None:
     print(f"6. Ratio and loss, over M = {len(step.old)} trained tokens")
-    print("   every ratio is 1: the policy has not moved since it wrote the responses")
-    print(f"   clipped loss      {step.surrogate:8.4f}   = -(sum over the tokens of A) / M")
+    print("   every ratio is 1: old and new log-probs are of the same weights")
+    print(f"   clipped loss      {step.surrogate:8.4f}   = -(sum of all tokens' advantages) / M")
     print(f"   mean entropy      {step.entropy:8.4f}   nats per token")
     print(f"   loss              {step.loss:8.4f}   = clipped loss - alpha * mean entropy")
     print()
@@ -366,7 +366,7 @@ def show_gradient(step: Step) -> None:
     from_advantage, from_entropy = gradient_by_formula(step)
     by_autograd = step.logits.grad[step.traced]
     entropy = -(p * p.log()).sum()
-    print(f"7. One token's gradient: in {name}, behind 7-3=4, 5*4=20, it wrote {word!r}")
+    print(f"7. One token's gradient: in response {name}, behind 7-3=4, 5*4=20, it wrote {word!r}")
     print(f"   entropy here {entropy:.4f} nats; M * dL/dz of each logit, by formula and autograd")
     print("   next token        p  from advantage  from entropy       sum  autograd")
     order = p.argsort(descending=True)

@@ -258,7 +258,7 @@ def test_chats_without_room_are_skipped(monkeypatch, capsys):
     sampler = SimpleNamespace(
         generate=generate, model=SimpleNamespace(config=SimpleNamespace(context=60))
     )
-    monkeypatch.setattr(cot, "load_sampler", lambda _: (sampler, tokenizer))
+    monkeypatch.setattr(cot, "load_sampler", lambda _, **__: (sampler, tokenizer))
     chats = [[{"role": "user", "content": content}] for content in ("1 2", "7 " * 100, "3 4")]
     assert cot.ask("m", chats, 1, SamplingParams(20), "rewriting") == [["0"], [], ["2"]]
     assert "1 prompts leave no room" in capsys.readouterr().out
@@ -333,6 +333,27 @@ def test_bad_flags_write_nothing(flags, message, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["taken"] and (
         tmp_path / "taken"
     ).read_text() == "mine"
+
+
+def test_template_args_reach_every_checkpoint(tmp_path, monkeypatch):
+    """Bug: a thinking model can be told not to think everywhere but where its chains are made."""
+    told = []
+
+    def ask(path, chats, n, params, what, template_args):
+        told.append((path, template_args))
+        return [["\\boxed{9}"]] * len(chats)
+
+    monkeypatch.setattr(cot, "ask", ask)
+    config = cot.Config(
+        str(tmp_path / "chains.jsonl"),
+        data=write_problems(tmp_path),
+        model=("one",),
+        critic="two",
+        rewrite="three",
+        template_args='{"enable_thinking": false}',
+    )
+    cot.main(config)
+    assert told == [(path, '{"enable_thinking": false}') for path in ("one", "two", "three")]
 
 
 def test_no_right_attempt_writes_nothing(tmp_path, monkeypatch):

@@ -1,11 +1,11 @@
-"""kernels/: is every number that loss and sampler take from the vocabulary right, on every path?
+"""kernels/: is every number that loss, sampler and decode step take from them right, on every path?
 
 The truth is the textbook formula in float64. Three paths are held against it:
 - PyTorch on the CPU;
 - the Triton kernels run by Triton's interpreter (marked `interpreted`; in a process of its own,
   because Triton reads the switch when it is imported);
 - the Triton kernels on a GPU (marked `gpu`).
-Without a GPU the kernels are still compiled for three of them, and must not spill.
+Without a GPU the kernels are still compiled for six of them, and must not spill.
 """
 
 import math
@@ -572,6 +572,95 @@ def test_the_noise_is_uniform_and_neighbours_are_strangers(neighbours):
     )  # 0.1 % point
 
 
+# --- the small work of a decode step --------------------------------------------------------------
+
+
+def normalised(x, weight, eps):
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
+
+
+def assert_rounded(found, truth, dtype):
+    """`found`, in `dtype`, is `truth` but for one rounding, and fp32's before it."""
+    assert found.dtype == dtype
+    rounding = ROUNDING.get(dtype, 1e-13)
+    if INTERPRETED and dtype == torch.bfloat16:
+        rounding *= 2  # the interpreter cuts digits off
+    scale = truth.abs().max().item()
+    torch.testing.assert_close(
+        found.double(), truth, rtol=rounding, atol=4 * min(rounding, 2.0**-23) * scale
+    )
+
+
+def check_add_norm(rows, columns, dtype, device="cpu"):
+    torch.manual_seed(columns)
+    for scale in (1e-3, 1.0, 100.0):  # at the first, eps is what decides
+        for added_dtype in {dtype, torch.float32}:
+            stream = torch.randn(rows, columns, device=device) * scale
+            stream = stream.double() if dtype == torch.float64 else stream
+            added = (torch.randn(rows, columns, device=device) * scale).to(added_dtype)
+            weight = torch.randn(columns, device=device).to(dtype)
+            total = stream.double() + added.double()
+            found = kernels.add_norm(stream, added, weight, 1e-4)
+            assert_rounded(stream, total, stream.dtype)
+            assert_rounded(found, normalised(total, weight, 1e-4), dtype)
+
+
+def check_rotary_write(rows, heads, kv_heads, head_dim, rope_dim, dtype, norm, device="cpu"):
+    torch.manual_seed(head_dim + rope_dim)
+    shape = (3 * rows + 2, kv_heads, head_dim)
+    keys, values = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    places = torch.randperm(len(keys), device=device)[:rows]
+    angles = torch.randn(rows, rope_dim // 2, device=device).double() * 9
+    rotation = torch.stack([angles.cos(), angles.sin()], -1)
+    rotation = rotation if dtype == torch.float64 else rotation.float()
+    norms = [torch.randn(head_dim, device=device).to(dtype) for _ in range(2)] if norm else None
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim, device=device).to(dtype)
+
+    split = qkv.double().view(rows, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
+    expected = []
+    for i, part in enumerate(split[:2]):
+        part = normalised(part, norms[i], 1e-4) if norm else part.clone()
+        pairs = torch.view_as_complex(part[..., :rope_dim].reshape(rows, -1, rope_dim // 2, 2))
+        turned = pairs * torch.view_as_complex(rotation.double())[:, None]
+        part[..., :rope_dim] = torch.view_as_real(turned).flatten(-2)
+        expected.append(part)
+    new_keys, new_values = keys.double(), values.double()
+    new_keys[places] = expected[1]
+    new_values[places] = split[2]
+
+    q = kernels.rotary_write(qkv, rotation, places, keys, values, norms, 1e-4)
+    assert_rounded(q, expected[0], dtype)
+    assert_rounded(keys, new_keys, dtype)
+    assert (values.double() == new_values).all()
+
+
+def check_silu_mul(rows, columns, dtype, device="cpu"):
+    torch.manual_seed(columns)
+    for scale in (1.0, 60.0):  # exp(-z) overflows at the second, and silu(z) is 0
+        gate_up = (torch.randn(rows, 2 * columns, device=device) * scale).to(dtype)
+        gate, up = gate_up.double().chunk(2, 1)
+        assert_rounded(kernels.silu_mul(gate_up), gate / (1 + (-gate).exp()) * up, dtype)
+
+
+def check_decoding(dtype, device="cpu"):
+    for rows, columns in ((1, 1), (1, 8), (3, 7), (2, 896), (5, 1500)):
+        check_add_norm(rows, columns, dtype, device)
+        check_silu_mul(rows, columns, dtype, device)
+    for norm in (False, True):
+        check_rotary_write(1, 1, 1, 8, 8, dtype, norm, device)
+        check_rotary_write(3, 6, 2, 24, 24, dtype, norm, device)  # not a power of 2
+        check_rotary_write(5, 4, 4, 16, 6, dtype, norm, device)  # no groups, part of a head
+        check_rotary_write(2, 14, 2, 64, 64, dtype, norm, device)
+
+
+@on_cpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_small_work_of_a_decode_step(dtype):
+    """Guards against a sum that is not kept, a rotation of the wrong pairs or the wrong way, a key
+    written elsewhere, a norm over too many numbers, and a rounding in between."""
+    check_decoding(dtype)
+
+
 # --- the Triton kernels ---------------------------------------------------------------------------
 
 
@@ -606,6 +695,13 @@ def test_interpreted_linear_logprob(monkeypatch):
 def test_interpreted_softmax():
     check_softmax(2, 9001, torch.float32)
     check_softmax(2, 115, torch.bfloat16)
+
+
+@interpreted
+def test_interpreted_decoding():
+    """The kernels of decoding.py, at widths that are no power of 2 and for rows of several blocks."""
+    for dtype in (torch.float32, torch.bfloat16):
+        check_decoding(dtype)
 
 
 def check_same_draws(rows, vocabulary, device="cpu"):
@@ -645,14 +741,14 @@ def test_kernels_in_the_interpreter():
         text=True,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
-    assert "4 passed" in result.stdout
+    assert "5 passed" in result.stdout
 
 
 @compiled
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
 def test_kernels_compile_without_spills(capability):
-    """Guards against tile sizes that do not fit the registers of an A100, an H100 / H200 or a
-    B200."""
+    """Guards against tile sizes that do not fit the registers of one GPU or another: the
+    bench names the six."""
     from benchmarks.kernels_bench import compile_kernels
 
     for name, resources in compile_kernels(
@@ -669,7 +765,7 @@ def test_everything_works_without_triton():
         "import sys; sys.modules['triton'] = None; import torch, kernels;"
         "z = torch.randn(2, 9, requires_grad=True); y = torch.tensor([0, 8]);"
         "sum(kernels.logprob_entropy(z, y)).sum().backward(); kernels.softmax(z);"
-        "kernels.sample_token(z, 1., 1., 0., y, y)"
+        "kernels.sample_token(z, 1., 1., 0., y, y); kernels.silu_mul(torch.ones(2, 4))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -689,6 +785,17 @@ def test_gpu_is_no_worse_than_plain_pytorch(dtype):
     check_logprob(257, 1000, torch.float32, 1.0, "both", magnitude=1e4, device="cuda")
     check_impossible_tokens("cuda")
     check_ignored_rows("cuda")
+
+
+@on_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_decoding(dtype):
+    """A program's neighbours, which the interpreter runs one after the other, write at once."""
+    check_decoding(dtype, "cuda")
+    check_add_norm(64, 5120, dtype, "cuda")
+    check_rotary_write(256, 28, 4, 128, 128, dtype, False, "cuda")
+    check_silu_mul(256, 18944, dtype, "cuda")
 
 
 @on_gpu

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import hub
 import model
 import packing
 import pretrained
@@ -506,15 +508,20 @@ def test_broken_folders_are_refused(tmp_path):
 
 
 def test_what_is_no_folder_says_how_to_get_one(tmp_path, monkeypatch):
-    """A hub's name in place of a folder, and a run under way: the line says what to do."""
+    """A hub's name that cannot be fetched, and a run under way: the line says what to do."""
+
+    def offline(*args, **flags):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "rl" / "checkpoints").mkdir(parents=True)
     (tmp_path / "runs" / "rl" / "config.json").write_text('{"recipe": "t1"}')
     for name, message in (
-        ("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir DIR"),
-        ("meta-llama/Llama-3.2-1B/", "hf download meta-llama/Llama-3.2-1B --local-dir DIR"),
-        ("Qwen2.5-0.5B", "hf download OWNER/NAME --local-dir DIR"),
-        ("runs/sft", "hf download OWNER/NAME --local-dir DIR"),
+        ("Qwen/Qwen2.5-0.5B", "no such folder: Qwen/Qwen2.5-0.5B, .* the hub does not answer"),
+        ("Qwen2.5-0.5B", r"no such folder: Qwen2.5-0.5B \(a model .* is ORG/NAME\)"),
+        ("runs/sft/", "no such folder: runs/sft"),
+        ("runs/sft", "no such folder: runs/sft"),
         ("runs/rl", "has not finished.* --resume.* rl.py --export DIR"),
     ):
         with pytest.raises(UserError, match=message) as error:

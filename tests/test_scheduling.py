@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import kernels
 import sample
-from decode import KVCache, ModelDecoder, as_rows, row_sizes
+from decode import CPUDecoder, GPUDecoder, KVCache, ModelDecoder, as_rows, row_sizes
 from model import Transformer
 from sample import Batch, Queue, Sampler, SamplingParams
 
@@ -170,21 +170,10 @@ def test_sizes_of_rows(limit, block):
     assert len(sizes) < 25 * (1 + limit / block / 400)
 
 
-class Transposed(ModelDecoder):
-    """[rows, capacity, Hkv, Dh] in memory, which attention over several lengths reads best."""
-
-    def allocate(self, rows, capacity):
-        pair = []
-        for tensor in super().allocate(rows, capacity):
-            shape = (rows, capacity, *tensor.shape[1::2])
-            pair.append(tensor.view(shape).transpose(1, 2))
-        return tuple(pair)
-
-
 DECODERS = {
     "model": ModelDecoder,
-    "cpu": lambda model: sample.CPUDecoder(model, pack=False),
-    "transposed": Transposed,
+    "cpu": lambda model: CPUDecoder(model, pack=False),
+    "gpu": GPUDecoder,
 }
 
 

@@ -444,7 +444,7 @@ def test_steps_that_are_not_finite_are_skipped(tmp_path, monkeypatch):
             "example 2: task 'chess' is none of",
         ),
         (json.dumps({"problem": "long " * 400, "response": "b"}), "example 2: the prompt has"),
-        (None, "cannot read"),
+        (None, "no such file"),
     ],
 )
 def test_bad_data_is_named_and_leaves_no_folder(tmp_path, capsys, line, complaint):
@@ -458,7 +458,7 @@ def test_bad_data_is_named_and_leaves_no_folder(tmp_path, capsys, line, complain
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2
     assert last.split("error: ")[1].startswith(
-        f"{data}, {complaint}" if "cannot" not in complaint else complaint
+        complaint if line is None else f"{data}, {complaint}"
     )
     assert not out.exists()
 
