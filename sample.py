@@ -648,8 +648,9 @@ class Sampler:
     def held_bytes(self) -> int:
         """Of the weights, and of what is kept from one call to the next."""
         held = sum(parameter.nbytes for parameter in self.model.parameters())
-        layers = self.kept.cache.layers if self.kept else []
-        return held + sum(keys.nbytes + values.nbytes for keys, values in layers)
+        if self.kept:
+            held += self.kept.cache.nbytes
+        return held
 
     def release(self) -> None:
         """Give up what is kept from one call to the next: a cache, and graphs."""
