@@ -1,9 +1,10 @@
 """What a decode step computes: the logits of one more token for each sequence of a batch.
 
     decoder = make_decoder(model, pack=True)       # the one for its device and dtype
-    cache = KVCache(decoder, limit=2048)           # keys and values of the tokens before
-    cache.grow(rows=8, length=100, keep=0)         # [8, Hkv, 112, Dh] in every layer
-    decoder.bind(cache.view(rows=8, length=64))    # again when these change or the cache has moved
+    cache = KVCache(decoder)                       # keys and values of the tokens before
+    cache.restart(limit=2048, budget=16_384)       # positions: of a row, and of all
+    cache.lay_out(rows=8, capacity=112, keep=0)    # [8, Hkv, 112, Dh] in every layer
+    decoder.bind(cache.view(rows=8, length=64))    # again when these or the cache's layout change
     logits = decoder(tokens, positions)            # [B], [B] -> [B, V]
 
 A step also writes the key and value of its token into the cache, at `positions`.
@@ -25,6 +26,7 @@ matrices), it takes half as many operations, in place where it can, and keys are
 in which their product with the queries reads them.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -49,42 +51,94 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def cache_block(device: torch.device) -> int:
-    """Cached positions are held, and attended to, in multiples of this.
+    """Cached positions are held in multiples of this, and on a CPU attended to.
 
-    On CUDA each multiple is a graph of its own: the blocks are large, so that graphs are few.
+    On CUDA the blocks are large, so that there are few sizes of rows: each has its own graphs.
     """
     return 256 if device.type == "cuda" else 16
 
 
 class KVCache:
-    """The keys and values of all layers, which grow with the longest row.
+    """The keys and values of all layers: some rows, of `capacity` positions each.
 
-    layers[i] is (keys, values), [rows, Hkv, capacity, Dh] each. No row ever needs more than `limit`
-    positions.
+    layers[i] is (keys, values), [rows, Hkv, capacity, Dh] each. The memory of each is one piece,
+    which can be cut into many short rows or into few long ones:
+
+        24 positions, capacity 4:  | row 0 | row 1 | row 2 | row 3 | row 4 | row 5 |
+                      capacity 8:  | row 0         | row 1         | row 2         |
+
+    `lay_out` cuts it anew where it lies, and moves only if there is too little of it. So a cache
+    takes no more than it once needed; and on CUDA, where a graph is tied to addresses, graphs stay
+    valid as rows grow.
+
+    `restart` must come before anything else.
     """
 
-    def __init__(self, decoder: "ModelDecoder | GPUDecoder | CPUDecoder", limit: int) -> None:
+    def __init__(self, decoder: "ModelDecoder | GPUDecoder | CPUDecoder") -> None:
         self.allocate = decoder.allocate
         self.layers: Cache = [decoder.allocate(0, 0)] * decoder.config.layers
         self.block = cache_block(self.layers[0][0].device)
-        self.limit = round_up(limit, self.block)
+        self.positions = 0  # that the memory of a layer has room for
 
-    def holds(self, rows: int, length: int) -> bool:
-        """Whether there is room for `rows` rows of `length` positions."""
-        room_rows, _, capacity, _ = self.layers[0][0].shape
-        return rows <= room_rows and length <= capacity
+    def restart(self, limit: int, budget: int) -> None:
+        """Forget all rows; the memory stays.
 
-    def grow(self, rows: int, length: int, keep: int) -> None:
-        """Move into tensors of `rows` rows, with room for `length` positions or more.
+        limit: positions that a row needs at most. budget: positions of all rows together, at most;
+        one row of `limit` (rounded up to a block) must fit.
+        """
+        self.budget = budget
+        self.capacity = 0
+        self.sizes = row_sizes(limit, self.block)
 
-        The first `keep` rows are copied. The room at least doubles each time: so, over a whole
-        generation, the copies cost only a few writes per position. One layer moves after the other:
+    @property
+    def nbytes(self) -> int:
+        """What all keys and values take."""
+        return sum(tensor.untyped_storage().nbytes() for pair in self.layers for tensor in pair)
+
+    def size(self, length: int) -> int:
+        """The size of rows that hold `length` positions, or `limit` if that is less."""
+        place = bisect_left(self.sizes, length)
+        return self.sizes[min(place, len(self.sizes) - 1)]
+
+    def most_rows(self, length: int) -> int:
+        """How many rows of `length` positions (`limit` if that is less) fit the budget."""
+        return self.budget // self.size(length)
+
+    def capacity_for(self, rows: int, length: int) -> int:
+        """What the capacity should be for `rows` rows of `length` positions, which must fit.
+
+        The present one, if they fit as they are. If they have to grow, the next power of two (of
+        blocks), if the budget allows: so, over a whole generation, the copies cost only a few
+        writes per position, and whatever the prompts are, the capacities are the same.
+        """
+        capacity = self.capacity
+        if length > capacity:
+            blocks = -(-length // self.block)
+            capacity = self.size(self.block << (blocks - 1).bit_length())
+        if rows * capacity > self.budget:
+            most = bisect_right(self.sizes, self.budget // rows) - 1
+            capacity = self.sizes[most]
+        return capacity
+
+    def holds(self, rows: int, capacity: int) -> bool:
+        """Whether the memory can be cut into `rows` rows of `capacity` positions."""
+        return rows * capacity <= self.positions
+
+    def lay_out(self, rows: int, capacity: int, keep: int) -> None:
+        """Cut the memory into rows of `capacity` positions, `rows` of them or more.
+
+        The first `keep` rows are kept, as far as they fit. One layer after the other: if they move,
         there is never more than one layer of memory in use twice.
         """
-        capacity = self.layers[0][0].shape[2]
-        capacity = min(round_up(max(length, 2 * capacity), self.block), self.limit)
+        moves = not self.holds(rows, capacity)
+        if moves:
+            self.positions = rows * capacity
         for layer in range(len(self.layers)):
-            self.layers[layer] = self.moved(layer, rows, capacity, keep)
+            if moves:
+                self.layers[layer] = self.moved(layer, rows, capacity, keep)
+            else:
+                self.layers[layer] = self.cut(layer, capacity, keep)
+        self.capacity = capacity
 
     def moved(self, layer: int, rows: int, capacity: int, keep: int) -> tuple[Tensor, Tensor]:
         """One layer in new tensors.
@@ -92,11 +146,22 @@ class KVCache:
         This is a function so that no name refers to the old tensors after it: they are freed before
         the next layer moves.
         """
-        keys, values = self.layers[layer]
-        new_keys, new_values = self.allocate(rows, capacity)
-        new_keys[:keep, :, : keys.shape[2]] = keys[:keep]
-        new_values[:keep, :, : values.shape[2]] = values[:keep]
-        return new_keys, new_values
+        pair = self.allocate(rows, capacity)
+        for new, old in zip(pair, self.layers[layer]):
+            length = min(capacity, old.shape[2])
+            new[:keep, :, :length] = old[:keep, :, :length]
+        return pair
+
+    def cut(self, layer: int, capacity: int, keep: int) -> tuple[Tensor, Tensor]:
+        """One layer in the same memory."""
+        pair = []
+        for old in self.layers[layer]:
+            length = min(capacity, old.shape[2])
+            kept = old[:keep, :, :length].clone()
+            new = as_rows(old, self.positions // capacity, capacity)
+            new[:keep, :, :length] = kept
+            pair.append(new)
+        return tuple(pair)
 
     def view(self, rows: int, length: int) -> Cache:
         """The first `rows` rows and `length` positions, for `bind`."""
@@ -105,16 +170,49 @@ class KVCache:
 
     def write(self, rows: slice, prompt: Cache) -> None:
         """Copy the keys and values [Hkv, L, Dh] of a prompt into the first L positions of rows."""
-        for (keys, values), (prompt_keys, prompt_values) in zip(self.layers, prompt):
-            length = prompt_keys.shape[1]
-            keys[rows, :, :length] = prompt_keys
-            values[rows, :, :length] = prompt_values
+        for layer, (keys, values) in enumerate(prompt):
+            self.write_layer(rows, layer, keys, values)
 
-    def move_rows(self, sources: list[int], targets: list[int], length: int) -> None:
+    def write_layer(self, rows: slice, layer: int, keys: Tensor, values: Tensor) -> None:
+        """The same for one layer. [rows, Hkv, L, Dh]: each row gets its own."""
+        length = keys.shape[-2]
+        for tensor, new in zip(self.layers[layer], (keys, values)):
+            tensor[rows, :, :length] = new
+
+    def move_rows(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Copy the first `length` positions of some rows over those of others."""
         for pair in self.layers:
             for tensor in pair:
                 tensor[targets, :, :length] = tensor[sources, :, :length]
+
+
+def row_sizes(limit: int, block: int) -> list[int]:
+    """The capacities that a cache's rows may have, up to `limit` (rounded up to a block).
+
+    Few, because on CUDA each makes graphs of its own; and close, so that little is left empty: one
+    is at most a block, or a quarter, more than the one before.
+    """
+    sizes = []
+    size = block
+    while size < limit:
+        sizes.append(size)
+        power = 2 ** (size.bit_length() - 1)
+        size += max(block, power // 4)
+    return [*sizes, round_up(limit, block)]
+
+
+def as_rows(tensor: Tensor, rows: int, capacity: int) -> Tensor:
+    """The memory of keys or values as [rows, Hkv, capacity, Dh].
+
+    Decoders differ in the order in which the dimensions lie in memory. It stays as it is.
+    """
+    shape = (rows, tensor.shape[1], capacity, tensor.shape[3])
+    stride = [0] * 4
+    step = 1
+    for dimension in sorted(range(4), key=tensor.stride):
+        stride[dimension] = step
+        step *= shape[dimension]
+    return tensor.as_strided(shape, stride)
 
 
 def make_decoder(model: Transformer, pack: bool) -> "ModelDecoder | GPUDecoder | CPUDecoder":

@@ -600,23 +600,25 @@ def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
 
 
 def make_room(learner: Learner) -> None:
-    """Give the memory of the sampler's copy back, where training needs it. See `begin_step`."""
-    copy = learner.sampler.model
-    if copy is not learner.policy.model and is_large(copy):
-        parallel.free_weights(copy)
+    """Give back what the sampler holds, where training needs the room. See `begin_step`."""
+    sampler = learner.sampler
+    if not is_large(sampler):
+        return
+    sampler.release()
+    if sampler.model is not learner.policy.model:
+        parallel.free_weights(sampler.model)
 
 
-def is_large(copy: Transformer) -> bool:
-    """Whether the sampler's copy takes more than a quarter of a GPU's memory.
+def is_large(sampler: Sampler) -> bool:
+    """Whether a sampler holds more than a quarter of a GPU's memory.
 
-    A smaller one stays where it is: CUDA graphs that read it end when it moves. So does every copy
+    A smaller one stays as it is: its CUDA graphs end when what they read moves. So does every one
     on a CPU, where memory that is given back costs time, and is seldom what a run lacks.
     """
-    device = copy.head_weight.device
+    device = sampler.model.head_weight.device
     if device.type != "cuda":
         return False
-    held = sum(parameter.nbytes for parameter in copy.parameters())
-    return held > torch.cuda.get_device_properties(device).total_memory // 4
+    return sampler.held_bytes() > torch.cuda.get_device_properties(device).total_memory // 4
 
 
 def nth_problem(learner: Learner, number: int) -> Problem:

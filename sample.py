@@ -11,14 +11,16 @@ Rollouts are most of RL's cost, and T1 takes many per prompt (K = 64, temperatur
 - A prompt is prefilled once, all but its last token, and its keys and values are copied to the K
   rows that share it. The last token goes through the ordinary decode step of each row, so there is
   only one way to draw a token.
-- The cache grows with the longest live row. Its budget is kept by running fewer rows at once.
+- The cache grows with the longest live row, and as many rows run as fit at present. As they grow,
+  the shortest are evicted: they wait, are prefilled once more, and go on as if nothing had been.
 - Each token is drawn from a counter, not from a stream: the draw depends on (seed, key, sample
   index, position) and on the logits, and on nobody else in the batch. (Matrix products round
   differently for different batch sizes. In fp32 that can change a draw only where two tokens are
   within about 1e-6 of a tie: some ten thousand draws of our tests, in other batches, see none. In
   bf16 the logits themselves differ by 1e-2, and draws do change.)
 - The decode step is one function of fixed tensors that never waits for a result. On CUDA it is
-  captured as a graph; on a CPU it is written for few and cheap operations (decode.py).
+  captured as a graph, which serves until the tensors move, so for many calls; on a CPU it is
+  written for few and cheap operations (decode.py).
 
 The log-probs are those of the very distribution the token was drawn from: after temperature, top-p
 and min-p.
@@ -30,8 +32,10 @@ import re
 import signal
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +48,7 @@ import cli
 import kernels
 import tasks
 from cli import UserError
-from decode import Cache, KVCache, cache_block, make_decoder, round_up
+from decode import Cache, GPUDecoder, KVCache, ModelDecoder, cache_block, make_decoder, round_up
 from devices import pick_device, pick_dtype
 from kernels.sampling import splitmix64
 from model import Transformer, causal_attention, load_pretrained
@@ -106,16 +110,39 @@ def sequence_seed(seed: int, key: int, sample: int) -> int:
 
 
 @dataclass
+class Sequence:
+    """One completion that is not ready yet."""
+
+    index: int  # of its prompt
+    sample: int  # which of the prompt's completions
+    seed: int
+    start: int  # the position of its first drawn token, so the length of its prompt
+    tokens: list[int]  # its prompt's and, if it was evicted, those drawn until then
+    logprobs: list[float] = field(default_factory=list)  # of those drawn
+
+
+@dataclass
 class Job:
     """One prompt, and the completions of it that have yet to start."""
 
-    index: int
     prompt: list[int]
-    seeds: deque[tuple[int, int]]  # (sample index, its 64-bit seed)
+    sequences: deque[Sequence]
     prefix: Cache = field(default_factory=list)  # once prefilled; [Hkv, len(prompt) - 1, Dh] each
 
 
 # --- the batch ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Captured:
+    """A decode step of one shape as a CUDA graph (None until it is captured).
+
+    A graph knows addresses, and keeps nothing alive: the decoder is here so that what `bind` made
+    for this shape lives as long as the graph.
+    """
+
+    decoder: ModelDecoder | GPUDecoder
+    graph: torch.cuda.CUDAGraph | None = None
 
 
 class Batch:
@@ -136,6 +163,13 @@ class Batch:
     A row has position + 1 tokens. The last of them has not been through the model yet: a decode
     step takes it, writes its key and value into the cache, and draws the token that follows it.
 
+    Rows share the cache's budget, and all have room for the longest. As they grow, fewer fit:
+    `evict` takes the shortest away, to be started again later. `room` says how many may start.
+
+    On CUDA a step depends on the number of rows and on where the tensors lie, and on nothing else
+    that the host knows. It is captured once for each of a few numbers of rows (`bucket`). The
+    graphs are valid until the cache or the weights move: a batch can be used again (`restart`).
+
     slots: rows at most. limit: tokens of a sequence at most, its prompt included. pack: see
     decode.CPUDecoder.
     """
@@ -151,71 +185,120 @@ class Batch:
     ) -> None:
         weight = model.head_weight
         device = weight.device
+        self.most = slots  # rows that there are; a call may want fewer
+        self.widest = limit
+        self.eos_ids = set(eos_ids)
+        self.weights = addresses(model)
+
+        self.row = torch.arange(slots, device=device)
+        # Of each row: the position of its last token, that of its first drawn one, how many tokens
+        # it may have with its prompt, and its seed. In one tensor, so that one operation moves all.
+        self.state = torch.zeros(4, slots, dtype=torch.int64, device=device)
+        self.position, self.start, self.end, self.seed = self.state
+        self.done = torch.ones(slots, dtype=torch.bool, device=device)
+        self.eos = torch.tensor(sorted(self.eos_ids), dtype=torch.int64, device=device)
+        # By position, where they were drawn in this batch; and the last token of each row.
+        self.tokens = torch.zeros(slots, limit + 1, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(slots, limit + 1, dtype=torch.float32, device=device)
+
+        self.decoder = make_decoder(model, pack)
+        self.cache = KVCache(self.decoder)
+        self.bound: tuple[int, int] | None = None  # rows and length that `decoder` works on
+        self.captures = can_capture(device)
+        self.graphs: dict[tuple, Captured] = {}
+        self.restart(params, slots, limit, slots * round_up(limit, self.cache.block))
+
+    def restart(self, params: SamplingParams, slots: int, limit: int, budget: int) -> None:
+        """Forget all sequences. budget: see KVCache.
+
+        slots, limit: at most those that it was made with. What is decided from here on depends on
+        these numbers, and no more on those: so a batch that is used again does as a new one does.
+        """
         self.params = params
         self.slots = slots
         self.limit = limit
         self.live = 0
         self.longest = 0  # no live row's position is above it
-        self.owners: list[tuple[int, int]] = []  # row -> (prompt index, sample index)
+        self.sequences: list[Sequence] = []  # of the live rows
+        self.position.zero_()
+        self.done.fill_(True)
+        self.cache.restart(limit, budget)
 
-        self.row = torch.arange(slots, device=device)
-        self.position = torch.zeros_like(self.row)  # of the row's last token
-        self.start = torch.zeros_like(self.row)  # position of its first drawn token
-        self.end = torch.zeros_like(self.row)  # how many tokens it may have, with its prompt
-        self.seed = torch.zeros_like(self.row)
-        self.done = torch.ones_like(self.row, dtype=torch.bool)
-        self.eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=device)
-        self.tokens = torch.zeros(slots, limit + 1, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(slots, limit + 1, dtype=torch.float32, device=device)
+    def serves(self, model: Transformer, eos_ids: list[int], slots: int, limit: int) -> bool:
+        """Whether it can be used again for this, graphs and all."""
+        fits = slots <= self.most and limit <= self.widest
+        return fits and set(eos_ids) == self.eos_ids and addresses(model) == self.weights
 
-        self.decoder = make_decoder(model, pack)
-        self.cache = KVCache(self.decoder, limit)
-        self.bound: tuple[int, int] | None = None  # rows and length that `decoder` works on
-        self.cuda = weight.is_cuda
-        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+    def room(self, length: int) -> int:
+        """How many rows there may be once a sequence of `length` tokens has started.
 
-    def add(self, job: Job, count: int) -> None:
-        """Start `count` completions of a prefilled job. The cache must have room for them."""
-        rows = slice(self.live, self.live + count)
-        last = len(job.prompt) - 1
-        self.cache.write(rows, job.prefix)
-        started = [job.seeds.popleft() for _ in range(count)]
-        self.owners += [(job.index, sample) for sample, _ in started]
-        self.seed[rows] = torch.tensor([seed for _, seed in started], device=self.seed.device)
-        self.tokens[rows, : last + 1] = torch.tensor(job.prompt, device=self.tokens.device)
-        self.position[rows] = last
-        self.start[rows] = last + 1
-        self.end[rows] = min(last + 1 + self.params.max_tokens, self.limit)
+        As many as fit at twice the length of the longest: so a sequence that is evicted has drawn
+        at least as many tokens as the longest one had when it started. What is prefilled again
+        is, over a whole generation, at most two tokens for each one drawn.
+        """
+        longest = max(self.longest + 1, length)
+        return min(self.slots, self.cache.most_rows(2 * longest))
+
+    def add(self, sequences: list[Sequence]) -> slice:
+        """Start sequences, and return their rows. The cache must have room for them.
+
+        The caller writes the keys and values of all their tokens but the last.
+        """
+        rows = slice(self.live, self.live + len(sequences))
+        columns = []
+        for sequence in sequences:
+            last = len(sequence.tokens) - 1
+            end = min(sequence.start + self.params.max_tokens, self.limit)
+            columns.append((last, sequence.start, end, sequence.seed, sequence.tokens[-1]))
+            self.longest = max(self.longest, last)
+        columns = torch.tensor(columns, device=self.state.device).T
+        self.state[:, rows] = columns[:4]
+        self.tokens[self.row[rows], self.position[rows]] = columns[4]
         self.done[rows] = False
-        self.live += count
-        self.longest = max(self.longest, last)
+        self.sequences += sequences
+        self.live += len(sequences)
+        return rows
 
     def reserve(self, rows: int, length: int) -> None:
-        """Make room in the cache for `rows` rows of `length` positions."""
-        if self.cache.holds(rows, length):
-            return
-        # The cache will move. Graphs read the old tensors, and the decoder would keep them alive.
-        self.graphs.clear()
-        self.decoder.bind([])
+        """Make room in the cache for `rows` rows of `length` positions, which must fit its budget.
+
+        What a bucket adds to the rows gets room, too.
+        """
+        capacity = self.cache.capacity_for(rows, length)
+        rows = self.bucket(rows, capacity)
+        if self.cache.holds(rows, capacity):
+            if capacity == self.cache.capacity:
+                return
+        else:
+            # The cache will move. Graphs read the old tensors, and decoders keep them alive.
+            self.graphs.clear()
+            self.decoder.bind([])
+            if self.captures:
+                self.pool = torch.cuda.graph_pool_handle()  # the old one died with the last graph
         self.bound = None
-        if self.cuda:
-            self.pool = torch.cuda.graph_pool_handle()  # the old one died with the last graph
-        self.cache.grow(rows, length, keep=self.live)
+        self.cache.lay_out(rows, capacity, keep=self.live)
+
+    def bucket(self, rows: int, capacity: int) -> int:
+        """Rows that a step computes for `rows` live ones. On CUDA few numbers, so few graphs."""
+        if not self.captures:
+            return rows
+        bucket = round_up(rows, 64)
+        for small in (32, 16, 8):
+            if rows <= small:
+                bucket = small
+        return min(bucket, self.slots, self.cache.budget // capacity)
 
     def decode(self) -> None:
         """One token for every live row. A row that has ended stands still until `harvest`."""
-        rows = self.live
-        if self.cuda:
-            rows = min(round_up(rows, 8), self.slots)  # fewer shapes, so fewer graphs
-        length = round_up(self.longest + 1, self.cache.block)
-        self.reserve(rows, length)
-        if self.bound != (rows, length):
-            self.decoder.bind(self.cache.view(rows, length))
-            self.bound = (rows, length)
-        if self.cuda:
-            self.replay(rows, length)
+        self.reserve(self.live, self.longest + 1)
+        if self.captures:
+            self.replay()
         else:
-            self.step(rows)
+            length = round_up(self.longest + 1, self.cache.block)
+            if self.bound != (self.live, length):
+                self.decoder.bind(self.cache.view(self.live, length))
+                self.bound = (self.live, length)
+            self.step(self.live)
         # Counted here, because asking the device would mean to wait for it.
         self.longest = min(self.longest + 1, self.limit - 1)
 
@@ -239,78 +322,123 @@ class Batch:
         self.tokens[row, following] = token
         self.logprobs[row, following] = logprob
         position += ~done
-        done |= torch.isin(token, self.eos) | (following + 1 >= self.end[:rows])
+        # Not torch.isin: with many stop tokens it sorts, and then it waits for the result.
+        stopped = (token[:, None] == self.eos).any(1)
+        done |= stopped | (following + 1 >= self.end[:rows])
 
-    def replay(self, rows: int, length: int) -> None:
+    def replay(self) -> None:
         """The decode step as a CUDA graph, one for each shape. (Not yet measured on a GPU.)
 
         The first step of a shape runs without one, which warms up what a capture needs. The second
         is captured; from then on the graph is replayed.
         """
-        shape = (rows, length)
-        if shape not in self.graphs:
-            self.graphs[shape] = None
+        capacity = self.cache.capacity
+        rows = self.bucket(self.live, capacity)
+        params = self.params
+        # The numbers of the draw are arguments of its kernel: a graph holds them as they were.
+        key = (rows, capacity, params.temperature, params.top_p, params.min_p)
+        captured = self.graphs.get(key)
+        if captured is None:
+            captured = self.graphs[key] = Captured(copy(self.decoder))
+            captured.decoder.bind(self.cache.view(rows, capacity))
+            self.decoder = captured.decoder
             self.step(rows)
             return
-        if self.graphs[shape] is None:
-            graph = torch.cuda.CUDAGraph()
-            # One pool of memory serves all graphs, because only one of them runs at a time.
-            with torch.cuda.graph(graph, pool=self.pool):
+        self.decoder = captured.decoder
+        if captured.graph is None:
+            captured.graph = torch.cuda.CUDAGraph()
+            # One pool of memory serves all graphs, because only one of them runs at a time. Other
+            # threads may use CUDA meanwhile: one of them writes checkpoints.
+            mode = {"pool": self.pool, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(captured.graph, **mode):
                 self.step(rows)
-            self.graphs[shape] = graph
-        self.graphs[shape].replay()
+        captured.graph.replay()
 
-    def harvest(self) -> list[tuple[tuple[int, int], Completion]]:
-        """Take away the rows that have ended; (owner, completion) of each."""
-        ended = self.done[: self.live].nonzero().flatten().tolist()  # this waits for the device
+    def harvest(self) -> list[tuple[Sequence, Completion]]:
+        """Take away the rows that have ended."""
+        done = self.done[: self.live].tolist()  # this waits for the device
+        ended = [row for row in range(self.live) if done[row]]
         if not ended:
             return []
-        width = self.longest + 1
-        tokens = self.tokens[ended, :width].tolist()
-        logprobs = self.logprobs[ended, :width].tolist()
-        starts = self.start[ended].tolist()
-        lasts = self.position[ended].tolist()
-        eos = set(self.eos.tolist())
+        positions = self.position[: self.live].tolist()
         harvested = []
-        for i, row in enumerate(ended):
-            drawn = slice(starts[i], lasts[i] + 1)
-            reason = "stop" if tokens[i][lasts[i]] in eos else "length"
-            completion = Completion(tokens[i][drawn], logprobs[i][drawn], reason)
-            harvested.append((self.owners[row], completion))
-        self.remove(ended)
+        for sequence in self.take(ended, positions):
+            tokens = sequence.tokens[sequence.start :]
+            reason = "stop" if tokens[-1] in self.eos_ids else "length"
+            harvested.append((sequence, Completion(tokens, sequence.logprobs, reason)))
         return harvested
 
-    def remove(self, ended: list[int]) -> None:
-        """Move the last rows into the holes that the ended ones leave."""
-        live = self.live - len(ended)
-        holes = [row for row in ended if row < live]
-        movers = sorted(set(range(live, self.live)) - set(ended))  # as many as there are holes
+    def evict(self, count: int) -> list[Sequence]:
+        """Take away `count` live rows that have not ended: the shortest ones.
+
+        They are the cheapest to prefill again. The longest stays, so it will end.
+        """
+        positions = self.position[: self.live].tolist()
+        rows = sorted(range(self.live), key=positions.__getitem__)[:count]
+        return self.take(sorted(rows), positions)
+
+    def take(self, rows: list[int], positions: list[int]) -> list[Sequence]:
+        """Remove rows; their sequences, with what they have drawn. positions: of the live rows."""
+        index = torch.tensor(rows, device=self.state.device)
+        width = max(positions[row] for row in rows) + 1
+        tokens = self.tokens[index, :width].tolist()
+        logprobs = self.logprobs[index, :width].tolist()
+        taken = []
+        for i, row in enumerate(rows):
+            sequence = self.sequences[row]
+            drawn = slice(len(sequence.tokens), positions[row] + 1)
+            sequence.tokens = sequence.tokens + tokens[i][drawn]  # a new list: the old is a prompt
+            sequence.logprobs += logprobs[i][drawn]
+            taken.append(sequence)
+        gone = set(rows)
+        self.remove(rows, gone)
+        staying = [position for row, position in enumerate(positions) if row not in gone]
+        self.longest = max(staying, default=0)
+        return taken
+
+    def remove(self, rows: list[int], gone: set[int]) -> None:
+        """Move the last rows into the holes that `rows` (as a set: `gone`) leave."""
+        live = self.live - len(rows)
+        holes = [row for row in rows if row < live]
+        movers = [row for row in range(live, self.live) if row not in gone]  # as many as holes
         if holes:
-            rows = (self.position, self.start, self.end, self.seed, self.done)
-            for tensor in (*rows, self.tokens, self.logprobs):
-                tensor[holes] = tensor[movers]
-            self.cache.move_rows(movers, holes, self.longest + 1)
+            targets, sources = torch.tensor([holes, movers], device=self.state.device)
+            length = self.longest + 1
+            self.state[:, targets] = self.state[:, sources]
+            self.tokens[targets, :length] = self.tokens[sources, :length]
+            self.logprobs[targets, :length] = self.logprobs[sources, :length]
+            self.cache.move_rows(sources, targets, length)
             for hole, mover in zip(holes, movers):
-                self.owners[hole] = self.owners[mover]
-        del self.owners[live:]
+                self.sequences[hole] = self.sequences[mover]
+        del self.sequences[live:]
+        self.done[:live] = False
         # A CUDA step may compute some rows beyond `live`: they stand still, at a place that exists.
         self.done[live : self.live] = True
         self.position[live : self.live] = 0
         self.live = live
-        self.longest = 0
-        if live:
-            self.longest = int(self.position[:live].max())
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether the decode step becomes a CUDA graph."""
+    return device.type == "cuda"
+
+
+def addresses(model: Transformer) -> list[int]:
+    """Where the weights lie in memory."""
+    return [parameter.data_ptr() for parameter in model.parameters()]
 
 
 # --- prompts that wait for their turn -------------------------------------------------------------
 
 
 class Queue:
-    """The jobs with completions to start, the longest prompts first.
+    """The completions that have yet to start, those with the longest prompts first.
 
     A job is `waiting` until its prompt is prefilled, then `ready` until its last completion has
-    started. chunk: tokens, padding included, that one prefill may hold, and so the keys and values
-    of all that are ready.
+    started. Completions that were evicted come last: they have the least left to do.
+
+    chunk: tokens, padding included, that one prefill may hold, and so the keys and values of all
+    that are ready.
     """
 
     def __init__(self, model: Transformer, jobs: list[Job], chunk: int) -> None:
@@ -318,23 +446,52 @@ class Queue:
         self.chunk = chunk
         self.waiting = deque(sorted(jobs, key=lambda job: -len(job.prompt)))
         self.ready: deque[Job] = deque()
-        self.unstarted = sum(len(job.seeds) for job in jobs)  # completions
+        self.evicted: list[Sequence] = []  # the longest first
+        self.unstarted = sum(len(job.sequences) for job in jobs)  # completions, evicted ones too
 
     def refill(self, batch: Batch) -> None:
-        """Start completions until every slot is taken."""
-        while batch.live < batch.slots and self.unstarted:
+        """Start completions until there is no more room."""
+        while self.ready or self.waiting:
+            job = (self.ready or self.waiting)[0]
+            rows = min(batch.room(len(job.prompt)), batch.live + self.unstarted)
+            if rows <= batch.live:
+                return
             if not self.ready:
                 self.prefill_next()
-            job = self.ready[0]
-            count = min(len(job.seeds), batch.slots - batch.live)
             # Room for all that will start in this call: the cache then moves once, not job by job.
-            rows = min(batch.slots, batch.live + self.unstarted)
             batch.reserve(rows, max(len(job.prompt), batch.longest + 1))
-            batch.add(job, count)
+            count = min(len(job.sequences), rows - batch.live)
+            started = [job.sequences.popleft() for _ in range(count)]
+            batch.cache.write(batch.add(started), job.prefix)
             self.unstarted -= count
-            if not job.seeds:
+            if not job.sequences:
                 job.prefix = []  # frees its keys and values
                 self.ready.popleft()
+        self.resume(batch)
+
+    def resume(self, batch: Batch) -> None:
+        """Start evicted completions again, each where it was."""
+        while self.evicted:
+            length = len(self.evicted[0].tokens)
+            rows = min(batch.room(length), batch.live + len(self.evicted))
+            if rows <= batch.live:
+                return
+            batch.reserve(rows, max(length, batch.longest + 1))
+            count = min(rows - batch.live, max(1, self.chunk // length))
+            sequences = self.evicted[:count]
+            del self.evicted[:count]
+            # Keys and values go straight into the cache: the budget has no room for them twice.
+            write = partial(batch.cache.write_layer, batch.add(sequences))
+            prefill(self.model, [sequence.tokens for sequence in sequences], write)
+            self.unstarted -= count
+
+    def evict(self, batch: Batch, steps: int) -> None:
+        """Take back the completions that leave no room for `steps` steps of the others."""
+        count = batch.live - batch.cache.most_rows(batch.longest + steps)
+        if count > 0:
+            self.evicted += batch.evict(count)
+            self.evicted.sort(key=lambda sequence: -len(sequence.tokens))
+            self.unstarted += count
 
     def prefill_next(self) -> None:
         """Prefill as many of the waiting prompts as fit into one chunk, and one at least."""
@@ -342,33 +499,42 @@ class Queue:
         width = len(jobs[0].prompt)  # no later prompt is longer
         while self.waiting and (len(jobs) + 1) * width <= self.chunk:
             jobs.append(self.waiting.popleft())
-        prefill(self.model, jobs)
+        layers: Cache = []
+
+        def keep(layer: int, k: Tensor, v: Tensor) -> None:
+            # A copy, because k and v are views that keep all of the layer's projections alive.
+            layers.append(torch.stack((k, v)).unbind())
+
+        prefill(self.model, [job.prompt for job in jobs], keep)
+        for i, job in enumerate(jobs):
+            length = len(job.prompt) - 1
+            job.prefix = [(k[i, :, :length], v[i, :, :length]) for k, v in layers]
         self.ready.extend(jobs)
 
 
-def prefill(model: Transformer, jobs: list[Job]) -> None:
-    """Keys and values of every prompt's tokens but the last, in one padded forward."""
-    width = max(len(job.prompt) for job in jobs) - 1
+def prefill(
+    model: Transformer, sequences: list[list[int]], keep: Callable[[int, Tensor, Tensor], None]
+) -> None:
+    """Every sequence's tokens but the last, in one padded forward.
+
+    keep(layer, k, v) gets their keys and values [N, Hkv, longest - 1, Dh], layer after layer.
+    """
+    width = max(map(len, sequences)) - 1
     if width == 0:
         return
     # Padding stands on the right, where causal attention cannot see it: no mask is needed.
     rows = []
-    for job in jobs:
-        padding = [0] * (width + 1 - len(job.prompt))
-        rows.append(job.prompt[:-1] + padding)
+    for tokens in sequences:
+        padding = [0] * (width + 1 - len(tokens))
+        rows.append(tokens[:-1] + padding)
     tokens = torch.tensor(rows, device=model.head_weight.device)
     positions = torch.arange(width, device=tokens.device).expand_as(tokens)
-    layers = []
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # A copy, because k and v are views that keep all of the layer's projections alive.
-        layers.append(torch.stack((k, v)).unbind())
+        keep(layer, k, v)
         return causal_attention(None, layer, q, k, v)
 
     model(tokens, positions=positions, attend=attend)
-    for i, job in enumerate(jobs):
-        length = len(job.prompt) - 1
-        job.prefix = [(k[i, :, :length], v[i, :, :length]) for k, v in layers]
 
 
 # --- the sampler ----------------------------------------------------------------------------------
@@ -377,13 +543,16 @@ def prefill(model: Transformer, jobs: list[Job]) -> None:
 class Sampler:
     """Samples from `model`, with the weights it has at the time of the call.
 
-    Nothing that is cached outlives one `generate`.
+    On CUDA the batch is kept for the next `generate`, its cache and its graphs with it, until
+    `release`. It is made anew when it does not fit a call, or when the weights lie elsewhere in
+    memory; new weights at the old place are fine. On a CPU nothing outlives one `generate`.
 
     max_batch: sequences decoded at once, at most. eos_ids: the tokens that end a completion
-    (default: the tokenizer's). cache_bytes: what keys and values may take (default: half of the
-    memory that is free when `generate` starts); where that is little, fewer sequences run at once.
-    On a CPU, a second copy of the weights comes on top while `generate` runs, if there is room.
-    prefill_tokens: prompt tokens in one forward, unless a single prompt is longer.
+    (default: the tokenizer's). cache_bytes: what keys and values may take (default: of the memory
+    that is free when `generate` starts, four fifths on CUDA, half on a CPU); where that is little,
+    fewer sequences run at once. On a CPU, a second copy of the weights comes on top while
+    `generate` runs, if there is room. prefill_tokens: prompt tokens in one forward, unless a single
+    prompt is longer.
     """
 
     def __init__(
@@ -408,6 +577,7 @@ class Sampler:
         self.eos_ids = list(eos_ids)
         self.cache_bytes = cache_bytes
         self.prefill_tokens = prefill_tokens
+        self.kept: Batch | None = None  # of the last call, on CUDA
 
     @torch.inference_mode()
     def generate(
@@ -432,49 +602,74 @@ class Sampler:
         firsts = [0] * len(prompts) if firsts is None else firsts
         jobs = []
         for i, (prompt, key, first) in enumerate(zip(prompts, keys, firsts, strict=True)):
-            seeds = [(j, sequence_seed(params.seed, key, first + j)) for j in range(n)]
-            jobs.append(Job(i, prompt, deque(seeds)))
+            seeds = [sequence_seed(params.seed, key, first + j) for j in range(n)]
+            jobs.append(new_job(i, prompt, seeds))
         results: list[list[Completion]] = [[None] * n for _ in prompts]
         if not jobs or n < 1:
             return results
 
         batch, queue = self.prepare(jobs, params)
         # On CUDA a look at who has ended waits for the device: it is taken every eight steps.
-        steps = 8 if batch.cuda else 1
+        steps = 8 if batch.captures else 1
         generated = 0
         with tqdm(total=len(prompts) * n, desc="sampling", unit="seq", disable=not progress) as bar:
             while batch.live or queue.unstarted:
                 queue.refill(batch)
+                queue.evict(batch, steps)
                 for _ in range(steps):
                     batch.decode()
-                for (i, j), completion in batch.harvest():
-                    results[i][j] = completion
+                for sequence, completion in batch.harvest():
+                    results[sequence.index][sequence.sample] = completion
                     generated += len(completion.tokens)
                     bar.update()
                 seconds = bar.format_dict["elapsed"]
                 if seconds:
                     bar.set_postfix_str(f"{generated / seconds:.0f} tok/s", refresh=False)
+        self.keep(batch)
         return results
 
     @torch.inference_mode()
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[int]:
         """The tokens of `generate([prompt], 1, params)[0][0]`, each as soon as it is drawn."""
-        job = Job(0, prompt, deque([(0, sequence_seed(params.seed, 0, 0))]))
+        job = new_job(0, prompt, [sequence_seed(params.seed, 0, 0)])
         batch, queue = self.prepare([job], params)
         queue.refill(batch)
         while not batch.done[0]:
             batch.decode()
             yield int(batch.tokens[0, batch.position[0]])
+        self.keep(batch)
+
+    def keep(self, batch: Batch) -> None:
+        """Use this batch again, where that saves the capture of graphs.
+
+        A CPU's batch holds copies of the weights, and saves nothing.
+        """
+        if batch.captures:
+            self.kept = batch
+
+    def held_bytes(self) -> int:
+        """Of the weights, and of what is kept from one call to the next."""
+        held = sum(parameter.nbytes for parameter in self.model.parameters())
+        if self.kept:
+            held += self.kept.cache.nbytes
+        return held
+
+    def release(self) -> None:
+        """Give up what is kept from one call to the next: a cache, and graphs."""
+        self.kept = None
 
     def prepare(self, jobs: list[Job], params: SamplingParams) -> tuple[Batch, Queue]:
-        """An empty batch of as many slots as the memory allows, and the queue that fills it.
+        """An empty batch, and the queue that fills it.
 
         Memory is counted in cached positions, of a key and a value in every layer:
 
-            slots * row + chunk <= budget
+            rows * capacity + chunk <= budget          at all times
+            row + chunk <= budget                      so that any sequence can run, alone
 
-        row: a sequence at its longest; chunk: prompts that are prefilled. Counting every row at its
-        longest wastes some of a small budget, but no sequence is ever thrown out half-way.
+        row: a sequence at its longest; chunk: prompts that are prefilled. `Batch.room` says how
+        many rows there are at first; as they grow, some are evicted. How many rows a step has
+        follows from the prompts, the draws and `free` below alone, and not from what is kept: ranks
+        that agree on these take the same steps.
         """
         config = self.model.config
         weight = self.model.head_weight
@@ -491,24 +686,47 @@ class Sampler:
         # One layer more than there are: when the cache grows, one layer at a time is there twice.
         numbers = 2 * (config.layers + 1) * config.kv_heads * config.head_dim
         position_bytes = numbers * weight.element_size()
-        free = least_of_team(self.model, free_memory(weight.device))
-        budget = (self.cache_bytes or free // 2) // position_bytes
+        free = free_memory(weight.device)
+        if self.kept:
+            free += self.kept.cache.nbytes
+        free = least_of_team(self.model, free)
+        share = free * 4 // 5 if weight.is_cuda else free // 2
+        budget = (self.cache_bytes or share) // position_bytes
         row = round_up(limit, cache_block(weight.device))
         if row + longest > budget:
             needed = (row + longest) * position_bytes
             raise UserError(f"a sequence of {limit} tokens needs {needed:,} bytes of KV cache")
         chunk = max(longest, min(self.prefill_tokens, budget // 4))
         chunk = min(chunk, budget - row)
-        total = sum(len(job.seeds) for job in jobs)
-        slots = min(self.max_batch, total, (budget - chunk) // row)
+        total = sum(len(job.sequences) for job in jobs)
+        slots = min(self.max_batch, total)
 
         # Packing pays after some seven steps. Its copy of the weights comes out of the memory that
         # the cache leaves; a quarter of what is free, at most.
         several_steps = total * params.max_tokens > 8 * slots
         weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         pack = slots > 1 and several_steps and 4 * weight_bytes < free
-        batch = Batch(self.model, params, self.eos_ids, slots, limit, pack)
+        if not self.reusable(slots, limit, budget - chunk):
+            self.release()  # first, so that both are never there at once
+            self.kept = Batch(self.model, params, self.eos_ids, slots, row, pack)
+        # Taken out while it is in use: a stream that is left half-way keeps its batch to itself.
+        batch, self.kept = self.kept, None
+        batch.restart(params, slots, limit, budget - chunk)
         return batch, Queue(self.model, jobs, chunk)
+
+    def reusable(self, slots: int, limit: int, budget: int) -> bool:
+        """Whether the batch that is kept serves for this, in a budget of so many positions."""
+        batch = self.kept
+        if batch is None or batch.cache.positions > budget:
+            return False
+        return batch.serves(self.model, self.eos_ids, slots, limit)
+
+
+def new_job(index: int, prompt: list[int], seeds: list[int]) -> Job:
+    """The completions of prompt number `index`, one for each seed."""
+    start = len(prompt)
+    sequences = [Sequence(index, j, seed, start, prompt) for j, seed in enumerate(seeds)]
+    return Job(prompt, deque(sequences))
 
 
 def free_memory(device: torch.device) -> int:

@@ -218,7 +218,7 @@ def test_the_copy_is_given_back_while_training(model, tmp_path, monkeypatch, dty
 
     more = {"dtype": dtype, "steps": 2}
     rl.main(runs.flags(model, tmp_path / "kept", **more), train_step=watched)
-    monkeypatch.setattr(rl, "is_large", lambda copy: True)
+    monkeypatch.setattr(rl, "is_large", lambda sampler: True)
     rl.main(runs.flags(model, tmp_path / "given back", **more), train_step=watched)
     assert min(sizes[:2]) > 0 and set(sizes[2:]) == ({0} if dtype == "bfloat16" else {sizes[0]})
     assert runs.metrics(tmp_path / "kept") == runs.metrics(tmp_path / "given back")
@@ -243,15 +243,14 @@ def test_weights_that_were_kept_stay_where_they_are():
 @pytest.mark.parametrize(
     "device, gb, large", [("cuda", 19, False), ("cuda", 21, True), ("cpu", 79, False)]
 )
-def test_a_copy_is_large_from_a_quarter_of_the_gpu_on(monkeypatch, device, gb, large):
-    """Bug: a small copy is given back at every step, and its graphs with it; or a large one stays
+def test_a_sampler_is_large_from_a_quarter_of_the_gpu_on(monkeypatch, device, gb, large):
+    """Bug: a small one is given back at every step, and its graphs with it; or a large one stays
     until training has no room."""
     card = SimpleNamespace(total_memory=80 * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    halves = [torch.empty(gb * 10**9 // 4, dtype=torch.bfloat16, device="meta") for _ in range(2)]
-    weight = SimpleNamespace(device=torch.device(device))
-    copy = SimpleNamespace(head_weight=weight, parameters=lambda: halves)
-    assert rl.is_large(copy) == large
+    model = SimpleNamespace(head_weight=SimpleNamespace(device=torch.device(device)))
+    sampler = SimpleNamespace(model=model, held_bytes=lambda: gb * 10**9)
+    assert rl.is_large(sampler) == large
 
 
 # --- the program that torchrun starts -------------------------------------------------------------
@@ -295,7 +294,7 @@ def worker(model: Path, folder: Path) -> None:
         rl.train(
             runs.flags(model, folder / "bf16", steps=1, dtype="bfloat16", sampler_ranks=2), world
         )
-        rl.is_large = lambda copy: True  # given back and filled again
+        rl.is_large = lambda sampler: True  # given back and filled again
         later = 4 if world.size == 4 else 1
         resumed = folder / "resumed"
         rl.train(runs.flags(model, resumed, steps=2, sampler_ranks=2), world)
