@@ -764,8 +764,11 @@ def main(config: Config) -> None:
         return f"the models measured so far are in {file}; go on with --resume"
 
     with contextlib.ExitStack() as held:
-        for path in filter(None, (config.out, config.curate)):
-            held.enter_context(cli.holding(path, kept))
+        held.enter_context(cli.telling(kept))
+        if config.out:
+            held.enter_context(cli.holding(config.out, folder=True))
+        if config.curate:
+            held.enter_context(cli.holding(config.curate))
         compare(config)
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,17 +42,17 @@ from tokenizer import Tokenizer
 def reserved(out: str | Path, world: World) -> Iterator[None]:
     """Keep the folder of a run to this command. UserError if another process runs in it.
 
-    An interrupted command says what of the run is kept.
+    A command that is interrupted, or has no place to write, says what of the run is kept.
     """
-    if not world.main:
-        yield
-        return
-    with cli.holding(out, lambda: kept(Path(out))):
+    lock = contextlib.nullcontext()
+    if world.main:
+        lock = cli.holding(out, folder=True)
+    with cli.telling(lambda: kept(Path(out))), lock:
         yield
 
 
 def kept(out: Path) -> str:
-    """What an interrupted run leaves in its folder, and how to go on."""
+    """What a run that ends early leaves in its folder, and how to go on."""
     saved = complete_checkpoints(out / "checkpoints")
     if saved:
         return f"checkpoint of step {step_of(saved[-1])} in {out}; go on with --resume"
@@ -75,7 +76,7 @@ def check_run(
     if resume:
         check_same_run(out, flags, may_change)
         return flags
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not cli.is_new(out):
         raise UserError(
             f"{out} exists already: --resume to continue the run in it, or choose another --out"
         )
@@ -85,7 +86,7 @@ def check_run(
 
 def check_same_run(out: Path, flags: dict[str, Any], may_change: tuple[str, ...]) -> None:
     """UserError if `out` holds no run, or one that was started with other flags."""
-    if not out.is_dir():
+    if cli.is_new(out):
         raise UserError(f"--resume: there is no run in {out}")
     try:
         first = read_json(out / "config.json")
@@ -114,12 +115,12 @@ def open_run(
     flags = check_run(out, config, resume, may_change)
     barrier()  # no rank creates anything before all of them have looked
     if world.main and not resume:
-        # Under another name first, so that no kill leaves a folder without its config.json.
-        staging = out.with_name(out.name + ".partial")
         with writing(out):
-            (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
-            staging.rename(out)
+            # A link may lead to a folder that is not there yet.
+            Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)
+            # First of all: a kill leaves a folder that is new, or a run that can be resumed.
+            write_text(out / "config.json", json.dumps(flags, indent=2) + "\n")
+            (out / "checkpoints").mkdir()
     return out
 
 
