@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(findstring $(VENV)/,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: t1 demo test lint bench gpu help
+.PHONY: t1 demo test lint bench gpu gpu-peers gpu-tests gpu-kernels gpu-sampler gpu-training help
 
 help:
 	@echo "make t1      all of T1 in one file of 300 lines: chains, SFT, RL, accuracy against thinking budget"
@@ -11,7 +11,8 @@ help:
 	@echo "make test    the whole suite"
 	@echo "make lint    ruff"
 	@echo "make bench   speed beside the peers, on this machine's CPU"
-	@echo "make gpu     the tests and benchmarks that need a GPU"
+	@echo "make gpu     the tests and benchmarks that need a GPU (ten minutes on an H100)"
+	@echo "make gpu-peers   the same work done by others, where they are installed"
 
 t1: $(READY)
 	$(PYTHON) t1.py
@@ -33,11 +34,29 @@ bench: $(READY)
 	$(PYTHON) benchmarks/rl_bench.py
 	$(PYTHON) benchmarks/kernels_bench.py --smoke
 
+# What fails does not keep the rest from being measured; make says so at its end. Every row is also a line of JSON:
+# `python benchmarks/fill_results.py benchmarks/gpu.jsonl` takes them into RESULTS.md.
 gpu: $(READY)
-	$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU here')"
+	$(PYTHON) benchmarks/ready.py
+	$(MAKE) --keep-going gpu-tests gpu-kernels gpu-sampler gpu-training
+
+gpu-tests: $(READY)
 	$(PYTHON) -m pytest -m gpu
+
+gpu-kernels: $(READY)
 	$(PYTHON) benchmarks/kernels_bench.py
+
+gpu-sampler: $(READY)
 	$(PYTHON) benchmarks/sample_bench.py --gpu
+
+gpu-training: $(READY)
+	$(PYTHON) benchmarks/train_bench.py
+
+# Liger and Cut Cross Entropy, transformers' `generate` and continuous batching, TRL. Those that are absent are named.
+gpu-peers: $(READY)
+	$(PYTHON) benchmarks/ready.py
+	$(PYTHON) benchmarks/kernels_bench.py --peers
+	$(PYTHON) benchmarks/sample_bench.py --gpu --peers
 	$(PYTHON) benchmarks/rl_bench.py
 
 # The stamp is touched last: an installation that was interrupted is done again, a finished one is not.

@@ -52,6 +52,7 @@ import cli
 import tasks
 import verify
 from cli import UserError
+from devices import pick_device, pick_dtype
 from model import load_pretrained
 from sample import Sampler, SamplingParams
 from tasks import Problem
@@ -154,11 +155,9 @@ class Draft:
 def load_sampler(
     path: str, max_batch: int = 256, template_args: str = ""
 ) -> tuple[Sampler, Tokenizer]:
-    """A policy ready to sample: bf16 on a GPU, fp32 without one."""
-    if torch.cuda.is_available():
-        policy = load_pretrained(path, dtype=torch.bfloat16, device="cuda")
-    else:
-        policy = load_pretrained(path)
+    """A policy ready to sample: on a GPU, in bf16, where there is one; see devices.py."""
+    device = pick_device()
+    policy = load_pretrained(path, getattr(torch, pick_dtype("auto", device)), device)
     tokenizer = load_tokenizer(path, template_args)
     return Sampler(policy, tokenizer, max_batch=max_batch), tokenizer
 

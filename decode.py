@@ -31,11 +31,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import add_norm, rotary_write, silu_mul
 from kernels.jit import wide
 from model import Block, RMSNorm, Transformer, can_use_varlen, rotations
+from tensor_parallel import SummedLinear
 
 Cache = list[tuple[Tensor, Tensor]]  # keys and values of every layer
 # Rows that a packed layout is made for. Measured: it serves 1 to 256 rows well, and with more it is
@@ -373,13 +374,13 @@ class CPUBlock:
         self.rope_dim = config.rope_dim or config.head_dim
 
         self.attention_norm = rms_norm(block.attention_norm)
-        self.qkv = product(block.qkv.weight, block.qkv.bias, pack)
+        self.qkv = linear(block.qkv, pack)
         self.q_norm = rms_norm(block.q_norm)
         self.k_norm = rms_norm(block.k_norm)
-        self.out = product(block.out.weight, block.out.bias, pack)
+        self.out = linear(block.out, pack)
         self.mlp_norm = rms_norm(block.mlp_norm)
-        self.gate_up = product(block.gate_up.weight, block.gate_up.bias, pack)
-        self.down = product(block.down.weight, block.down.bias, pack)
+        self.gate_up = linear(block.gate_up, pack)
+        self.down = linear(block.down, pack)
         self.post_attention_norm = None
         self.post_mlp_norm = None
         if config.post_norms:
@@ -443,6 +444,14 @@ def can_pack(weight: Tensor) -> bool:
     return (
         fp32_on_cpu and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     )
+
+
+def linear(layer: nn.Linear, pack: bool) -> Callable[[Tensor], Tensor]:
+    """`layer` as a function, by `product`; one that is cut over ranks with its sum over them."""
+    if isinstance(layer, SummedLinear):
+        columns = product(layer.weight, None, pack)
+        return lambda x: layer.complete(columns(x))
+    return product(layer.weight, layer.bias, pack)
 
 
 def product(weight: Tensor, bias: Tensor | None, pack: bool) -> Callable[[Tensor], Tensor]:

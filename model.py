@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pretrained
+from devices import BFLOAT16_SINCE
 from kernels.jit import wide
 from packing import Runs, positions_and_mask
 from pretrained import model_folder
@@ -200,10 +201,9 @@ class Transformer(nn.Module):
         x = x.to(wide(x.dtype))
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
+                # Nothing in a block is random: no generator has to be kept for the second time.
                 x = checkpoint(
-                    *(block, x, rotation, attend),
-                    use_reentrant=False,
-                    preserve_rng_state=False,  # a block draws no random numbers
+                    block, x, rotation, attend, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 x = block(x, rotation, attend)
@@ -256,7 +256,7 @@ def can_use_varlen(config: ModelConfig, dtype: torch.dtype, device: torch.device
     return (
         device.type == "cuda"
         and dtype == torch.bfloat16
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE
         and config.head_dim % 8 == 0
         and config.head_dim <= 256
     )
@@ -335,7 +335,11 @@ def read_config(folder: Path) -> ModelConfig:
     return ModelConfig(**pretrained.read_fields(folder))
 
 
-@torch.no_grad()
+def without_weights(path: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """The model in a Hugging Face folder on the meta device: shapes, and no memory for weights."""
+    return Transformer(read_config(model_folder(path)), dtype, device="meta")
+
+
 def load_pretrained(
     path: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Transformer:
@@ -343,11 +347,9 @@ def load_pretrained(
 
     UserError, one line, for a folder that is not whole or not understood.
     """
-    folder = model_folder(path)
-    config = read_config(folder)
-    tensors = pretrained.open_tensors(folder, config)
-    model = Transformer(config, dtype, device="meta").to_empty(device=device)
-    pretrained.fill(dict(model.named_parameters()), config, tensors, folder)
+    model = without_weights(path, dtype).to_empty(device=device)
+    parts = {name: (parameter, 0) for name, parameter in model.named_parameters()}
+    pretrained.fill(model_folder(path), model.config, parts)
     return model
 
 

@@ -65,6 +65,7 @@ class Muon(torch.optim.Optimizer):
                     # All ranks have computed the same update, and each takes its part of it.
                     update = DTensor.from_local(update, parameter.device_mesh, [Replicate()])
                     update = update.redistribute(placements=parameter.placements)
+                    update = update.to(parameter.device)  # the host, with --offload
                 parameter.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr)
 
 

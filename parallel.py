@@ -36,13 +36,28 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
+import pretrained
 from cli import UserError, WriteError, sync_folder, write_text, writing
+from devices import pick_device
 from kernels import linear_logprob_entropy
-from model import Transformer, can_use_varlen, save_pretrained, varlen_attention
+from model import (
+    Transformer,
+    can_use_varlen,
+    model_folder,
+    save_pretrained,
+    varlen_attention,
+)
 from packing import Example, Packed, Unit, fill_rows, integers, pack, share_stems
+from tensor_parallel import SlicedTransformer
 from tokenizer import Tokenizer
 
 # Said of every save by one process alone.
@@ -67,25 +82,23 @@ class World:
 
 def start(device: str = "auto") -> World:
     """Join the ranks that torchrun started; without it, a World of one, with no process group."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UserError(f"--device {device}: cpu, cuda or auto")
+    device = pick_device(device)
     on_gpu = device.startswith("cuda")
-    if on_gpu and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: this machine has no CUDA device")
     ranked = bool(os.environ.get("RANK"))
     if ranked:
         check_environment(on_gpu)
         if on_gpu:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if on_gpu and (torch.device(device).index or 0) >= torch.cuda.device_count():
+    number = torch.device(device).index or 0
+    if on_gpu and number >= torch.cuda.device_count():
         raise UserError(f"{device}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if on_gpu:
+        let_segments_grow()
+        torch.cuda.set_device(number)  # FSDP computes on the current device
     if not ranked:
         return World(0, 1, torch.device(device))
     try:
         if on_gpu:
-            torch.cuda.set_device(device)
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
         else:
             dist.init_process_group("gloo")
@@ -93,6 +106,17 @@ def start(device: str = "auto") -> World:
         reason = str(error).split("\n")[0]
         raise UserError(f"cannot join the ranks that torchrun has started: {reason}") from None
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def let_segments_grow() -> None:
+    """Let CUDA's allocator extend its segments, unless the user has set it up otherwise.
+
+    Almost every micro-batch has another shape: in segments of fixed sizes gaps would be left. To be
+    called before CUDA is used: the allocator reads this once.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not any(os.environ.get(name) for name in names):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def check_environment(on_gpu: bool) -> None:
@@ -183,17 +207,23 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def share_out(
-    work: Callable[[list[Any]], list[Any]], items: list[Any], costs: list[int], world: World
+    work: Callable[[list[Any]], list[Any]],
+    items: list[Any],
+    costs: list[int],
+    world: World,
+    team: int = 1,
 ) -> list[Any]:
     """`work(items)`, one result for each item in their order, done by all ranks together.
 
     Each rank works on some of the items, by their costs as many as the others; then all of them get
-    all results (pickled). Every rank calls it, with the same items.
+    all results (pickled). Every rank calls it, with the same items. team: so many neighbouring
+    ranks do the same work together, and the first of them reports it.
     """
-    mine = balance(costs, world.size)[world.rank]
+    mine = balance(costs, world.size // team)[world.rank // team]
     done = work([items[i] for i in mine])
+    reported = list(zip(mine, done, strict=True)) if world.rank % team == 0 else []
     results: list[Any] = [None] * len(items)
-    for share in gather_objects(list(zip(mine, done, strict=True))):
+    for share in gather_objects(reported):
         for i, result in share:
             results[i] = result
     return results
@@ -255,11 +285,16 @@ def shard(
     world: World,
     dtype: torch.dtype | None = None,
     checkpoint_activations: bool = False,
+    offload: bool = False,
     wrap: Callable[[Transformer], nn.Module] = Scorer,
 ) -> Any:
     """`wrap(model)`, ready to be trained on `world`: in place.
 
-    model: fp32 master weights, the same on every rank. checkpoint_activations: recompute them.
+    model: fp32 master weights, the same on every rank; or on meta, and then it gets memory for what
+    this rank keeps of it, to be filled by `load_weights` or from a checkpoint.
+    checkpoint_activations: recompute them. offload: masters, gradients and AdamW's moments stay in
+    the host's memory.
+
     More than one rank: FSDP2, one group of parameters per block and one for the rest; parameters
     become DTensors, and gradients come out as the SUM over ranks, sharded alike. `dtype` (bf16) is
     what the matrix products run in; the masters, the gradients' sum and AdamW stay fp32, because an
@@ -270,20 +305,61 @@ def shard(
     held = model.embed.weight.dtype
     mixed = dtype is not None and dtype != held
     model.varlen = can_use_varlen(model.config, dtype or held, world.device)
-    if world.size == 1 and not mixed:
-        return scorer.to(world.device)
-    if not dist.is_initialized():  # mixed precision is FSDP's: a process alone is a group of one
+    plain = world.size == 1 and not mixed and not offload
+    if not plain:
+        apply_fsdp(scorer, world, dtype if mixed else None, offload)
+    home = torch.device("cpu") if offload else world.device
+    if model.embed.weight.is_meta:
+        model.to_empty(device=home)  # after sharding: a rank never has memory for all of it
+    return scorer.to(home) if plain else scorer
+
+
+def apply_fsdp(scorer: nn.Module, world: World, dtype: torch.dtype | None, offload: bool) -> None:
+    """FSDP2 with the rules of `shard`. dtype: of the matrix products; None: the masters'."""
+    if not dist.is_initialized():  # a process alone is a group of one
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(world.device.type, (world.size,))
     # cast_forward_inputs=False: the stream between blocks stays fp32, and so do the rotary angles
-    policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if mixed:
-        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for module in [*model.blocks, scorer]:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    precision = MixedPrecisionPolicy(cast_forward_inputs=False)
+    if dtype:
+        precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    where = OffloadPolicy()
+    if offload:
+        where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")  # CUDA's to pin
+    for module in [*scorer.model.blocks, scorer]:
+        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=where)
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean: the rule at the top
         module.set_force_sum_reduction_for_comms(True)  # gloo knows no other reduction
-    return scorer
+
+
+@torch.no_grad()
+def load_weights(scorer: Any, path: str | Path) -> None:
+    """Fill what `shard` has made of a model on meta from a Hugging Face folder.
+
+    Each rank reads the rows that it keeps, and no others. What a `wrap` has added is left alone.
+    """
+    parts = {}
+    for name, parameter in scorer.model.named_parameters():
+        parts[name] = (local(parameter), first_row(parameter))
+    pretrained.fill(model_folder(path), scorer.model.config, parts)
+
+
+def first_row(parameter: Tensor) -> int:
+    """Which of a parameter's rows is the first that this rank keeps: they are cut by
+    `torch.chunk`.
+    """
+    if not isinstance(parameter, DTensor):
+        return 0
+    mesh = parameter.device_mesh
+    return mesh.get_local_rank() * math.ceil(len(parameter) / mesh.size())
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes. With --offload that is not where its parameters are."""
+    parameter = next(module.parameters())
+    if isinstance(parameter, DTensor):
+        return torch.device(parameter.device_mesh.device_type)
+    return parameter.device
 
 
 def log_probs(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -295,7 +371,7 @@ def log_probs(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple
 
 def forward(module: nn.Module, packed: Packed, *more: Any) -> Any:
     """`module(packed, *more)` on the module's device."""
-    result = module(packed.to(next(module.parameters()).device), *more)
+    result = module(packed.to(device_of(module)), *more)
     if isinstance(module, FSDPModule) and not torch.is_grad_enabled():
         module.reshard()  # FSDP keeps the root whole for a backward that will not come
     return result
@@ -348,17 +424,40 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_parameters(scorer: Scorer) -> Iterator[tuple[str, Tensor]]:
-    """The transformer's parameters, gathered one at a time. Every rank has to walk through all."""
+def whole_parameters(
+    scorer: Scorer, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The transformer's parameters, gathered one at a time, on the device that computes.
+
+    dtype: each rank rounds its part to it first, so that fewer bytes travel; None: as they are.
+    Every rank has to walk through all.
+    """
+    device = device_of(scorer)
     for name, parameter in scorer.model.named_parameters():
-        yield name, whole(parameter).detach()
+        yield name, whole(parameter.detach().to(device, dtype))
 
 
 @torch.no_grad()
 def copy_weights(source: Scorer, target: Transformer) -> None:
-    """Copy the policy into a plain model of any dtype or device (the sampler's), on every rank."""
-    for name, whole in whole_parameters(source):
-        target.get_parameter(name).copy_(whole)
+    """Copy the policy into a plain model of any dtype or device (the sampler's), on every rank.
+
+    Or what this rank holds of one into its slices. One whole parameter at a time is gathered, in
+    the type in which it is to be kept. Memory that `free_weights` has given back comes back.
+    """
+    dtype = target.embed.weight.dtype
+    for name, gathered in whole_parameters(source, dtype):
+        copy = target.get_parameter(name)
+        if isinstance(target, SlicedTransformer):
+            gathered = target.slice_of(name, gathered)
+        if not copy.untyped_storage().size():
+            copy.untyped_storage().resize_(copy.nbytes)
+        copy.copy_(gathered)
+
+
+def free_weights(model: Transformer) -> None:
+    """Give the memory of the weights back, until `copy_weights` fills them again."""
+    for parameter in model.parameters():
+        parameter.untyped_storage().resize_(0)
 
 
 def save_model(scorer: Scorer, path: Path, tokenizer: Tokenizer, world: World) -> None:

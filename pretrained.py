@@ -264,15 +264,21 @@ class Piece:
     rows: int
     pair_heads: int = 0
 
+    @property
+    def grain(self) -> int:
+        """How many rows change places among themselves: those of a head, or none (1)."""
+        return self.rows // self.pair_heads if self.pair_heads else 1
+
     def from_disk(self, tensor: Tensor) -> Tensor:
+        """Rows of the piece, of whole heads, in our order."""
         if not self.pair_heads:
             return tensor
-        return tensor.unflatten(0, (self.pair_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        return tensor.unflatten(0, (-1, 2, self.grain // 2)).transpose(1, 2).flatten(0, 2)
 
     def to_disk(self, tensor: Tensor) -> Tensor:
         """The inverse of `from_disk`, in memory of its own."""
         if self.pair_heads:
-            tensor = tensor.unflatten(0, (self.pair_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+            tensor = tensor.unflatten(0, (-1, self.grain // 2, 2)).transpose(1, 2).flatten(0, 2)
         return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
@@ -335,40 +341,40 @@ def add_attention(add, config: "ModelConfig", ours: str, theirs: str) -> None:
 # --- reading --------------------------------------------------------------------------------------
 
 
-def open_tensors(folder: Path, config: "ModelConfig") -> dict[str, safe_open]:
-    """For every tensor of the model the open file that holds it. `get_tensor` reads it.
+def find_tensors(folder: Path, config: "ModelConfig") -> dict[str, Path]:
+    """For every tensor of the model the file that holds it.
 
     UserError if one is missing, or if there is one that the model has no place for.
     """
-    tensors: dict[str, safe_open] = {}
+    files: dict[str, Path] = {}
     for name in file_names(folder):
         if not (folder / name).is_file():
             raise UserError(
                 f"{folder}: {name} is missing (weights are read from safetensors files only)"
             )
         try:
-            file = safe_open(folder / name, framework="pt")
+            with safe_open(folder / name, framework="pt") as opened:
+                files |= dict.fromkeys(opened.keys(), folder / name)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{folder / name} is truncated or not a safetensors file ({error})"
             ) from None
-        tensors |= dict.fromkeys(file.keys(), file)
 
     wanted = {piece.name for pieces in layout(config).values() for piece in pieces}
-    missing = wanted - tensors.keys()
+    missing = wanted - files.keys()
     if missing:
         raise UserError(
             f"{folder}: {len(missing)} tensors are missing, the first is {min(missing)}"
         )
-    extra = tensors.keys() - wanted
+    extra = files.keys() - wanted
     extra = {name for name in extra if not name.endswith("rotary_emb.inv_freq")}  # a constant
-    if config.tied and "lm_head.weight" in extra and head_is_embedding(tensors):
+    if config.tied and "lm_head.weight" in extra and head_is_embedding(files):
         extra -= {"lm_head.weight"}
     if extra:
         raise UserError(
             f"{folder}: {len(extra)} tensors do not belong to the model, the first is {min(extra)}"
         )
-    return tensors
+    return files
 
 
 def file_names(folder: Path) -> list[str]:
@@ -383,53 +389,68 @@ def file_names(folder: Path) -> list[str]:
     return sorted(set(names))
 
 
-def head_is_embedding(tensors: dict[str, safe_open]) -> bool:
+def mapped(file: Path, name: str) -> Tensor:
+    """A tensor of a safetensors file, mapped into memory: only what is used of it is ever read.
+
+    Each file is opened anew. While a mapping lasts, all that was read counts as this process's.
+    """
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def head_is_embedding(files: dict[str, Path]) -> bool:
     """Whether the head that is stored beside a tied model's embedding is a copy of it."""
-    head = tensors["lm_head.weight"].get_tensor("lm_head.weight")
-    embedding = tensors["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    head, embedding = (mapped(files[name], name) for name in names)
     if (head.shape, head.dtype) != (embedding.shape, embedding.dtype):
         return False
-    return torch.allclose(head, embedding, rtol=0, atol=0, equal_nan=True)  # see `fill`
+    # As bytes: a NaN is equal to itself, and is named by `read_rows`.
+    return torch.equal(head.view(torch.uint8), embedding.view(torch.uint8))
 
 
-def fill(
-    parameters: dict[str, Tensor],
-    config: "ModelConfig",
-    tensors: dict[str, safe_open],
-    folder: Path,
-) -> None:
-    """Copy the tensors of `folder` into the parameters, which have memory but no values yet.
+@torch.no_grad()
+def fill(folder: Path, config: "ModelConfig", parts: dict[str, tuple[Tensor, int]]) -> None:
+    """Read parameters that have memory but no values yet.
+
+    parts: by the parameter's name, the memory, and which of the parameter's rows is the first in
+    it: 0 and all of them, or the rows that a rank keeps. No others are read, and at most one tensor
+    is in memory beside them.
+    """
+    files = find_tensors(folder, config)
+    table = layout(config)
+    for name, (part, first) in tqdm(parts.items(), "loading", delay=3):
+        above = 0  # the parameter's rows before this piece's
+        for piece in table[name]:
+            begin = max(first - above, 0)
+            end = min(first + len(part) - above, piece.rows)
+            if begin < end:
+                rows = read_rows(files[piece.name], piece, begin, end, part.shape[1:])
+                start = above + begin - first
+                part[start : start + len(rows)].copy_(rows)
+            above += piece.rows
+
+
+def read_rows(file: Path, piece: Piece, begin: int, end: int, columns: torch.Size) -> Tensor:
+    """The rows [begin, end) of a piece, in our order. columns: the shape of one of them.
 
     UserError for a tensor of another shape, or with a value that is not finite: such a model says
     nothing, and never learns.
     """
-    table = layout(config)
-    for name, parameter in tqdm(parameters.items(), "loading", len(table), delay=3):
-        pieces = table[name]
-        parts = parameter.split([piece.rows for piece in pieces])
-        for part, piece in zip(parts, pieces):
-            tensor = tensors[piece.name].get_tensor(piece.name)
-            if tensor.shape != part.shape or tensor.dtype not in FLOATS:
-                raise UserError(
-                    f"{folder}: {piece.name} is {tensor.dtype} {list(tensor.shape)}, "
-                    f"config.json asks for floats {list(part.shape)}"
-                )
-            if not tensor.isfinite().all():
-                file = file_of(folder, piece.name)
-                raise UserError(
-                    f"{file}: {piece.name} holds NaN or infinity: the model is broken, use an "
-                    "earlier one"
-                )
-            part.copy_(piece.from_disk(tensor))
-
-
-def file_of(folder: Path, tensor: str) -> Path:
-    """The safetensors file of a folder that holds the tensor."""
-    for name in file_names(folder):
-        with safe_open(folder / name, framework="pt") as file:
-            if tensor in file.keys():  # noqa: SIM118 (it is no dict)
-                return folder / name
-    raise LookupError(tensor)
+    tensor = mapped(file, piece.name)
+    shape = [piece.rows, *columns]
+    if list(tensor.shape) != shape or tensor.dtype not in FLOATS:
+        raise UserError(
+            f"{file}: {piece.name} is {tensor.dtype} {list(tensor.shape)}, "
+            f"config.json asks for floats {shape}"
+        )
+    first = begin // piece.grain * piece.grain  # whole heads: their rows are in another order
+    heads_end = math.ceil(end / piece.grain) * piece.grain
+    tensor = tensor[first:heads_end]
+    if not tensor.isfinite().all():
+        raise UserError(
+            f"{file}: {piece.name} holds NaN or infinity: the model is broken, use an earlier one"
+        )
+    return piece.from_disk(tensor)[begin - first : end - first]
 
 
 # --- writing --------------------------------------------------------------------------------------

@@ -72,8 +72,9 @@ import relatives
 import rollout
 import runfolder
 import tasks
+import tensor_parallel
 from cli import UserError
-from model import load_pretrained, model_folder, read_config
+from model import ModelConfig, Transformer, model_folder, read_config, without_weights
 from muon import make_optimizers
 from packing import Packed
 from parallel import Scorer, World
@@ -81,6 +82,7 @@ from rollout import Response, Stopwatch, flat, give, lengths, outcome
 from runfolder import Run
 from sample import Sampler, SamplingParams
 from tasks import Problem
+from tensor_parallel import SlicedTransformer
 from tokenizer import Tokenizer, load_tokenizer, require_stop_token
 
 # --- T1, one idea per function --------------------------------------------------------------------
@@ -214,11 +216,12 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
 def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally") -> None:
     """The loss of one minibatch, micro-batch by micro-batch; its gradient is left in the policy."""
     recipe = learner.recipe
-    like = next(learner.policy.parameters())  # its device, its type
-    old = flat(responses, "old").to(like.device, like.dtype)
-    anchor = flat(responses, "anchor").to(like.device, like.dtype)
-    advantage = flat(responses, "advantage").to(like.device, like.dtype)
-    weight = flat(responses, "weight").to(like.device, like.dtype)
+    device = learner.world.device
+    dtype = next(learner.policy.parameters()).dtype
+    old = flat(responses, "old").to(device, dtype)
+    anchor = flat(responses, "anchor").to(device, dtype)
+    advantage = flat(responses, "advantage").to(device, dtype)
+    weight = flat(responses, "weight").to(device, dtype)
     count = len(old)
     for at, packed in learner.micro_batches(responses):
         logprob, entropy = parallel.log_probs(learner.policy, packed, recipe.temperature)
@@ -303,7 +306,7 @@ RECIPES = {
 class Learner:
     """The policy, everything that moves with it, and what it is asked."""
 
-    config: "Config"  # the flags, with `max_tokens` resolved
+    config: "Config"  # the flags, with `max_tokens` and `dtype` resolved
     recipe: Recipe  # with the numbers that flags override
     problems: list[Problem]
     world: World
@@ -489,33 +492,38 @@ def minibatches(size: int, config: "Config", step: int) -> Iterator[list[int]]:
 
 
 class Tally:
-    """The metrics of a step's updates: summed over this rank's tokens, in the end over all."""
+    """The metrics of a step's updates: summed over this rank's tokens, in the end over all.
+
+    The sums stay on the device (0.0 until there are any): to look at one would be to wait for it.
+    """
 
     def __init__(self) -> None:
         self.losses: list[float] = []  # of the updates that are done
         self.norms: list[float] = []
-        self.loss = 0.0  # of the update that is under way
+        self.loss: float | Tensor = 0.0  # of the update that is under way
         names = ("tokens", "entropy", "clipped", "gap", "gap_tokens")
-        self.sums = dict.fromkeys(names, 0.0)
-        self.widest_gap = 0.0
+        self.sums: dict[str, float | Tensor] = dict.fromkeys(names, 0.0)
+        self.widest_gap: float | Tensor = 0.0
 
     @torch.no_grad()
     def add(self, loss: Tensor, logprob: Tensor, entropy: Tensor, old: Tensor, recipe: Recipe):
         """Count a micro-batch."""
-        self.loss += loss.item()
+        self.loss = self.loss + loss.double()
         gap = logprob - old
         ratio = gap.exp()
         outside = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
-        self.sums["tokens"] += len(gap)
-        self.sums["entropy"] += entropy.sum().item()
-        self.sums["clipped"] += outside.sum().item()
-        if not self.losses and len(gap):  # the policy is still the one that has sampled
-            self.sums["gap"] += gap.abs().sum().item()
-            self.sums["gap_tokens"] += len(gap)
-            self.widest_gap = max(self.widest_gap, gap.abs().max().item())
+        tokens = torch.ones_like(gap)
+        found = {"tokens": tokens, "entropy": entropy, "clipped": outside}
+        if not self.losses:  # the policy is still the one that has sampled
+            found |= {"gap": gap.abs(), "gap_tokens": tokens}
+            if len(gap):
+                self.widest_gap = gap.abs().max().clamp(min=self.widest_gap)
+        for name, values in found.items():
+            self.sums[name] = self.sums[name] + values.sum().double()
 
     def metrics(self, exact: bool) -> dict[str, float]:
-        sums = {name: parallel.sum_over_ranks(value) for name, value in self.sums.items()}
+        totals = parallel.sum_over_ranks(torch.stack(list(self.sums.values()))).tolist()
+        sums = dict(zip(self.sums, totals))
         found = {
             "loss": sum(self.losses) / len(self.losses),
             "grad_norm": sum(self.norms) / len(self.norms),
@@ -524,7 +532,7 @@ class Tally:
         }
         if exact:  # otherwise `give_log_probs` has compared all of the tokens
             found["mismatch"] = sums["gap"] / sums["gap_tokens"]
-            found["mismatch_max"] = max(parallel.gather_objects(self.widest_gap))
+            found["mismatch_max"] = max(parallel.gather_objects(float(self.widest_gap)))
         return found
 
 
@@ -535,7 +543,7 @@ def zero_grad(learner: Learner) -> None:
 
 def descend(learner: Learner, tally: Tally) -> None:
     """One optimizer step with the gradients that stand in the models, unless the guard objects."""
-    loss = parallel.sum_over_ranks(tally.loss)
+    loss = float(parallel.sum_over_ranks(tally.loss))
     limit = learner.config.max_grad_norm
     norms = {name: parallel.clip_grad_norm(m, limit) for name, m in learner.models.items()}
     tally.losses.append(loss)
@@ -560,7 +568,8 @@ def begin_step(learner: Learner, step: int) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1.0, rise, fall)
     if learner.sampler.model is not learner.policy.model:
-        # Before the rollout, not after the update: a resumed run has new weights, too.
+        # Before the rollout, not after the update: a resumed run has new weights, too. And a copy
+        # may hold no memory by now, see `make_room`.
         parallel.copy_weights(learner.policy, learner.sampler.model)
 
 
@@ -580,13 +589,33 @@ def collect(learner: Learner, watch: Stopwatch) -> list[Response]:
         prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
         with watch("sampling"):
             completions = rollout.draw(
-                learner.sampler, prompts, keys, config.samples, params, world
+                learner.sampler, prompts, keys, config.samples, params, world, config.sampler_ranks
             )
         with watch("verifying"):
             responses += rollout.judge(problems, prompts, completions, tokenizer, config, world)
         if unequal_groups(outcome(responses), config.samples).sum() >= config.prompts:
             break
     return responses
+
+
+def make_room(learner: Learner) -> None:
+    """Give the memory of the sampler's copy back, where training needs it. See `begin_step`."""
+    copy = learner.sampler.model
+    if copy is not learner.policy.model and is_large(copy):
+        parallel.free_weights(copy)
+
+
+def is_large(copy: Transformer) -> bool:
+    """Whether the sampler's copy takes more than a quarter of a GPU's memory.
+
+    A smaller one stays where it is: CUDA graphs that read it end when it moves. So does every copy
+    on a CPU, where memory that is given back costs time, and is seldom what a run lacks.
+    """
+    device = copy.head_weight.device
+    if device.type != "cuda":
+        return False
+    held = sum(parameter.nbytes for parameter in copy.parameters())
+    return held > torch.cuda.get_device_properties(device).total_memory // 4
 
 
 def nth_problem(learner: Learner, number: int) -> Problem:
@@ -603,6 +632,7 @@ def run_step(
     watch = Stopwatch()
     begin_step(learner, step)
     responses = collect(learner, watch)
+    make_room(learner)
     with watch("training"):
         metrics = train_step(learner, responses, step)
     end_step(learner, responses, metrics, watch)
@@ -714,6 +744,9 @@ class Config:
     changes no result beyond rounding."""
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
+    offload: bool = False
+    """Keep master weights, gradients, AdamW's moments and the anchor in the host's memory: slower,
+    for a GPU that has no room for them."""
     checkpoint_every: int = 10
     """Steps between checkpoints; the last two are kept."""
     keep_every: int = 0
@@ -732,15 +765,18 @@ class Config:
     """With --export: the checkpoint of this step (none: the newest)."""
     max_batch: int = 1024
     """Sequences decoded at once, at most."""
+    sampler_ranks: int = 1
+    """Ranks, best of one node, that share one copy of the policy to sample from, each with a slice
+    of every layer: for a policy that is too large for one GPU (see tensor_parallel.py)."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Where the metrics go besides metrics.jsonl."""
     template_args: str = ""
     """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     device: str = "auto"
     """cpu, cuda, or auto."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the matrix products and of the sampler's copy; the master weights are float32 in any
-    case."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the matrix products run in, and the sampler. auto: bfloat16 on a GPU that has it, else
+    float32; with --resume, what the run began with. Master weights are float32 in any case."""
 
 
 OVERRIDES = (
@@ -751,7 +787,8 @@ OVERRIDES = (
 
 MAY_CHANGE = (
     *("out", "data", "model", "steps", "resume", "export", "step", "log", "show_every", "device"),
-    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute"),
+    *("checkpoint_every", "keep_every", "micro_tokens", "max_batch", "recompute", "offload"),
+    "sampler_ranks",
 )
 """Flags that --resume accepts with another value: a folder or a file may have moved (what it holds
 must be the same, see `Run.check_inputs`). All others would make it another run."""
@@ -803,7 +840,8 @@ def check_numbers(config: Config, recipe: Recipe) -> None:
             raise UserError(f"--{name.replace('_', '-')} must {wanted}, but is {value}")
 
     counts = ("steps", "prompts", "samples", "epochs", "minibatches", "checkpoint_every")
-    for name in (*counts, "max_tokens", "micro_tokens", "max_batch", "repeat_ngram"):
+    sizes = ("max_tokens", "micro_tokens", "max_batch", "sampler_ranks", "repeat_ngram")
+    for name in (*counts, *sizes):
         value = getattr(config, name)
         require(value is None or value >= 1, name, "be at least 1", value)
     require(config.repeat_times >= 2, "repeat_times", "be at least 2", config.repeat_times)
@@ -837,13 +875,15 @@ def check_one_sample(config: Config, recipe: Recipe) -> None:
 
 
 def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world: World) -> Learner:
-    """Load the models. config: with `max_tokens` resolved."""
+    """Load the models. config: with `max_tokens` and `dtype` resolved."""
+    shape = read_config(model_folder(config.model))
+    tensor_parallel.check(shape, config.sampler_ranks, world.size)
     dtype = getattr(torch, config.dtype)
     policy = load_trained(config, world)
     exact = dtype == torch.float32
     # One process in fp32 samples from the policy itself; otherwise the sampler has its own copy.
-    alone = exact and world.size == 1
-    actor = policy.model if alone else load_pretrained(config.model, dtype, world.device)
+    alone = exact and world.size == 1 and not config.offload
+    actor = policy.model if alone else empty_copy(shape, config.sampler_ranks, dtype, world)
     tokenizer = load_tokenizer(config.model, config.template_args)
     anchor = load_trained(config, world) if recipe.kl_coef else None
     start = None
@@ -866,10 +906,20 @@ def make_learner(config: Config, recipe: Recipe, problems: list[Problem], world:
     )
 
 
+def empty_copy(shape: ModelConfig, ranks: int, dtype: torch.dtype, world: World) -> Transformer:
+    """A model to sample from, whole or in slices. `begin_step` gives it the policy's weights."""
+    if ranks > 1:
+        return SlicedTransformer(shape, ranks, dtype, world.device)
+    return Transformer(shape, dtype, "meta").to_empty(device=world.device)
+
+
 def load_trained(config: Config, world: World, wrap: Callable = Scorer) -> Any:
     """The model of --model in a `wrap`, sharded over the ranks."""
+    model = without_weights(config.model)
     dtype = getattr(torch, config.dtype)
-    return parallel.shard(load_pretrained(config.model), world, dtype, config.recompute, wrap)
+    scorer = parallel.shard(model, world, dtype, config.recompute, config.offload, wrap)
+    parallel.load_weights(scorer, config.model)
+    return scorer
 
 
 def export(config: Config, world: World) -> None:
@@ -892,7 +942,7 @@ def export(config: Config, world: World) -> None:
     if Path(config.export).exists():
         raise UserError(f"--export: {config.export} exists already")
     cli.check_parent(config.export)
-    policy = parallel.shard(load_pretrained(config.model), world)
+    policy = parallel.shard(without_weights(config.model), world)
     parallel.load_checkpoint(newest, {"policy": policy}, world)
     parallel.save_model(policy, Path(config.export), load_tokenizer(config.model), world)
 
@@ -962,6 +1012,7 @@ def train(
     """A run from its first step, or from its last checkpoint, to its end."""
     recipe = resolve(config)
     check_flags(config, recipe)
+    config = runfolder.with_dtype(config, world)
     may_change = MAY_CHANGE
     if config.cooldown:  # it is counted from the end: the steps already taken had the wrong rate
         may_change = tuple(name for name in MAY_CHANGE if name != "steps")

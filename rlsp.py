@@ -235,21 +235,22 @@ def train_step(learner: RLSPLearner, responses: list[Response], step: int) -> di
         missed += critic_gradient(learner, chosen, torch.cat([targets[i] for i in rows]))
         rl.descend(learner, tally)
     metrics |= tally.metrics(learner.exact)
-    metrics["value_loss"] = parallel.sum_over_ranks(missed) / (config.epochs * len(returns))
+    missed = float(parallel.sum_over_ranks(missed))
+    metrics["value_loss"] = missed / (config.epochs * len(returns))
     if learner.anchor:
         rl.update_anchor(learner.anchor, learner.policy, recipe.anchor_decay)
     return metrics
 
 
-def critic_gradient(learner: RLSPLearner, responses: list[Response], returns: Tensor) -> float:
-    """The critic's gradient of one minibatch; its loss, summed over this rank's tokens."""
+def critic_gradient(learner: RLSPLearner, responses: list[Response], returns: Tensor) -> Tensor:
+    """The critic's gradient of one minibatch; its loss, summed over this rank's tokens, fp64."""
     returns = returns.to(learner.world.device)
-    summed = 0.0
+    summed = torch.zeros((), dtype=torch.float64, device=returns.device)
     for at, packed in learner.micro_batches(responses):
         values = parallel.forward(learner.critic, packed)
         loss = value_loss(values, returns[at], len(returns))
         loss.backward()
-        summed += loss.item() * len(returns)
+        summed += loss.detach() * len(returns)
     return summed
 
 

@@ -101,14 +101,16 @@ def draw(
     samples: int,
     params: SamplingParams,
     world: World,
+    team: int = 1,
 ) -> list[Completion]:
     """`samples` completions of each prompt, prompt after prompt.
 
     Each rank takes some of the prompts. Where there are more ranks than prompts, several of them
     share the samples of one. keys: one for each prompt; they seed the draws, so that the tokens do
-    not depend on which rank draws them.
+    not depend on which rank draws them. team: so many ranks share one copy of the model, see
+    tensor_parallel.py; they take one share of the work.
     """
-    share = share_of(len(prompts), samples, world.size)
+    share = share_of(len(prompts), samples, world.size // team)
     pieces = []  # (prompt, first sample): `share` completions each
     for i in range(len(prompts)):
         pieces += [(i, first) for first in range(0, samples, share)]
@@ -119,12 +121,12 @@ def draw(
         return sampler.generate(chosen, share, params, [keys[i] for i, _ in mine], firsts)
 
     work = [len(prompts[i]) + share * params.max_tokens for i, _ in pieces]
-    groups = parallel.share_out(draw_mine, pieces, work, world)
+    groups = parallel.share_out(draw_mine, pieces, work, world, team)
     return [completion for group in groups for completion in group]
 
 
 def share_of(prompts: int, samples: int, ranks: int) -> int:
-    """How many of a prompt's K samples one rank draws.
+    """How many of a prompt's K samples one rank (or team of ranks) draws.
 
     All of them, or the largest divisor of K that leaves no rank idle.
     """

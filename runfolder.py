@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import cli
 from cli import UserError, check_parent, read_json, whole_file, write_text, writing
+from devices import pick_dtype
 from parallel import (
     Checkpoints,
     Scorer,
@@ -83,6 +84,19 @@ def check_run(
         )
     check_parent(out)
     return flags
+
+
+def with_dtype(config: Any, world: World) -> Any:
+    """The flags with what --dtype auto stands for: a run keeps it, so config.json has to name it.
+
+    A resumed run goes on in the dtype that it began with, on whatever device. UserError if the
+    device does not have it.
+    """
+    name = config.dtype
+    if config.resume and name == "auto":
+        with contextlib.suppress(UserError):  # no run there: `check_run` says so
+            name = read_json(Path(config.out) / "config.json").get("dtype", name)
+    return dataclasses.replace(config, dtype=pick_dtype(name, world.device, say=world.main))
 
 
 def check_same_run(out: Path, flags: dict[str, Any], may_change: tuple[str, ...]) -> None:

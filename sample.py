@@ -45,9 +45,11 @@ import kernels
 import tasks
 from cli import UserError
 from decode import Cache, KVCache, cache_block, make_decoder, round_up
+from devices import pick_device, pick_dtype
 from kernels.sampling import splitmix64
 from model import Transformer, causal_attention, load_pretrained
 from tasks import Problem
+from tensor_parallel import least_of_team
 from tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: SplitMix64 adds it before each hash
@@ -487,7 +489,7 @@ class Sampler:
         # One layer more than there are: when the cache grows, one layer at a time is there twice.
         numbers = 2 * (config.layers + 1) * config.kv_heads * config.head_dim
         position_bytes = numbers * weight.element_size()
-        free = free_memory(weight.device)
+        free = least_of_team(self.model, free_memory(weight.device))
         budget = (self.cache_bytes or free // 2) // position_bytes
         row = round_up(limit, cache_block(weight.device))
         if row + longest > budget:
@@ -599,18 +601,15 @@ class Config:
     template_args: str = ""
     """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on CUDA, which halves what a step has to read; float32 elsewhere."""
+    """auto: bfloat16 on a GPU that has it, which halves what a step has to read; else float32."""
 
 
 def main(config: Config) -> None:
     check_flags(config)
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    device = "cuda" if on_gpu else "cpu"
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if on_gpu else "float32"
+    device = pick_device(config.device)
+    dtype = getattr(torch, pick_dtype(config.dtype, device))
     tokenizer = load_tokenizer(config.model, config.template_args)
-    sampler = Sampler(load_pretrained(config.model, getattr(torch, dtype), device), tokenizer)
+    sampler = Sampler(load_pretrained(config.model, dtype, device), tokenizer)
     most = config.max_tokens
     if most is None:
         most = MOST_TOKENS  # the sampler ends earlier where the context does
@@ -629,8 +628,6 @@ def check_flags(config: Config) -> None:
         raise UserError(f"--n must be at least 1, not {config.n}")
     if config.question is None and (config.n > 1 or config.verify is not None):
         raise UserError("--n and --verify need a question")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU is visible to torch")
 
 
 def answer(

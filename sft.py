@@ -54,7 +54,7 @@ import pretrained
 import runfolder
 import tasks
 from cli import UserError
-from model import ModelConfig, Transformer, load_pretrained, random_init
+from model import ModelConfig, Transformer, random_init, without_weights
 from muon import make_optimizers
 from packing import Example
 from parallel import Scorer, World
@@ -70,7 +70,7 @@ from tokenizer import (
 
 MAY_CHANGE = (
     "out", "data", "model", "resume", "steps", "epochs", "device", "micro_tokens", "eval_every",
-    "checkpoint_every", "keep", "log", "recompute",
+    "checkpoint_every", "keep", "log", "recompute", "offload",
 )  # fmt: skip
 """Flags that --resume accepts with another value: a folder or a file may have moved (what it holds
 must be the same, see `Run.check_inputs`). All others would make it another run."""
@@ -153,10 +153,13 @@ class Config:
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the matrix products run in. auto: bfloat16 on cuda, float32 on cpu. Master weights are
-    fp32 always."""
+    """What the matrix products run in. auto: bfloat16 on a GPU that has it, else float32; with
+    --resume, what the run began with. Master weights are float32 in any case."""
     recompute: bool = False
     """Recompute activations in the backward pass: a third more time for far less memory."""
+    offload: bool = False
+    """Keep master weights, gradients and AdamW's moments in the host's memory: slower, for a GPU
+    that has no room for them."""
     log: Literal["none", "tensorboard", "wandb"] = "none"
     """Where metrics go besides metrics.jsonl."""
 
@@ -362,9 +365,9 @@ def at_random_positions(
 
 
 def begin(config: Config) -> tuple[Transformer, Tokenizer]:
-    """The model to start from and its tokenizer."""
+    """The model to start from and its tokenizer. That of --model comes without its weights."""
     if config.model is not None:
-        return load_pretrained(config.model), load_tokenizer(config.model, config.template_args)
+        return without_weights(config.model), load_tokenizer(config.model, config.template_args)
     tokenizer = demo_tokenizer(cot.WORDS)
     return random_init(small_shape(tokenizer), config.seed), tokenizer
 
@@ -488,6 +491,7 @@ PANELS = {
 def train(config: Config, world: World) -> None:
     """A run, from its flags to OUT/model."""
     check_flags(config)
+    config = runfolder.with_dtype(config, world)
     runfolder.check_run(config.out, config, config.resume, MAY_CHANGE)
     model, tokenizer = begin(config)
     require_stop_token(tokenizer, model.config.vocab_size, config.model or "the demo's model")
@@ -497,8 +501,11 @@ def train(config: Config, world: World) -> None:
         raise UserError(
             f"--random-positions: --max-length {max_length} is beyond the context of {context}"
         )
+    dtype = getattr(torch, config.dtype)
+    scorer = parallel.shard(model, world, dtype, config.recompute, config.offload)
+    if config.model is not None:
+        parallel.load_weights(scorer, config.model)
     data = read_data(config, tokenizer, max_length, world)
-    scorer = parallel.shard(model, world, product_dtype(config, world), config.recompute)
     optimizers = make_optimizers(scorer, config.optimizer, config.lr, config.weight_decay)
 
     with Run(config, MAY_CHANGE, world, keep=config.keep, max_skips=config.max_skips) as run:
@@ -530,14 +537,6 @@ def train(config: Config, world: World) -> None:
                 run.plot(PANELS)
         run.finish(scorer, tokenizer)
         run.say(closing(config))
-
-
-def product_dtype(config: Config, world: World) -> torch.dtype:
-    """What the matrix products run in."""
-    name = config.dtype
-    if name == "auto":
-        name = "bfloat16" if world.device.type == "cuda" else "float32"
-    return getattr(torch, name)
 
 
 def main(config: Config) -> None:

@@ -1,6 +1,7 @@
-"""Speed, memory and compiled size of kernels/, beside PyTorch, torch.compile, Liger and cut-cross-entropy.
+"""Speed, memory and compiled size of kernels/, beside PyTorch and torch.compile, or Liger and cut-cross-entropy.
 
-    python benchmarks/kernels_bench.py              # on a GPU: every table (2 to 3 minutes on an H200)
+    python benchmarks/kernels_bench.py              # on a GPU: every row of ours
+    python benchmarks/kernels_bench.py --peers      # on a GPU: the loss beside those of others
     python benchmarks/kernels_bench.py --smoke      # anywhere: the same rows end to end, at toy size
     python benchmarks/kernels_bench.py --resources  # compile for six kinds of GPU, sm_80 to sm_120 (no GPU needed)
     python benchmarks/kernels_bench.py --memory     # the CPU's peak in one step at N 4,096, V 151,936, D 896 (minutes)
@@ -9,10 +10,9 @@ Prints Markdown. Times are medians after a warm-up, by CUDA events, of contender
 limit" is the share of what the chip could do at best: for 1, 2 and 4 the bytes that must move (each input and output
 once) at the bandwidth of a copy measured in the same run; for 3, the 6 N V D operations of a plain step at the rate of
 a large matrix product measured in the same run (ours does 8: it computes the logits twice). A peer that is not
-installed is named and left out (pip install liger-kernel cut-cross-entropy).
+installed (pip install liger-kernel cut-cross-entropy), or fails, is one line.
 """
 
-import importlib.util
 import os
 import re
 import resource
@@ -30,6 +30,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import cli
 import kernels
+from benchmarks.rows import RowFile, fits, skipping
+from devices import pick_device
 from kernels.decoding import add_norm_kernel, rotary_write_kernel, silu_mul_kernel
 from kernels.jit import triton
 from kernels.logprob import accumulate_kernel, gradient_kernel
@@ -45,6 +47,10 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)  # A100; RTX 30; RTX 40, L40; H100, H2
 class Config:
     smoke: bool = False
     """Toy sizes, to see that every row runs."""
+    peers: bool = False
+    """The loss beside those of others (Liger, Cut Cross Entropy), instead."""
+    json: str = ""
+    """File to append a line of JSON to for each row. Default: benchmarks/gpu.jsonl on a GPU, none elsewhere."""
     resources: bool = False
     """Only the table of registers, spills and shared memory (and for the flags below: only their table)."""
     memory: bool = False
@@ -197,8 +203,8 @@ def median_ms(functions: dict, repeats: int) -> dict[str, float]:
                 end = _now()
                 if turn >= 2:
                     times[name].append(_elapsed(begin, end))
-            except (RuntimeError, TypeError, ValueError, ImportError) as error:
-                times[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+            except Exception as error:  # whatever a peer does: the others have their turn
+                times[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:60]}"
     return {
         name: value if isinstance(value, str) else statistics.median(value)
         for name, value in times.items()
@@ -248,19 +254,28 @@ def limits(smoke: bool) -> tuple[float, float]:
     return 2 * n / ms["copy"], 2 * side**3 / ms["matmul"]
 
 
-def print_rows(title: str, functions: dict, limit_ms: float, repeats: int, memory: bool = False):
+def print_rows(
+    title: str, functions: dict, limit_ms: float, repeats: int, file: RowFile, memory: bool = False
+):
     times = median_ms(functions, repeats)
     ours = times["ours"]
     for name, value in times.items():
         if isinstance(value, str):
-            print(f"| {title} | {name} | {value} | | | |")
+            print(f"| {title} | {name} | skipped: {value} | | | |")
             continue
-        ratio = f"{value / ours:.2f}x" if isinstance(ours, float) else ""
-        extra = f"{extra_bytes(functions[name]) / 2**20:,.0f} MiB" if memory else ""
+        numbers = {"ms": value, "of limit": limit_ms / value}
+        ratio = extra = ""
+        if isinstance(ours, float):
+            numbers["time / ours"] = value / ours
+            ratio = f"{value / ours:.2f}x"
+        if memory:
+            numbers["extra MiB"] = extra_bytes(functions[name]) / 2**20
+            extra = f"{numbers['extra MiB']:,.0f} MiB"
         print(
             f"| {title} | {name} | {value:.3f} | {ratio} | {limit_ms / value:.0%} | {extra} |",
             flush=True,
         )
+        file.add("kernels", f"{title}: {name}", **numbers)
 
 
 # ----------------------------------------------------------------------------------------------------- what is compared
@@ -302,25 +317,22 @@ def step(function, inputs, targets, entropy: float, backward: bool = True):
 def peers() -> dict:
     """Fused losses of others, as function(hidden, weight, targets, temperature) -> (-loss,): no entropy among them."""
     found = {}
-    if importlib.util.find_spec("liger_kernel"):
+    with skipping("Liger", Exception):
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         liger = LigerFusedLinearCrossEntropyLoss()
         found["Liger"] = lambda h, w, y, t: (-liger(w, h, y),)
-    if importlib.util.find_spec("cut_cross_entropy"):
+    with skipping("Cut Cross Entropy", Exception):
         from cut_cross_entropy import linear_cross_entropy
 
         found["CCE"] = lambda h, w, y, t: (-linear_cross_entropy(h, w, y),)
         found["CCE, no filter"] = lambda h, w, y, t: (
             -linear_cross_entropy(h, w, y, impl="cce_exact"),
         )
-    for name, module in (("Liger", "liger_kernel"), ("CCE", "cut_cross_entropy")):
-        if not importlib.util.find_spec(module):
-            print(f"{name}: not installed, left out\n")
     return found
 
 
-def print_from_logits(smoke: bool, bandwidth: float):
+def print_from_logits(smoke: bool, bandwidth: float, file: RowFile):
     rows, vocabulary = (4, 1000) if smoke else (8192, 151936)
     repeats = 2 if smoke else 10
     logits = torch.randn(rows, vocabulary, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
@@ -330,7 +342,7 @@ def print_from_logits(smoke: bool, bandwidth: float):
     table["torch.compile"] = compiled(lambda z: torch.softmax(z.float(), -1).to(z.dtype))
     with torch.no_grad():
         softmaxes = {name: (lambda f=f, z=logits: f(z)) for name, f in table.items()}
-        print_rows("1 softmax", softmaxes, 2 * traffic / bandwidth, repeats)
+        print_rows("1 softmax", softmaxes, 2 * traffic / bandwidth, repeats, file)
     table = {"ours": kernels.logprob_entropy, "PyTorch": plain_logprob_entropy}
     table["torch.compile"] = compiled(plain_logprob_entropy)
     for title, backward, factor in (
@@ -338,7 +350,7 @@ def print_from_logits(smoke: bool, bandwidth: float):
         ("2 forward + backward", True, 3),
     ):
         functions = {name: step(f, [logits], targets, 0.01, backward) for name, f in table.items()}
-        print_rows(title, functions, factor * traffic / bandwidth, repeats)
+        print_rows(title, functions, factor * traffic / bandwidth, repeats, file)
     del logits, softmaxes, functions  # on a GPU: 2.5 GB and as much again of gradient
     for dtype in (torch.bfloat16, torch.float32):
         batch = rows if smoke else 1024
@@ -364,46 +376,64 @@ def print_from_logits(smoke: bool, bandwidth: float):
             functions,
             z.numel() * z.element_size() / bandwidth,
             repeats,
+            file,
         )
 
 
-def print_linear(smoke: bool, rate: float):
+def linear_contenders(hidden, weight, targets, others: dict | None) -> tuple[dict, dict]:
+    """(forward, forward and backward) of ours and of `others`, or else of PyTorch, by name.
+
+    The others' loss has no entropy: ours stands beside them with it and without."""
+    inputs = [hidden, weight]
+    ours = kernels.linear_logprob_entropy
+    plain = {}
+    if others is None:
+        others = {}
+        plain = {"PyTorch": plain_linear, "torch.compile": compiled(plain_linear)}
+    forward = {
+        name: step(f, inputs, targets, 0.0, False)
+        for name, f in ({"ours": ours} | plain | others).items()
+    }
+    both = {
+        "ours": step(ours, inputs, targets, 0.01),
+        "ours, no entropy": step(ours, inputs, targets, 0.0),
+    }
+    both |= {name: step(f, inputs, targets, 0.01) for name, f in plain.items()}
+    both |= {f"{name}, no entropy": step(f, inputs, targets, 0.0) for name, f in others.items()}
+    return forward, both
+
+
+def print_linear(smoke: bool, rate: float, width: int, others: dict | None, file: RowFile):
     rows, vocabulary = (16, 1000) if smoke else (8192, 151936)
-    others = peers()
-    for width in (64,) if smoke else (896, 3584, 5120):
-        hidden = torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-        weight = (
-            (torch.randn(vocabulary, width, device=DEVICE) / width**0.5).bfloat16().requires_grad_()
-        )
-        targets = torch.randint(vocabulary, (rows,), device=DEVICE)
-        inputs = [hidden, weight]
-        ours = kernels.linear_logprob_entropy
-        contenders = {
-            "ours": ours,
-            "PyTorch": plain_linear,
-            "torch.compile": compiled(plain_linear),
-        }
-        forward = {
-            name: step(f, inputs, targets, 0.0, False) for name, f in (contenders | others).items()
-        }
-        print_rows(
-            f"3 D {width}: forward",
-            forward,
-            2 * rows * vocabulary * width / rate,
-            2 if smoke else 5,
-        )
-        both = {
-            "ours": step(ours, inputs, targets, 0.01),
-            "ours, no entropy": step(ours, inputs, targets, 0.0),
-        }
-        for name in ("PyTorch", "torch.compile"):
-            both[name] = step(contenders[name], inputs, targets, 0.01)
-        both |= {f"{name}, no entropy": step(f, inputs, targets, 0.0) for name, f in others.items()}
-        limit = 6 * rows * vocabulary * width / rate
-        print_rows(f"3 D {width}: forward + backward", both, limit, 2 if smoke else 5, memory=True)
-        gradients = 2 * (hidden.numel() + weight.numel())
-        print(f"(D {width}: the gradients are {gradients / 2**20:,.0f} MiB of each extra memory, the logits would take "
-              f"{4 * rows * vocabulary / 2**20:,.0f} MiB in fp32)")  # fmt: skip
+    repeats = 2 if smoke else 5
+    hidden = torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    weight = (
+        (torch.randn(vocabulary, width, device=DEVICE) / width**0.5).bfloat16().requires_grad_()
+    )
+    targets = torch.randint(vocabulary, (rows,), device=DEVICE)
+    forward, both = linear_contenders(hidden, weight, targets, others)
+    limit = 2 * rows * vocabulary * width / rate
+    print_rows(f"3 D {width}: forward", forward, limit, repeats, file)
+    print_rows(f"3 D {width}: forward + backward", both, 3 * limit, repeats, file, memory=True)
+    gradients = 2 * (hidden.numel() + weight.numel())
+    print(f"(D {width}: the gradients are {gradients / 2**20:,.0f} MiB of each extra memory, the logits would take "
+          f"{4 * rows * vocabulary / 2**20:,.0f} MiB in fp32)")  # fmt: skip
+
+
+def print_tables(config: Config, file: RowFile) -> None:
+    """Every row that fits: ours beside PyTorch, or the loss beside its peers."""
+    others = peers() if config.peers else None
+    bandwidth, rate = limits(config.smoke)
+    print("| what | who | ms | time / ours | of limit | extra memory |\n|---|---|---|---|---|---|")
+    # Logits of 8,192 x 151,936 and their gradient; then a head in fp32, in bf16, and two gradients.
+    logits_bytes = 0 if config.smoke else 4 * 8192 * 151936
+    if not config.peers and fits("1, 2, 4: from logits", logits_bytes, DEVICE):
+        with skipping("1, 2, 4: from logits"):
+            print_from_logits(config.smoke, bandwidth, file)
+    for width in (64,) if config.smoke else (896, 3584, 5120):
+        if fits(f"3 D {width}", 10 * 151936 * width, DEVICE):
+            with skipping(f"3 D {width}"):
+                print_linear(config.smoke, rate, width, others, file)
 
 
 def main(config: Config) -> None:
@@ -415,6 +445,8 @@ def main(config: Config) -> None:
         raise cli.UserError(
             "no GPU here: the rows are not measured; try --smoke, --resources or --memory"
         )
+    if CUDA:
+        pick_device("cuda")  # says what Triton's kernels still need
     name = (
         torch.cuda.get_device_name()
         if CUDA
@@ -423,10 +455,7 @@ def main(config: Config) -> None:
     print(
         f"{name}, torch {torch.__version__}, triton {triton.__version__ if triton else 'absent'}\n"
     )
-    bandwidth, rate = limits(config.smoke)
-    print("| what | who | ms | time / ours | of limit | extra memory |\n|---|---|---|---|---|---|")
-    print_from_logits(config.smoke, bandwidth)
-    print_linear(config.smoke, rate)
+    print_tables(config, RowFile(config.json, keep=CUDA and not config.smoke))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ process of its own, and the medians over all steps but each process's first are 
 The reward is a coin toss (one bit of a checksum of the response): so every group has mixed rewards, nothing is dropped,
 and the step does not depend on what the model can do. Ours: the recipe `grpo`, which is what GRPOTrainer computes, and
 `t1`, which adds the penalties, the entropy bonus and the moving anchor. TRL is installed into .cache/trl the first
-time; where that is not possible (no network), ours runs alone.
+time; where that is not possible (no network), ours runs alone. A peer that fails is one line.
 """
 
 import json
@@ -31,6 +31,8 @@ import torch  # noqa: E402
 
 import cli  # noqa: E402
 import tasks  # noqa: E402
+from benchmarks.rows import RowFile, skipping  # noqa: E402
+from devices import pick_dtype  # noqa: E402
 from model import model_folder  # noqa: E402
 from verify import Verdict  # noqa: E402
 
@@ -55,6 +57,8 @@ class Config:
     """How often each contender has its turn."""
     contender: Literal["all", "nanot1 grpo", "nanot1 t1", "trl grpo", "trl rloo"] = "all"
     """One alone, in this process: prints a JSON line."""
+    json: str = ""
+    """File to append a line of JSON to for each contender. Default: benchmarks/gpu.jsonl on a GPU, none elsewhere."""
 
 
 def coin(response: str) -> float:
@@ -79,10 +83,11 @@ def run_ours(config: Config, recipe: str) -> dict:
     flags = rl.Config(
         model=config.model, out="", task="countdown", recipe=recipe, steps=config.steps + 1,
         prompts=config.prompts, samples=config.samples, max_tokens=config.max_tokens,
-        temperature=1.0, kl_coef=BETA, lr=1e-6, dtype="bfloat16" if torch.cuda.is_available() else "float32",
+        temperature=1.0, kl_coef=BETA, lr=1e-6,
     )  # fmt: skip
     seconds, lengths, dropped = [], [], []
     with parallel.session("auto") as world:
+        flags = replace(flags, dtype=pick_dtype("auto", world.device))
         learner = rl.make_learner(flags, rl.resolve(flags), problems(config), world)
         for step in range(1, config.steps + 2):
             began = time.perf_counter()
@@ -202,11 +207,15 @@ def main(config: Config) -> None:
         contenders = list(CONTENDERS)
     else:
         print("TRL cannot be installed here: ours alone", file=sys.stderr)
-    runs: dict[str, list[dict]] = {name: [] for name in contenders}
+    file = RowFile(config.json, keep=torch.cuda.is_available())
+    runs: dict[str, list[dict]] = {}
     for _ in range(config.rounds):
         for name in contenders:
-            runs[name].append(run_child(config, name))
-            print(f"{name}: {runs[name][-1]}", file=sys.stderr)
+            failures = (cli.UserError,) if name.startswith("trl") else ()
+            with skipping(name, *failures):
+                found = run_child(config, name)
+                runs.setdefault(name, []).append(found)
+                print(f"{name}: {found}", file=sys.stderr)
     batch = config.prompts * config.samples
     print(
         f"{config.model}: {config.prompts} prompts x {config.samples}, at most {config.max_tokens} tokens"
@@ -221,6 +230,7 @@ def main(config: Config) -> None:
         print(
             f"{name:<14}{batch / step:>10.1f}{step:>9.2f}{spread:>16}{length:>8.1f}{100 * dropped:>8.0f}%"
         )
+        file.add("rl", name, **{"samples/s": batch / step, "s/step": step, "tokens": length})
 
 
 if __name__ == "__main__":

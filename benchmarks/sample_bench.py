@@ -4,15 +4,17 @@ turns in one run; medians.
     python benchmarks/sample_bench.py                       # CPU: SmolLM2-135M (real weights) and the demo's model
     python benchmarks/sample_bench.py --only one demo --rounds 5
     python benchmarks/sample_bench.py --profile             # CPU: where the time of a decode step goes
-    python benchmarks/sample_bench.py --gpu                 # CUDA, bf16: random weights in the shapes of real models
+    python benchmarks/sample_bench.py --gpu                 # CUDA, bf16: decode steps, random weights in real shapes
+    python benchmarks/sample_bench.py --gpu --peers         # CUDA, bf16: rollouts beside the peers
+    python benchmarks/sample_bench.py --gpu --smoke         # anywhere: the same rows end to end, at toy size
 
 What counts is tokens that somebody wants: those up to a completion's stop token, that token included. `generate` goes
 on with a batch until its last row has ended, and what it writes into the other rows until then is padding.
 
-On a GPU two things are measured. A decode step, against the time that reading its weights, keys and values takes at the
-bandwidth of a large copy measured in the same run. And rollouts as RL needs them: 16 prompts x 64, whose lengths are
-spread (random weights do not end: one token in 128 is made a stop token, up to 512 tokens). Continuous batching takes
-part on a GPU only: that is what it is made for.
+On a GPU two things are measured. A decode step of sequences that stand at 2,048 tokens, against the time that reading
+its weights, keys and values takes at the bandwidth of a large copy measured in the same run. And rollouts as RL needs
+them: 16 prompts x 64, whose lengths are spread (random weights do not end: one token in 128 is made a stop token, up
+to 512 tokens). Continuous batching takes part on a GPU only: that is what it is made for.
 """
 
 import statistics
@@ -33,6 +35,8 @@ import transformers  # noqa: E402
 import cli  # noqa: E402
 import sft  # noqa: E402
 import tasks  # noqa: E402
+from benchmarks.rows import SHAPES, TOY, RowFile, fits, random_model, skipping  # noqa: E402
+from devices import pick_device  # noqa: E402
 from model import ModelConfig, Transformer, load_pretrained, save_pretrained  # noqa: E402
 from sample import Batch, Sampler, SamplingParams  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -59,7 +63,13 @@ class Config:
     profile: bool = False
     """The operations that a decode step on a CPU spends most on, instead."""
     gpu: bool = False
-    """The CUDA rows instead."""
+    """The CUDA rows instead: decode steps ..."""
+    peers: bool = False
+    """... or, with this, rollouts beside `generate` and continuous batching."""
+    smoke: bool = False
+    """With --gpu: toy sizes on the CPU, to see that every row runs."""
+    json: str = ""
+    """With --gpu: file to append a line of JSON to for each row. Default: benchmarks/gpu.jsonl on a GPU, else none."""
 
 
 def peer(
@@ -110,8 +120,12 @@ def continuous(
     return [output.generated_tokens for output in outputs.values()]
 
 
-def compare(name: str, bar: float, rounds: int, contenders: dict[str, Callable[[], Rows]]) -> None:
-    """Take turns, and print a row of the table: medians of tokens that count per second, and their ratio."""
+def compare(
+    name: str, bar: float, rounds: int, contenders: dict[str, Callable[[], Rows]]
+) -> list[float]:
+    """Take turns, and print a row of the table: medians of tokens that count per second, and their ratio.
+
+    Returns the medians, ours first."""
     speeds: dict[str, list[float]] = {contender: [] for contender in contenders}
     for _ in range(rounds):
         for contender, run in contenders.items():
@@ -122,12 +136,14 @@ def compare(name: str, bar: float, rounds: int, contenders: dict[str, Callable[[
                 f"  {name}, {contender}: {tokens} tokens, {speeds[contender][-1]:.1f} tok/s",
                 file=sys.stderr,
             )
-    ours, *others = (statistics.median(values) for values in speeds.values())
+    medians = [statistics.median(values) for values in speeds.values()]
+    ours, *others = medians
     for contender, other in zip(list(contenders)[1:], others):
         print(
             f"| {name} | {contender} | {other:.0f} | {ours:.0f} | {ours / other:.2f}x | >= {bar}x |",
             flush=True,
         )
+    return medians
 
 
 def ours(sampler: Sampler, prompts: Rows, n: int, params: SamplingParams) -> Rows:
@@ -144,7 +160,7 @@ def versus(
     n: int,
     params,
     other=peer,
-) -> None:
+) -> list[float]:
     """`compare` ours with `other` (`peer` or `continuous`), both warmed up."""
     eos, short = sampler.eos_ids, SamplingParams(2)
     ours(sampler, prompts[:1], 2, short), other(theirs, prompts[:1], 2, short, eos)
@@ -154,7 +170,7 @@ def versus(
             theirs, prompts, n, params, eos
         ),
     }
-    compare(name, bar, rounds, contenders)
+    return compare(name, bar, rounds, contenders)
 
 
 def cpu_rows(config: Config) -> None:
@@ -248,44 +264,24 @@ def demo_row(config: Config) -> None:
     versus(name, 4, config.rounds, sampler, theirs, prompts, 16, SamplingParams(256))
 
 
-def shape(
-    dim: int, layers: int, heads: int, kv_heads: int, mlp: int, vocabulary: int, tied: bool
-) -> ModelConfig:
-    return ModelConfig(
-        vocabulary, dim=dim, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=dim // heads, mlp_dim=mlp,
-        family="qwen2", qkv_bias=True, context=8192, tied=tied,
-    )  # fmt: skip
-
-
-SHAPES = {
-    "SmolLM2-135M": shape(576, 30, 9, 3, 1536, 49152, True),
-    "Qwen2.5-0.5B": shape(896, 24, 14, 2, 4864, 151936, True),
-    "Qwen2.5-7B": shape(3584, 28, 28, 4, 18944, 152064, False),
-}
-
-
-def gpu_model(config: ModelConfig) -> Transformer:
-    model = Transformer(config, dtype=torch.bfloat16, device="cuda")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1)
-    return model
-
-
-def bandwidth() -> float:
-    """Bytes per second that a large copy reads and writes."""
-    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+def bandwidth(device: str, size: int) -> float:
+    """Bytes per second that a copy of `size` bytes reads and writes."""
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), 20)
+    return 2 * size / seconds_of(lambda: target.copy_(source), 20, device)
 
 
-def seconds_of(run: Callable[[], object], repeats: int) -> float:
+def seconds_of(run: Callable[[], object], repeats: int, device: str) -> float:
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     run()
-    torch.cuda.synchronize()
+    wait()
     start = time.perf_counter()
     for _ in range(repeats):
         run()
-    torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - start) / repeats
 
 
@@ -326,66 +322,115 @@ def profile_rows(model: Transformer) -> None:
         )
 
 
+DECODE_BARS = {"Qwen2.5-0.5B": "<= 1.6x at 64", "Qwen2.5-7B": "<= 1.4x"}
+
+
+def decode_rows(config: Config, device: str, file: RowFile) -> None:
+    """Decode steps of each shape, at 1, 64 and 256 rows."""
+    size = 2**20 if config.smoke else 2**31
+    speed = bandwidth(device, size)
+    print(f"a copy moves {speed / 1e12:.2f} TB/s\n")
+    print(
+        "| decode step | ms | bytes / bandwidth, ms | ratio | bar |\n|---|---|---|---|---|",
+        flush=True,
+    )
+    shapes = {name: SHAPES[name] for name in DECODE_BARS}
+    if config.smoke:
+        shapes = {"toy": TOY}
+    for name, shape in shapes.items():
+        with skipping(name):
+            decode_shape(name, shape, speed, device, file)
+
+
+def decode_shape(name: str, shape: ModelConfig, speed: float, device: str, file: RowFile) -> None:
+    """The rows of one shape, as many as fit."""
+    meta = Transformer(shape, torch.bfloat16, "meta")
+    if not fits(name, sum(parameter.nbytes for parameter in meta.parameters()), device):
+        return
+    model = random_model(shape, torch.bfloat16, device)
+    context, batches = (2048, (1, 64, 256)) if device == "cuda" else (128, (1, 4))
+    for rows in batches:
+        row = f"{name}, batch of {rows}"
+        # The last block of a cache may be empty; and when a layer's grows, it is there twice.
+        needed = 1.1 * rows * (context + 256) * position_bytes(shape) + 8 * rows * shape.vocab_size
+        if fits(row, needed, device):
+            with skipping(row):
+                step_row(row, model, rows, context, speed, file)
+
+
+def position_bytes(shape: ModelConfig) -> int:
+    """Of a key and a value in every layer, in bf16."""
+    return 2 * 2 * shape.layers * shape.kv_heads * shape.head_dim
+
+
 @torch.inference_mode()
-def step_row(name: str, model: Transformer, rows: int, speed: float, context: int = 512) -> None:
+def step_row(
+    row: str, model: Transformer, rows: int, context: int, speed: float, file: RowFile
+) -> None:
     """One decode step of `rows` sequences that stand at `context` tokens, against the bytes that it must read."""
+    device = model.head_weight.device.type
     batch = standing(model, rows, context - 100)
     for _ in range(3):
         batch.decode()
-    measured = seconds_of(batch.decode, 50)
-    config = model.config
-    cached = 2 * config.layers * config.kv_heads * config.head_dim * 2 * rows * (context - 70)
-    weights = sum(
-        parameter.nbytes for name, parameter in model.named_parameters() if name != "embed.weight"
-    )
-    weights += model.head_weight.nbytes if config.tied else 0
+    measured = seconds_of(batch.decode, 50 if device == "cuda" else 2, device)
+    cached = rows * (context - 70) * position_bytes(model.config)  # on average over these steps
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if not model.config.tied:
+        weights -= model.embed.weight.nbytes  # of which a step reads one row for each sequence
     least = (weights + cached) / speed
+    ratio = measured / least
+    bar = DECODE_BARS.get(row.split(",")[0], "")
     print(
-        f"| {name} | {rows} | {measured * 1e3:.2f} | {least * 1e3:.2f} | {measured / least:.2f}x |",
+        f"| {row} | {1e3 * measured:.2f} | {1e3 * least:.2f} | {ratio:.2f}x | {bar} |", flush=True
+    )
+    file.add("decode", row, **{"ms": 1e3 * measured, "least ms": 1e3 * least, "ratio": ratio})
+
+
+def peer_rows(config: Config, device: str, file: RowFile) -> None:
+    """Rollouts beside each peer. One that fails is one line."""
+    print(
+        "| tokens that count per second | peer | peer's | nanoT1 | ratio | bar |\n|---|---|---|---|---|---|",
         flush=True,
     )
+    name, shape, samples, most = "RL: 16 x 64, <= 512", SHAPES["Qwen2.5-0.5B"], 64, 512
+    if config.smoke:
+        name, shape, samples, most = "toy: 16 x 2, <= 8", TOY, 2, 8
+    model = random_model(shape, torch.bfloat16, device)
+    eos = list(range(0, shape.vocab_size, 128))
+    prompts = [[1 + (7 * i + j) % 400 for j in range(64 + 4 * i)] for i in range(16)]
+    sampler, params = Sampler(model, max_batch=1024, eos_ids=eos), SamplingParams(most)
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(
+            device
+        )
+    contenders = [("generate", 10, peer)]
+    if device == "cuda":
+        contenders.append(("continuous batching", 2, continuous))
+    for peer_name, bar, other in contenders:
+        with skipping(f"{name}, {peer_name}", Exception):
+            mine, peers = versus(name, bar, 1, sampler, theirs, prompts, samples, params, other)
+            numbers = {"peer's": peers, "nanoT1": mine, "ratio": mine / peers}
+            file.add("sampling", f"{name}, {peer_name}", **numbers)
 
 
 def gpu_rows(config: Config) -> None:
-    speed = bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, {speed / 1e12:.2f} TB/s measured\n"
-    )
-    print(
-        "| decode step, 7B bar <= 1.4x | batch | ms | bytes / bandwidth, ms | ratio |\n|---|---|---|---|---|",
-        flush=True,
-    )
-    for name, model_shape in SHAPES.items():
-        model = gpu_model(model_shape)
-        for rows in (1, 64, 256):
-            step_row(name, model, rows, speed)
-    print(
-        "\n| tokens that count per second | peer | peer's | nanoT1 | ratio | bar |\n|---|---|---|---|---|---|",
-        flush=True,
-    )
-    model = gpu_model(SHAPES["Qwen2.5-0.5B"])
-    with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.bfloat16
-        ).cuda()
-    eos = list(range(0, model.config.vocab_size, 128))
-    prompts = [[1 + (7 * i + j) % 1000 for j in range(64 + 4 * i)] for i in range(16)]
-    sampler, params = Sampler(model, max_batch=1024, eos_ids=eos), SamplingParams(512)
-    versus("RL: 16 x 64, <= 512", 10, 1, sampler, theirs, prompts, 64, params)
-    versus("RL: 16 x 64, <= 512", 2, 1, sampler, theirs, prompts, 64, params, continuous)
+    device = "cpu" if config.smoke else pick_device("cuda")
+    file = RowFile(config.json, keep=device == "cuda")
+    card = torch.cuda.get_device_name() if device == "cuda" else "CPU, toy sizes"
+    print(f"{card}, torch {torch.__version__}, bf16")
+    measure = peer_rows if config.peers else decode_rows
+    measure(config, device, file)
 
 
 def main(config: Config) -> None:
     transformers.logging.set_verbosity_error()
     if config.profile:
         profile_rows(load_pretrained(config.model))
-    elif not config.gpu:
-        cpu_rows(config)
-    elif torch.cuda.is_available():
+    elif config.gpu:
         gpu_rows(config)
     else:
-        raise cli.UserError("--gpu: no GPU is visible to torch")
+        cpu_rows(config)
 
 
 if __name__ == "__main__":

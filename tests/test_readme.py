@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import cot
 import demo
@@ -118,19 +119,26 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("number", range(len(RECIPES)))
-def test_recipes_for_gpus_run(tiny: Path, number: int):
+def test_recipes_for_gpus_run(tiny: Path, number: int, device: str):
     """Guards against recipes that nobody has tried: a flag that is gone, FSDP that refuses bf16, a missing rendezvous.
     As in the README but for sizes, the number of processes and the device; RL starts from the SFT run before it."""
     words = shlex.split(RECIPES[number])
     script = next(word for word in words if word.endswith(".py"))
     port = socket.create_server(("localhost", 0)).getsockname()[1]
     small = {
-        "sft.py": "--device cpu --steps 1 --batch-tokens 128",
-        "rl.py": "--device cpu --steps 1 --prompts 2 --samples 2 --max-tokens 8",
+        "sft.py": f"--device {device} --steps 1 --batch-tokens 128",
+        "rl.py": f"--device {device} --steps 1 --prompts 2 --samples 2 --max-tokens 8",
     }
     renamed = {
-        "--nproc_per_node=8": "--nproc_per_node=2",
+        "--nproc_per_node=8": f"--nproc_per_node={2 if device == 'cpu' else 1}",
         "--nnodes=4": "--nnodes=1",
         "Qwen2.5-0.5B": "qwen",
     }
@@ -146,7 +154,9 @@ def test_recipes_for_gpus_run(tiny: Path, number: int):
     words[words.index(script)] = str(ROOT / script)
     out = tiny / words[words.index("--out") + 1]
     shutil.rmtree(out, ignore_errors=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [*words, *small[script].split()],
         cwd=tiny,

@@ -19,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import alarms
 import cli
@@ -1065,6 +1066,45 @@ def test_metrics_by_hand():
     assert metrics["truncated"] == pytest.approx(1 / 12)
     assert metrics["reward"] == pytest.approx((2 - 1 + 2 - 1 - 1) / 12)
     assert metrics["length"] == pytest.approx(sum(LENGTHS) / 12)
+
+
+class NeverWaits(TorchDispatchMode):
+    """Fails where a value of a tensor is looked at, for which a GPU would be waited for."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def test_tally_is_what_its_parts_add_up_to():
+    """Bug: each micro-batch is waited for, several times; or the sums that are looked at in the end
+    count a micro-batch without tokens, or the gaps of later updates, which are no rounding."""
+    generator = torch.Generator().manual_seed(4)
+    recipe = rl.RECIPES["t1"]
+    tally = rl.Tally()
+    batches = []  # of two updates: three micro-batches, one of them empty; and two
+    for update, sizes in enumerate([(5, 0, 3), (4, 2)]):
+        for size in sizes:
+            values = torch.randn(3, size, generator=generator)
+            batches.append((update, size - 1.0, *values))
+            with NeverWaits():
+                tally.add(torch.tensor(size - 1.0), *values, recipe)
+        tally.losses.append(float(tally.loss))
+        tally.norms.append(7.0)
+        tally.loss = 0.0
+    logprob, entropy, old = (torch.cat([batch[i] for batch in batches]) for i in (2, 3, 4))
+    ratio = (logprob - old).exp()
+    first = torch.cat([batch[2] - batch[4] for batch in batches if batch[0] == 0]).abs()
+    assert tally.metrics(exact=True) == pytest.approx(
+        {
+            "loss": (5 + 4) / 2,
+            "grad_norm": 7.0,
+            "entropy": entropy.mean().item(),
+            "clip_fraction": ((ratio - 1).abs() > 0.2).double().mean().item(),
+            "mismatch": first.mean().item(),
+            "mismatch_max": first.max().item(),
+        }
+    )
 
 
 def test_nothing_finite_nothing_moved():

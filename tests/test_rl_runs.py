@@ -38,7 +38,7 @@ import rollout  # noqa: E402
 import runfolder  # noqa: E402
 import tasks  # noqa: E402
 from cli import UserError  # noqa: E402
-from model import load_pretrained, random_init, save_pretrained  # noqa: E402
+from model import ModelConfig, load_pretrained, random_init, save_pretrained  # noqa: E402
 from packing import Example, pack  # noqa: E402
 from parallel import World  # noqa: E402
 from sample import Sampler, SamplingParams  # noqa: E402
@@ -75,11 +75,11 @@ def rlsp_flags(model: Path | str, out: Path | str, **more) -> rlsp.Config:
 RUNS = {"t1": (flags, rl.main), "rlsp": (rlsp_flags, rlsp.main)}
 
 
-def save_babbler(folder: Path) -> None:
+def save_babbler(folder: Path, shape: ModelConfig = hand.SHAPE) -> None:
     """A model that has seen some arithmetic: its responses end now and then, and are not all
     garbled.
     """
-    model, rng = random_init(hand.SHAPE, 0), random.Random(0)
+    model, rng = random_init(shape, 0), random.Random(0)
     scorer = parallel.shard(model, ALONE)
     optimizer = parallel.adamw(scorer.parameters(), 1e-2)
     for _ in range(60):
@@ -273,6 +273,21 @@ def test_a_run_that_has_not_learned_says_so(model, tmp_path, capsys):
     rl.main(flags(model, tmp_path / "run", steps=1, max_tokens=1, penalty="none"))
     *_, note, last = capsys.readouterr().out.splitlines()
     assert "no update; responses are cut off" in note and "the model is in" in last
+
+
+def test_a_resumed_run_goes_on_in_its_dtype(model, tmp_path):
+    """Bug: --dtype auto, the default, is noted as "auto": a run that began in bfloat16 is resumed
+    on a CPU in float32, or not at all."""
+    out = tmp_path / "run"
+    rl.main(flags(model, out, steps=1, dtype="bfloat16"))
+    rl.main(flags(model, out, steps=2, resume=True))
+    assert [row["step"] for row in metrics(out)] == [1, 2]
+    for row in metrics(out):
+        assert row["mismatch"] > 1e-5  # in float32 it is rounding: below 1e-6
+    rl.main(flags(model, tmp_path / "other", steps=1))
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["dtype"] == "float32"
+    with pytest.raises(UserError, match=r"--dtype float32 \(now bfloat16\)"):
+        rl.main(flags(model, tmp_path / "other", steps=2, resume=True, dtype="bfloat16"))
 
 
 def test_a_policy_that_ends_as_nan_is_not_exported(model, tmp_path):
