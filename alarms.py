@@ -61,21 +61,50 @@ def of(history: list[dict]) -> list[str]:
         found.append(
             "length run-away: too many responses never end; T1 penalises them; lower --entropy-coef"
         )
-    if len(history) > 1 and history[-1]["skipped"] > history[-2]["skipped"]:
+    skipped = [row.get("skipped", 0) for row in history[-2:]]
+    if skipped and skipped[-1] > skipped[0]:
         found.append(
             "not finite: an update was skipped; "
             "lower --lr or --max-grad-norm, or use --dtype float32"
         )
     last = history[-5:]
-    if len(last) == 5 and min(row.get("truncated", 0.0) for row in last) > 0.9:
+    if len(last) == 5 and fmean(row.get("truncated", 0.0) for row in last) > 0.8:
         found.append(
             "nothing ends: nearly every response is cut off; raise --max-tokens, "
             "or lower --temperature if they are gibberish"
         )
+    return found + idleness(history)
+
+
+def idleness(history: list[dict]) -> list[str]:
+    """The state in which least is learned, if any: a list of one alarm, or of none."""
     last = history[-10:]
     if len(last) == 10 and all(map(without_update, last)):
-        found.append(f"nothing is learned: no update for 10 steps; {likely_reason(last)}")
-    return found
+        return [f"nothing is learned: no update for 10 steps; {likely_reason(last)}"]
+    # Not of the last 20: a policy that is right now and then would ring in some hundred steps.
+    if len(history) >= 20 and not any(row.get("accuracy", 1.0) for row in history):
+        return [f"nothing is right: no right answer since the first step; {likely_reason(history)}"]
+    last = history[-20:]
+    if len(last) == 20 and fmean(map(teaching_share, last)) < 0.2:
+        return [
+            "little is learned: more than 80 % of the groups of 20 steps were dropped; "
+            f"{likely_reason(last)}"
+        ]
+    return []
+
+
+def teaching_share(row: dict) -> float:
+    """The share of a step's groups that had something to teach."""
+    if without_update(row):
+        return 0.0
+    return 1 - row.get("dropped", 0.0)
+
+
+def in_vain(history: list[dict]) -> list[str]:
+    """What to say at the end of a run that has never changed its policy: one line, or none."""
+    if not history or not all(map(without_update, history)):
+        return []
+    return [f"the policy is still the one it began with: no update; {likely_reason(history)}"]
 
 
 def likely_reason(rows: list[dict]) -> str:

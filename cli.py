@@ -48,6 +48,10 @@ class UserError(Exception):
     """The input is bad, not the program: one line that says what and where."""
 
 
+class WriteError(UserError):
+    """The system refuses to write: a full disk, no permission."""
+
+
 def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | None = None) -> None:
     """Read the dataclass `flags` from the command line (or from `args`) and call `main` with it.
 
@@ -66,7 +70,8 @@ def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | Non
         where = f"{error.filename}: " if error.filename else ""
         leave(f"error: {where}{error.strerror}", 2)
     except KeyboardInterrupt as interruption:
-        leave(f"\ninterrupted: {str(interruption) or 'nothing was written'}", 130)
+        print(file=sys.stderr)  # the terminal has put ^C there
+        leave(f"interrupted: {str(interruption) or 'nothing was written'}", 130)
     finally:
         for stop, handler in before.items():  # whoever called us has handlers of its own
             signal.signal(stop, handler or signal.SIG_DFL)
@@ -85,8 +90,8 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def leave(line: str, code: int) -> NoReturn:
-    """Say the line and exit."""
-    print(line, file=sys.stderr)
+    """Say the line, in one line whatever it quotes, and exit."""
+    print(" ".join(line.splitlines()), file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # it would be flushed once more on the way out, with a traceback
@@ -304,11 +309,11 @@ def fingerprint(value: Any) -> str:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Around whatever writes `path`: where the system refuses, a UserError says why."""
+    """Around whatever writes `path`: where the system refuses, a WriteError says why."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -355,6 +360,18 @@ def check_parent(path: str | Path) -> None:
         os.stat(path.with_name(f".{path.name}.partial"))  # a name that is too long shows here
 
 
+LEFTOVERS = (".lock", ".partial", "lost+found")
+"""How names end that do not count: of a killed process, or of a file system of its own."""
+
+
+def is_new(folder: str | Path) -> bool:
+    """Whether nothing is there yet, or only an empty folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return not folder.exists()
+    return all(entry.name.endswith(LEFTOVERS) for entry in folder.iterdir())
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder (or a file) to the disk: only then does a rename in it outlive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -366,40 +383,38 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def holding(
-    path: str | Path, kept: Callable[[], str] = lambda: "nothing was written"
-) -> Iterator[None]:
-    """Keep other processes from writing `path`, a file or a folder, while the block runs.
+def holding(path: str | Path, folder: bool = False) -> Iterator[None]:
+    """Keep other processes from writing `path` while the block runs. UserError if one is at it.
 
-    UserError if one is at it. kept: what an interrupted block leaves, and how to go on, for `run`
-    to print.
-    """
-    made: list[Path] = []
-    lock = None
-    with contextlib.suppress(OSError):  # no place for it, or no locks there: we go without
-        lock = take_lock(path, made)
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept()) from None
-    finally:
-        if lock:
-            Path(lock.name).unlink(missing_ok=True)
-            lock.close()
-        for folder in made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # if it is still empty
-
-
-def take_lock(path: str | Path, made: list[Path]) -> Any:
-    """The open file PATH.lock, locked. UserError if another process has it.
-
-    The kernel's lock is on the open file, not on its name: it ends with its process, however that
-    ends. Folders that the file needs are made, and added to `made`, the innermost first.
+    The lock is on a file, PATH.lock. Of a `folder` it is PATH/.lock: the same file under whatever
+    name, or through whatever mount, the folder is reached. The folder is made for it, and removed
+    again if it stays empty.
     """
     name = Path(f"{os.path.realpath(path)}.lock")
-    made += [folder for folder in name.parents if not folder.exists()]
-    name.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        name = Path(os.path.realpath(path), ".lock")
+    made = [place for place in name.parents if not place.exists()]  # the innermost first
+    lock = None
+    with contextlib.suppress(OSError):  # no place for it, or no locks there: we go without
+        name.parent.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(name, path)
+    try:
+        yield
+    finally:
+        if lock:
+            name.unlink(missing_ok=True)
+            lock.close()
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()  # if it is still empty
+
+
+def take_lock(name: Path, path: str | Path) -> Any:
+    """The open file `name`, locked. UserError if another process has it, and so `path`.
+
+    The kernel's lock is on the open file, not on its name: it ends with its process, however that
+    ends.
+    """
     while True:
         lock = open(name, "a+", encoding="utf-8")  # noqa: SIM115 (open as long as it is held)
         try:
@@ -415,3 +430,15 @@ def take_lock(path: str | Path, made: list[Path]) -> Any:
         os.ftruncate(lock.fileno(), 0)
         os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return lock
+
+
+@contextlib.contextmanager
+def telling(kept: Callable[[], str]) -> Iterator[None]:
+    """Where the block is interrupted, or cannot write: what it leaves and how to go on, for `run`
+    to print."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
+    except WriteError as error:
+        raise UserError(f"{error}; {kept()}") from None

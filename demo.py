@@ -203,7 +203,7 @@ def open_folder(config: Config, out: Path) -> dict[str, float]:
     flags = dataclasses.asdict(config)
     del flags["out"], flags["baselines"], flags["long"]  # what --long changes stands there
     file, seconds = out / "demo.json", out / "seconds.json"
-    if not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not file.exists() and not cli.is_new(out):
         raise UserError(f"{out} exists and holds no demo: choose another --out")
     try:
         started = json.loads(file.read_text()) if file.exists() else flags
@@ -381,7 +381,7 @@ def main(config: Config) -> None:
     def kept() -> str:
         return f"finished stages are in {config.out}; the same command goes on"
 
-    with cli.holding(config.out, kept):
+    with cli.telling(kept), cli.holding(config.out, folder=True):
         demonstrate(config)
 
 

@@ -26,6 +26,7 @@ Read in this order: the estimators; answers, and which are equal; the curve; one
 
 import contextlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -743,6 +744,10 @@ def read_settings(config: Config) -> Settings:
             "--curate-above and --curate-upto are pass rates from 0 to 1, the first below the other"
         )
     if config.curate:
+        out = Path(os.path.realpath(config.out or ""))
+        written = (out, out / "results.json", out / "budgets.png")
+        if config.out and Path(os.path.realpath(config.curate)) in written:
+            raise UserError(f"--curate {config.curate} is where --out writes: choose another file")
         if len(config.model) > 1 or config.n < 2 or Path(config.curate).exists():
             raise UserError(
                 "--curate needs one --model, --n of at least 2, and a file that does not exist yet"
@@ -832,7 +837,11 @@ def measure(
         result = evaluate(sampler, tokenizer, problems, params, settings, answerer)
         results[name] = replace(result, fingerprint=fingerprints[name])
         if file:
-            write_results(file, flags, results)
+            try:
+                write_results(file, flags, results)
+            except cli.WriteError:  # they took hours: the terminal has them at least
+                print(table(results))
+                raise
     return {name: results[name] for name in config.model}
 
 
@@ -851,8 +860,11 @@ def main(config: Config) -> None:
         return f"the models measured so far are in {file}; go on with --resume"
 
     with contextlib.ExitStack() as held:
-        for path in filter(None, (config.out, config.curate)):
-            held.enter_context(cli.holding(path, kept))
+        held.enter_context(cli.telling(kept))
+        if config.out:
+            held.enter_context(cli.holding(config.out, folder=True))
+        if config.curate:
+            held.enter_context(cli.holding(config.curate))
         if config.suite:
             compare_suite(config)
         else:
@@ -933,16 +945,25 @@ def load_results(path: str | Path, flags: dict | None = None) -> dict[str, Resul
     flags = flags or {}
     try:
         found = cli.read_json(path)
-        results = {name: Result(**model["result"]) for name, model in found["models"].items()}
+        results = {name: read_result(model) for name, model in found["models"].items()}
         changed = [name for name in flags if found["flags"].get(name) != flags[name]]
-    except (UserError, LookupError, TypeError, AttributeError):
+    except (UserError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
         raise UserError(f"{path} is not a results file of evaluate.py") from None
     if changed:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise UserError(f"{path} was measured with another {names}")
-    for result in results.values():  # JSON's keys are strings
-        result.curve = {int(budget): values for budget, values in result.curve.items()}
     return results
+
+
+def read_result(model: dict) -> Result:
+    """A model's result as it was; any of Python's exceptions if it is not one, or damaged."""
+    result = Result(**model["result"])
+    result.curve = {int(budget): values for budget, values in result.curve.items()}
+    for values in (*result.curve.values(), *result.majority.values()):
+        if len(values) != len(result.correct):
+            raise ValueError(f"{len(values)} values for {len(result.correct)} problems")
+    table({"": result})  # what cannot be shown is damaged
+    return result
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import pretrained
-from cli import UserError, sync_folder, write_text, writing
+from cli import UserError, WriteError, sync_folder, write_text, writing
 from devices import pick_device
 from kernels import linear_logprob_entropy
 from model import (
@@ -658,7 +658,7 @@ class Checkpoints:
                 written.result()
         except (CheckpointException, OSError) as error:  # a full disk, most likely
             free = shutil.disk_usage(self.folder).free
-            raise UserError(
+            raise WriteError(
                 f"cannot write a checkpoint into {self.folder}, where {free / 1e9:.1f} GB are "
                 f"free: {reason_of(error)}"
             ) from None
@@ -690,6 +690,18 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def same_kind(value: Any, like: Any) -> bool:
+    """Whether `value`, read from JSON, can stand for `like`: both numbers, or of one type.
+
+    None says nothing of what may come.
+    """
+    numbers = (int, float)
+    if type(like) in numbers:
+        return type(value) in numbers
+    like = json.loads(json.dumps(like))  # a tuple comes back as a list
+    return like is None or type(value) is type(like)
+
+
 DAMAGE = (
     *(CheckpointException, LookupError, TypeError, OSError),
     *(ValueError, RuntimeError, EOFError, pickle.PickleError),
@@ -698,19 +710,20 @@ DAMAGE = (
 
 
 def load_checkpoint(
-    path: Path, parts: dict[str, Any], world: World, needed: tuple[str, ...] = ()
+    path: Path, parts: dict[str, Any], world: World, needed: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Fill `parts` in place from a checkpoint of any number of ranks; its state.
 
-    The generators too, where this rank had one. The state holds `step` and what is `needed`.
-    UserError if the checkpoint is damaged, or of another model.
+    The generators too, where this rank had one. The state holds `step` and what is `needed`: by
+    name, values of the kind. UserError if the checkpoint is damaged, or of another model.
     """
     tensors = named_tensors(parts)
     try:
         stored = FileSystemReader(path).read_metadata().state_dict_metadata
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        for name in ("step", *needed):
-            state[name]  # missing: as damaged as the rest
+        for name, like in ({"step": 0} | (needed or {})).items():
+            if not same_kind(state[name], like):  # or missing: as damaged as the rest
+                raise TypeError(name)
         for name, tensor in tensors.items():
             if name not in stored:
                 raise UserError(f"checkpoint {path} does not hold {name}")
@@ -726,7 +739,13 @@ def load_checkpoint(
             no_dist=not dist.is_initialized(),
         )
     except DAMAGE as error:  # torch's own would be pages, one for every tensor
-        raise UserError(f"checkpoint {path} is damaged ({type(error).__name__})") from None
+        before = [
+            other for other in complete_checkpoints(path.parent) if step_of(other) < step_of(path)
+        ]
+        rest = f"step {step_of(before[-1])}" if before else "the start"
+        raise UserError(
+            f"checkpoint {path} is damaged ({type(error).__name__}): remove it to go on from {rest}"
+        ) from None
     for name, value in generators.items():
         if ".cpu." in name:
             torch.set_rng_state(value)

@@ -11,6 +11,8 @@ model that is almost right trains to something that is quietly wrong.
 import hashlib
 import json
 import math
+import os
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -460,26 +462,40 @@ def write_folder(
 ) -> None:
     """Write a folder, whole or not at all: until it is complete and on disk it is .NAME.partial."""
     partial = path.with_name(f".{path.name}.partial")
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    try:
+        partial.mkdir(parents=True)
+        write_files(partial, config, weights, tokenizer)
+        publish(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what a failure leaves fills the disk
+
+
+def write_files(
+    folder: Path, config: "ModelConfig", weights: dict[str, Tensor], tokenizer=None
+) -> None:
+    """Write everything that a folder holds, and flush it to the disk."""
     if tokenizer is not None:
         # Whoever samples from the folder is to stop where we do: base models name one token in
         # config.json, and end their turns with another.
         known = [token for token in tokenizer.eos_ids if token < config.vocab_size]
         config = replace(config, eos_ids=tuple(sorted({*config.eos_ids, *known})))
-    texts = write_weights(partial, config, weights)
+    texts = write_weights(folder, config, weights)
     raw = config_to_hf(config, weights["norm.weight"].dtype)
     texts["config.json"] = raw
     ids = {key: value for key, value in raw.items() if key.endswith("_token_id")}
     texts["generation_config.json"] = ids
     for name, value in texts.items():
-        (partial / name).write_text(json.dumps(value, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(value, indent=2) + "\n")
     if tokenizer is not None:
-        tokenizer.save(partial)
-
-    for file in (*partial.iterdir(), partial):
+        tokenizer.save(folder)
+    for file in (*folder.iterdir(), folder):
         sync_folder(file)  # on disk, before it gets the name that says so
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a folder that is complete its name, in place of what had it."""
+    old = path.with_name(f".{path.name}.old")
     if path.exists():  # a rename cannot replace a folder that holds files
         # Not removed before now: if a crash left no `path`, then `old` is the only copy.
         shutil.rmtree(old, ignore_errors=True)
@@ -500,8 +516,11 @@ def write_weights(folder: Path, config: "ModelConfig", weights: dict[str, Tensor
         tensors = {piece.name: piece.to_disk(part) for piece, part in shard.items()}
         try:
             save_file(tensors, folder / name, metadata={"format": "pt"})
-        except SafetensorError as error:  # a full disk, which is an OSError everywhere else
-            raise OSError(str(error)) from None
+        except SafetensorError as error:
+            # A full disk, which is an OSError everywhere else: "...: ... (os error 28)".
+            code = re.search(r"os error (\d+)", str(error))
+            reason = os.strerror(int(code[1])) if code else str(error)
+            raise OSError(reason) from None
         weight_map |= dict.fromkeys(tensors, name)
     if len(shards) == 1:
         return {}

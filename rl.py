@@ -1049,7 +1049,8 @@ def train(
                 run.save(step, pieces | state_of(learner))
                 run.plot(PANELS)
         run.finish(learner.policy, learner.tokenizer)
-        run.say(closing(config))
+        for line in (*alarms.in_vain(history), closing(config)):
+            run.say(line)
 
 
 def room_for_responses(config: Config, problems: list[Problem]) -> int:

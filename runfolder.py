@@ -1,6 +1,7 @@
 """The folder that `sft.py` and `rl.py` write a run into, and what they do alike around their steps.
 
 It holds config.json, inputs.json, metrics.jsonl, metrics.png, checkpoints/ and, at the end, model/.
+While a process is at it, .lock says which.
 
 Read in this order: opening a folder, or refusing to (nothing is ever overwritten, and no two
 processes write into one); its metrics; their figure; the guard that lets a step pass; and `Run`,
@@ -13,6 +14,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -42,17 +44,17 @@ from tokenizer import Tokenizer
 def reserved(out: str | Path, world: World) -> Iterator[None]:
     """Keep the folder of a run to this command. UserError if another process runs in it.
 
-    An interrupted command says what of the run is kept.
+    A command that is interrupted, or has no place to write, says what of the run is kept.
     """
-    if not world.main:
-        yield
-        return
-    with cli.holding(out, lambda: kept(Path(out))):
+    lock = contextlib.nullcontext()
+    if world.main:
+        lock = cli.holding(out, folder=True)
+    with cli.telling(lambda: kept(Path(out))), lock:
         yield
 
 
 def kept(out: Path) -> str:
-    """What an interrupted run leaves in its folder, and how to go on."""
+    """What a run that ends early leaves in its folder, and how to go on."""
     saved = complete_checkpoints(out / "checkpoints")
     if saved:
         return f"checkpoint of step {step_of(saved[-1])} in {out}; go on with --resume"
@@ -76,7 +78,7 @@ def check_run(
     if resume:
         check_same_run(out, flags, may_change)
         return flags
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not cli.is_new(out):
         raise UserError(
             f"{out} exists already: --resume to continue the run in it, or choose another --out"
         )
@@ -99,7 +101,7 @@ def with_dtype(config: Any, world: World) -> Any:
 
 def check_same_run(out: Path, flags: dict[str, Any], may_change: tuple[str, ...]) -> None:
     """UserError if `out` holds no run, or one that was started with other flags."""
-    if not out.is_dir():
+    if cli.is_new(out):
         raise UserError(f"--resume: there is no run in {out}")
     try:
         first = read_json(out / "config.json")
@@ -111,6 +113,12 @@ def check_same_run(out: Path, flags: dict[str, Any], may_change: tuple[str, ...]
     for name, value in flags.items():
         if name not in may_change and value != first.get(name):
             changes.append(f"--{name.replace('_', '-')} {first.get(name)} (now {value})")
+    unknown = first.keys() - flags.keys()
+    if changes and unknown:
+        raise UserError(
+            f"--resume: {out} is the run of another command, or of another version of this one: it "
+            f"has --{min(unknown).replace('_', '-')}"
+        )
     if changes:
         raise UserError(f"--resume: {out} was started with other flags: {', '.join(changes)}")
 
@@ -128,12 +136,12 @@ def open_run(
     flags = check_run(out, config, resume, may_change)
     barrier()  # no rank creates anything before all of them have looked
     if world.main and not resume:
-        # Under another name first, so that no kill leaves a folder without its config.json.
-        staging = out.with_name(out.name + ".partial")
         with writing(out):
-            (staging / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_text(staging / "config.json", json.dumps(flags, indent=2) + "\n")
-            staging.rename(out)
+            # A link may lead to a folder that is not there yet.
+            Path(os.path.realpath(out)).mkdir(parents=True, exist_ok=True)
+            # First of all: a kill leaves a folder that is new, or a run that can be resumed.
+            write_text(out / "config.json", json.dumps(flags, indent=2) + "\n")
+            (out / "checkpoints").mkdir()
     return out
 
 
@@ -171,7 +179,8 @@ class MetricsLog:
                 self.tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
         elif backend == "wandb":
             self.wandb = start_wandb(out)
-        rows = {row["step"]: row for row in (*read_metrics(self.path), *remembered)}
+        found = (*read_metrics(self.path), *filter(is_row, remembered))
+        rows = {row["step"]: row for row in found}
         lost = [number for number in range(1, step + 1) if number not in rows]
         if lost:
             print(f"{self.path}: the lines of {len(lost)} steps are missing, from {lost[0]} on")
@@ -188,7 +197,11 @@ class MetricsLog:
                 for name, value in metrics.items():
                     self.tensorboard.add_scalar(name, value, step)
         if self.wandb:
-            self.wandb.log(metrics, step=step)
+            try:
+                self.wandb.log(metrics, step=step)
+            except Exception as error:  # a network, a quota: the run is worth more than its picture
+                tqdm.write(f"--log wandb: {first_line(error)}; the run goes on without it")
+                self.wandb = None
 
 
 def start_wandb(out: Path) -> Any:
@@ -197,39 +210,59 @@ def start_wandb(out: Path) -> Any:
 
     try:
         return wandb.init(project="nanoT1", name=out.name, dir=str(out))
-    except wandb.Error as error:  # nobody is logged in, no network, ...
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # nobody is logged in, no network, ...
         raise UserError(
-            f"--log wandb: {reason} (`wandb login`, or WANDB_MODE=offline; then --resume {out})"
+            f"--log wandb: {first_line(error)} (`wandb login`, or WANDB_MODE=offline; then "
+            f"--resume {out})"
         ) from None
 
 
 def check_backend(backend: str) -> None:
-    """UserError if what --log names is not installed."""
+    """UserError if what --log names is not installed, or cannot be imported."""
     try:
         if backend == "tensorboard":
             importlib.import_module("torch.utils.tensorboard")
         elif backend == "wandb":
             importlib.import_module("wandb").init  # noqa: B018 (a mere folder `wandb` has none)
-    except (ImportError, AttributeError):
-        raise UserError(f"--log {backend}: {backend} is not installed") from None
+    except (ModuleNotFoundError, AttributeError):
+        raise UserError(
+            f"--log {backend}: {backend} is not installed: pip install {backend}"
+        ) from None
+    except Exception as error:  # its own dependencies do not fit together
+        raise UserError(
+            f"--log {backend}: {backend} cannot be imported ({first_line(error)})"
+        ) from None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what somebody else's library says."""
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without damaged lines: a kill cuts the last one, a disk any."""
+    if not Path(path).exists():
+        return []
     rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-            with contextlib.suppress(ValueError, RecursionError):
-                row = json.loads(line)
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    rows.append(row)
+    for line in cli.read_bytes(path).decode("utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if is_row(row):
+                rows.append(row)
     return rows
 
 
+def is_row(value: Any) -> bool:
+    """Whether this is what a line of metrics.jsonl holds: the step, and other numbers by name."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int:
+        return False
+    return value["step"] > 0 and {*map(type, value.values())} <= {int, float}
+
+
 def without_update(row: dict[str, Any]) -> bool:
-    """Whether a step, a line of metrics.jsonl, had nothing to learn from: all groups dropped."""
-    return row.get("dropped") == 1 or (row.get("loss") == 0 and "grad_norm" not in row)
+    """Whether a step, a line of metrics.jsonl, had nothing to learn from: all groups dropped, or
+    no gradient."""
+    return row.get("dropped") == 1 or row.get("grad_norm", row.get("loss")) == 0
 
 
 def line_of(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -374,7 +407,11 @@ class Run:
         notes them in inputs.json. Paths would not do: a file may move, or change where it is.
         """
         noted = self.out / "inputs.json"
-        started = read_json(noted) if noted.exists() else inputs
+        started = inputs
+        if noted.exists():
+            started = read_json(noted)
+        elif self.world.main and complete_checkpoints(self.out / "checkpoints"):
+            print(f"{noted} is missing: not known whether {' and '.join(inputs)} are as they were")
         same_on_all_ranks(inputs)  # and no rank notes them before all have looked
         for name in sorted(started.keys() | inputs.keys()):
             if started.get(name) != inputs.get(name):
@@ -392,12 +429,12 @@ class Run:
         self.done = 0
         saved = complete_checkpoints(self.out / "checkpoints")
         if saved:
-            needed = (*state, "skipped", "in_a_row")
+            needed = state | {"skipped": 0, "in_a_row": 0, "rows": []}
             found = load_checkpoint(saved[-1], parts, self.world, needed)
             self.done = found["step"]
             self.guard.skipped = found["skipped"]
             self.guard.in_a_row = found["in_a_row"]
-            self.rows = found.get("rows", [])
+            self.rows = found["rows"]
             state = {name: found[name] for name in state}
         return state
 

@@ -905,6 +905,7 @@ def show(tokenizer: Tokenizer, tokens: Iterator[int]) -> str:
 def chat(sampler: Sampler, tokenizer: Tokenizer, params: SamplingParams) -> None:
     """Questions from the terminal until Ctrl-D. Old turns are forgotten to leave room to answer."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # each Ctrl-C stops one answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this ends the chat, and not an answer
     messages: list[dict] = []
     context = sampler.model.config.context
     room = min(params.max_tokens, context // 4)

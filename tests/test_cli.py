@@ -127,6 +127,18 @@ def test_what_the_system_refuses_is_one_line(name, capsys):
     assert capsys.readouterr().err == f"error: runs/a: {os.strerror(code)}\n"
 
 
+@pytest.mark.parametrize("text", ["a\nb", "a\r\nb", "a\u2028b"])
+def test_an_error_is_one_line_whatever_it_quotes(text, capsys):
+    """Bug: a template's own message, or a name with a line break, makes several lines of one."""
+
+    def main(config):
+        raise cli.UserError(text)
+
+    with pytest.raises(SystemExit):
+        run(main, Flags)
+    assert capsys.readouterr().err == "error: a b\n"
+
+
 def test_a_bug_of_ours_keeps_its_traceback():
     """Bug: every OSError is taken for the user's, and a wrong path in our code shows as one line."""
 
@@ -186,16 +198,16 @@ def test_names_that_are_too_long_are_refused_at_the_start(tmp_path):
 HOLD = """
 import sys, time
 import cli
-with cli.holding(sys.argv[1]):
+with cli.holding(sys.argv[1], folder=bool(sys.argv[2])):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 @contextlib.contextmanager
-def held(path: Path):
+def held(path: Path, folder: bool = False):
     """Another process that holds `path`."""
-    words = [sys.executable, "-c", HOLD, str(path)]
+    words = [sys.executable, "-c", HOLD, str(path), "folder" * folder]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "held\n"
@@ -205,28 +217,57 @@ def held(path: Path):
         process.wait()
 
 
-def test_one_process_at_a_time(tmp_path):
-    """Bug: two processes write one folder. Or a killed one keeps it closed for ever."""
+@pytest.mark.parametrize("folder", [False, True])
+def test_one_process_at_a_time(tmp_path, folder):
+    """Bug: two processes write one file or folder. Or a killed one keeps it closed for ever."""
     out = tmp_path / "new" / "run"
-    with held(out) as other:
+    with held(out, folder) as other:
         (out.parent / "link").symlink_to(out)
         for spelling in (out, out.parent / "link", out.parent / ".." / "new" / "run"):
             wanted = f"{spelling} is in use by process {other.pid} on .*: wait for it"
-            with pytest.raises(cli.UserError, match=wanted), cli.holding(spelling):
+            with pytest.raises(cli.UserError, match=wanted), cli.holding(spelling, folder):
                 pass
-        with cli.holding(tmp_path / "other"):
+        with cli.holding(tmp_path / "other", folder):
             pass
     (out.parent / "link").unlink()
-    with cli.holding(out):  # it was killed, and its file is still there
+    with cli.holding(out, folder):  # it was killed, and its file is still there
         pass
+    if folder:
+        out.rmdir()  # the killed one had made it; else it is empty
     assert not list(out.parent.iterdir())  # and none is left by one that ended well
+
+
+def test_a_folder_is_held_under_its_other_names(tmp_path):
+    """Bug: the lock lies beside the folder. Whoever sees the folder through another mount, which
+    has other neighbours, does not see the lock, and both write. (A new name has new neighbours,
+    too, and needs no right to mount.)"""
+    (tmp_path / "one" / "run").mkdir(parents=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    with held(tmp_path / "one" / "run", folder=True):
+        (tmp_path / "one" / "run").rename(other / "out")
+        refused = pytest.raises(cli.UserError, match="in use by")
+        with refused, cli.holding(other / "out", folder=True):
+            pass
+
+
+def test_what_a_killed_process_leaves_is_new(tmp_path):
+    """Bug: a run that was killed before it began, or the root of a volume, takes no new run."""
+    for name in ("out", "out/.lock", "out/config.json.partial", "out/lost+found"):
+        assert cli.is_new(tmp_path / "out")
+        (tmp_path / name).mkdir()
+    assert cli.is_new(tmp_path / "out")
+    (tmp_path / "out" / "config.json").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    assert not cli.is_new(tmp_path / "out") and cli.is_new(tmp_path / "link")
 
 
 def test_holding_leaves_no_folders(tmp_path):
     """Bug: a command that is refused leaves the folders above its --out."""
-    with pytest.raises(cli.UserError), cli.holding(tmp_path / "a" / "b" / "c"):
-        raise cli.UserError("no such file")
-    assert not list(tmp_path.iterdir())
+    for folder in (False, True):
+        with pytest.raises(cli.UserError), cli.holding(tmp_path / "a" / "b" / "c", folder):
+            raise cli.UserError("no such file")
+        assert not list(tmp_path.iterdir())
     with cli.holding("/proc/nowhere/x"):  # no lock can be made there: the command says the rest
         pass
 
@@ -244,9 +285,11 @@ def test_holding_leaves_no_folders(tmp_path):
 )
 def test_commands_hold_their_out(command, flags, tmp_path):
     """Bug: the later of two processes overwrites what the other has measured, or deletes it."""
-    with held(tmp_path / "out"), pytest.raises(cli.UserError, match="in use by process"):
+    lock = "out.lock" if command is cot else "out/.lock"
+    refused = pytest.raises(cli.UserError, match="in use by process")
+    with held(tmp_path / "out", folder=command is not cot), refused:
         command.main(command.Config(out=str(tmp_path / "out"), **flags))
-    assert [path.name for path in tmp_path.iterdir()] == ["out.lock"]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / lock]
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -296,7 +339,7 @@ def test_sigterm_says_what_is_kept(half):
     line = f"interrupted: checkpoint of step {newest(out)} in {out}; go on with --resume"
     assert said.splitlines()[-1] == line
     assert "Traceback" not in said
-    assert not list(out.glob("checkpoints/*.partial")) and not out.with_name("run.lock").exists()
+    assert not list(out.glob("checkpoints/*.partial")) and not (out / ".lock").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(half, tmp_path):

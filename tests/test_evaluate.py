@@ -4,10 +4,12 @@ bad input.
 A scripted sampler says what it is told to, so every number below was computed by hand. Models run
 only where --resume is to tell one from another."""
 
+import errno
 import gzip
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -424,9 +426,38 @@ def test_results_survive_the_file(tmp_path):
     assert evaluate.load_results(path, {"n": 4}) == evaluate.load_results(path) == {"m": result}
     with pytest.raises(UserError, match="--n"):
         evaluate.load_results(path, {"n": 8})
-    path.write_text("{")
-    with pytest.raises(UserError, match="not a results file"):
-        evaluate.load_results(path)
+    whole = json.loads(path.read_text())
+    damages = [
+        *[{"curve": value} for value in ({"x": [1.0, 1.0]}, None, {"4": [1.0]}, {"4": None})],
+        *[{"correct": value} for value in (None, [], [[], []], ["x", "y"], 7)],
+        *({"lengths": None}, {"majority": {"maj@4": 1}}, {"ks": [0]}, {"more": 1}),
+        *({"failures": None}, {"truncated": "x"}),
+    ]
+    for damage in damages:
+        result = whole["models"]["m"]["result"] | damage
+        path.write_text(json.dumps(whole | {"models": {"m": {"result": result}}}))
+        with pytest.raises(UserError, match="not a results file"):
+            evaluate.load_results(path)
+    for text in ("{", "", '{"models": []}', '{"models": {"m": null}}'):
+        path.write_text(text)
+        with pytest.raises(UserError, match="not a results file"):
+            evaluate.load_results(path)
+
+
+def test_what_cannot_be_written_is_printed(measured, monkeypatch, capsys):
+    """Guards against hours of sampling whose numbers nobody sees, because the disk is full."""
+
+    def full(path, text):
+        with cli.writing(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "write_text", full)
+    for out, kept in (("new", "nothing was written"), ("out", "go on with --resume")):
+        flags = replace(measured, model=["model", "./model"], out=out)
+        with pytest.raises(UserError, match=rf"results\.json: No space left on device; .*{kept}$"):
+            evaluate.main(flags)
+        assert "pass@1" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -560,6 +591,11 @@ def test_pass_at_1_is_the_mean_rate(counts):
             "--curate-above",
         ),
         ({"task": "countdown", "curate": "kept.jsonl", "model": ["a", "b"]}, "--curate"),
+        ({"task": "countdown", "curate": "new", "out": "new"}, "--curate new is where --out"),
+        (
+            {"task": "countdown", "curate": "new/results.json", "out": "./new"},
+            "is where --out writes",
+        ),
         ({"task": "countdown", "limit": 2}, "absent"),
         ({"task": "countdown", "out": "."}, "exists"),
         ({"task": "countdown", "out": "results.json"}, "results.json is not a folder"),

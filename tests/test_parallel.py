@@ -6,6 +6,7 @@ tests to compare with one process.
 """
 
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -629,10 +630,11 @@ def test_a_model_that_does_not_fit_says_so(tmp_path):
     model is gone."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("whole")
-    line = r"cannot write .*/model: .*File too large"
+    line = r"cannot write .*/model: File too large$"
     with small_files(), pytest.raises(UserError, match=line):
         parallel.save_model(make_scorer(ALONE), tmp_path / "model", None, ALONE)
     assert (tmp_path / "model" / "old").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # no half that fills the disk
 
 
 def test_bad_checkpoints_are_named(tmp_path):
@@ -654,15 +656,28 @@ def test_bad_checkpoints_are_named(tmp_path):
         parallel.load_checkpoint(saved, {"policy": scorer}, ALONE)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "scrambled", "no state", "no object"])
+STATES = {  # state.json, damaged
+    "no state": '{"step": 1}',
+    "no object": "7",
+    "null": '{"step": 1, "seen": null}',
+    "text": '{"step": 1, "seen": "5"}',
+    "true": '{"step": 1, "seen": true}',
+    "step": '{"step": [1], "seen": 5}',
+}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "scrambled", *STATES])
 def test_damaged_checkpoints_are_one_line(tmp_path, damage):
     """Bug: a data file cut off by a full disk ends in pages of traceback; torch's exception is no
-    Exception.
+    Exception. A counter that is none ends in one later on. Or nobody says that an earlier one is
+    there to go on from.
     """
     scorer = make_scorer(ALONE)
     save(tmp_path, 1, {"policy": scorer}, {"seen": 5})
     saved = tmp_path / "step-000001"
-    assert parallel.load_checkpoint(saved, {"policy": scorer}, ALONE, needed=("seen",))["seen"] == 5
+    assert (
+        parallel.load_checkpoint(saved, {"policy": scorer}, ALONE, needed={"seen": 0})["seen"] == 5
+    )
     (data,) = saved.glob("*.distcp")
     if damage == "truncated":
         data.write_bytes(data.read_bytes()[:1000])
@@ -671,10 +686,20 @@ def test_damaged_checkpoints_are_one_line(tmp_path, damage):
     elif damage == "scrambled":
         data.write_bytes(bytes(len(data.read_bytes())))
     else:
-        (saved / "state.json").write_text('{"step": 1}' if damage == "no state" else "7")
-    with pytest.raises(UserError, match="step-000001 is damaged") as error:
-        parallel.load_checkpoint(saved, {"policy": scorer}, ALONE, needed=("seen",))
-    assert "\n" not in str(error.value)
+        (saved / "state.json").write_text(STATES[damage])
+    for earlier in ("the start", "step 0"):
+        line = rf"step-000001 is damaged \(\w+\): remove it to go on from {earlier}$"
+        with pytest.raises(UserError, match=line):
+            parallel.load_checkpoint(saved, {"policy": scorer}, ALONE, needed={"seen": 0})
+        (tmp_path / "step-000000").mkdir(exist_ok=True)
+
+
+def test_a_forks_counters_are_not_damage():
+    """Bug: what a fork notes in a checkpoint is refused, for JSON gives it back as another type."""
+    for like, value in ((1, 1.5), (0.5, 1), ((1,), [1]), (None, 7), ({}, {"a": 1}), (True, False)):
+        assert parallel.same_kind(value, like)
+    for like, value in ((1, True), ({}, []), ("a", 1), ([], None)):
+        assert not parallel.same_kind(value, like)
 
 
 def test_unknown_devices_are_one_line():
@@ -750,6 +775,50 @@ def test_run_folders_are_never_overwritten(tmp_path):
     assert (out / "config.json").read_text() == '{"lr": 0.'
 
 
+def test_a_run_takes_the_folder_that_is_there(tmp_path):
+    """Bug: the run's folder is made elsewhere and renamed, which a mount point (docker -v) or a
+    link refuses, after everything is loaded."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
+    inode = (tmp_path / "empty").stat().st_ino
+    for name in ("link", "dangling", "new/run"):
+        out = runfolder.open_run(tmp_path / name, Flags(), False, (), ALONE)
+        assert (out / "config.json").exists() and (out / "checkpoints").is_dir()
+    assert (tmp_path / "empty").stat().st_ino == inode  # as a mount point wants it
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "empty", "link", "dangling", "absent", "new",
+    }  # fmt: skip
+
+
+def test_the_run_of_another_command_is_named(tmp_path):
+    """Bug: sft.py --resume in a run of rl.py lists every flag that one of them has."""
+
+    @dataclasses.dataclass
+    class Other:
+        out: str = ""
+        recipe: str = "t1"
+
+    out = runfolder.open_run(tmp_path / "run", Other(), False, (), ALONE)
+    with pytest.raises(UserError, match=r"is the run of another command.*it has --out$"):
+        runfolder.open_run(out, Flags(), True, (), ALONE)
+
+
+def test_a_disk_that_is_full_says_what_is_kept(tmp_path):
+    """Bug: a run of days ends in "no space left", and nobody says that it can go on, nor how."""
+    out = tmp_path / "run"
+    (out / "checkpoints" / "step-000007").mkdir(parents=True)
+    how = f"checkpoint of step 7 in {out}; go on with --resume"
+    refused = pytest.raises(UserError, match=rf"^cannot write .*: No space left on device; {how}$")
+    with refused, runfolder.reserved(out, ALONE), cli.writing(out / "metrics.jsonl"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    checkpoints = parallel.Checkpoints(out / "checkpoints", ALONE)
+    refused = pytest.raises(UserError, match=rf"^cannot write .*: File too large; {how}$")
+    with refused, runfolder.reserved(out, ALONE), small_files():
+        checkpoints.save(8, {"policy": make_scorer(ALONE)}, {})
+        checkpoints.finish()
+
+
 def test_metrics_go_on_from_the_checkpoint(tmp_path):
     """Bug: steps done again after a kill stand in metrics.jsonl twice; a half-written last line
     breaks the plot.
@@ -782,7 +851,14 @@ def test_metrics_on_a_full_disk_are_one_line(tmp_path, monkeypatch):
         log.write(1, {"loss": 1.0})
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 2, "lo', b"\0" * 40, b"\xff\xfe", b"7", b"[" * 9999])
+NOT_JSON = (b'{"step": 2, "lo', b"\0" * 40, b"\xff\xfe", b"7", b"[" * 9999)
+NO_METRICS = (
+    *(b'{"step": 2, "loss": null}', b'{"step": 2, "loss": "x"}', b'{"step": 2, "loss": []}'),
+    *(b'{"step": true}', b'{"step": 0}', b'{"step": -1}', b'{"step": 2.0}', b'{"loss": 1}'),
+)
+
+
+@pytest.mark.parametrize("damage", [*NOT_JSON, *NO_METRICS])
 def test_damaged_metrics_lose_nothing_else(tmp_path, damage, capsys):
     """Bug: a damaged line, the last or any, takes all lines behind it along when a run is resumed,
     or ends it in a traceback."""
@@ -797,6 +873,15 @@ def test_damaged_metrics_lose_nothing_else(tmp_path, damage, capsys):
     runfolder.MetricsLog(tmp_path, 4, ALONE, remembered=rows[2:]).write(5, {"loss": 2.0})
     assert runfolder.read_metrics(path) == [*rows, {"step": 5, "loss": 2.0}]
     assert not capsys.readouterr().out
+    runfolder.MetricsLog(tmp_path, 4, ALONE, remembered=[7, {"step": None}, {"step": "x"}])
+    assert runfolder.read_metrics(path) == rows
+
+
+def test_metrics_that_are_no_file_are_one_line(tmp_path):
+    """Bug: a metrics.jsonl that cannot be read ends in a traceback."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot read .*metrics.jsonl: Is a directory"):
+        runfolder.MetricsLog(tmp_path, 0, ALONE)
 
 
 @pytest.mark.parametrize(
@@ -811,7 +896,8 @@ def test_a_missing_logger_is_refused_at_once(tmp_path, backend, broken, monkeypa
         log: str = "none"
 
     monkeypatch.setitem(sys.modules, broken, None)
-    with pytest.raises(UserError, match=f"--log {backend}: {backend} is not installed"):
+    line = f"--log {backend}: {backend} is not installed: pip install {backend}$"
+    with pytest.raises(UserError, match=line):
         runfolder.open_run(tmp_path / "run", Logged(log=backend), False, (), ALONE)
     monkeypatch.delitem(sys.modules, broken)
     if backend == "wandb":
@@ -819,21 +905,38 @@ def test_a_missing_logger_is_refused_at_once(tmp_path, backend, broken, monkeypa
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
         with pytest.raises(UserError, match="wandb is not installed"):
             runfolder.check_run(tmp_path / "run", Logged(log=backend), False, ())
+        monkeypatch.delitem(sys.modules, "wandb")
+        (tmp_path / "wandb" / "__init__.py").write_text("raise TypeError('Descriptors\\ncannot')")
+        with pytest.raises(UserError, match=r"wandb cannot be imported \(Descriptors\)$"):
+            runfolder.check_run(tmp_path / "run", Logged(log=backend), False, ())
     assert not list(tmp_path.glob("run*"))
 
 
 def test_a_logger_that_refuses_is_one_line(tmp_path, monkeypatch):
     """Bug: --log wandb without a login ends in pages of somebody else's traceback."""
 
-    class Refused(Exception):
-        pass
-
     def init(**flags):
-        raise Refused("api_key not configured (no-tty)\nmore")
+        raise ConnectionError("api_key not configured (no-tty)\nmore")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Refused))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     with pytest.raises(UserError, match=r"^--log wandb: api_key .*no-tty\) \(.*--resume \S+\)$"):
         runfolder.MetricsLog(tmp_path, 0, ALONE, "wandb")
+
+
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    """Bug: the network is away for a moment, and a run of days ends in a traceback."""
+
+    class Failing:
+        def log(self, metrics, step):
+            raise RuntimeError("network gone\nmore")
+
+    wandb = SimpleNamespace(init=lambda **flags: Failing())
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = runfolder.MetricsLog(tmp_path, 0, ALONE, "wandb")
+    for step in (1, 2):
+        log.write(step, {"loss": 1.0})
+    assert len(runfolder.read_metrics(log.path)) == 2
+    assert capsys.readouterr().out == "--log wandb: network gone; the run goes on without it\n"
 
 
 def drawn(monkeypatch, folder: Path, rows: list[dict], panels: dict[str, list[str]]) -> list:

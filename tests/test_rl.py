@@ -388,12 +388,16 @@ def simulated(rng: random.Random, population: str, samples: int, steps: int, lef
     for _ in range(steps):
         solved = [left * POPULATIONS[population](rng) for _ in range(8)]
         endless = [rng.betavariate(0.2, 1.2) for _ in range(8)]  # 0.14 in the mean, mostly 0
-        rates = {}
+        drawn = {}
         for name, chances in (("accuracy", solved), ("truncated", endless)):
-            drawn = [rng.random() < chance for chance in chances for _ in range(samples)]
-            rates[name] = sum(drawn) / len(drawn)
+            drawn[name] = [rng.random() < chance for chance in chances for _ in range(samples)]
+        rates = {name: sum(values) / len(values) for name, values in drawn.items()}
         entropy = sum(rng.lognormvariate(0, 1) for _ in range(8)) / 8
-        rows.append(rates | {"entropy": entropy, "skipped": 0})
+        row = rates | {"entropy": entropy, "skipped": 0}
+        if samples > 1 and population in ("even", "mostly hard", "mostly easy"):  # can be learned
+            groups = [drawn["accuracy"][i : i + samples] for i in range(0, 8 * samples, samples)]
+            row["dropped"] = sum(len(set(group)) == 1 for group in groups) / 8
+        rows.append(row)
     return rows
 
 
@@ -456,7 +460,38 @@ def test_responses_that_never_end_are_named():
     row = {"accuracy": 0.0, "entropy": 1.0, "truncated": 1.0, "skipped": 0, "loss": 1.0}
     (alarm,) = alarms.of([row] * 5)
     assert "--max-tokens" in alarm and "--temperature" in alarm
-    assert not alarms.of([row | {"truncated": 0.5}] * 50)
+    assert alarms.of([row | {"truncated": 0.85}] * 5) == [alarm]
+    assert not alarms.of([row | {"truncated": 0.5, "accuracy": 0.1}] * 50)
+
+
+LEARNS = {"accuracy": 0.3, "truncated": 0.0, "skipped": 0, "loss": 0.1, "grad_norm": 1.0}
+IDLE = LEARNS | {"dropped": 1.0, "loss": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        ([LEARNS | {"accuracy": 0.0}] * 20, "nothing is right"),  # penalties differ: it is updated
+        ([LEARNS | {"dropped": 0.97}] * 20, "little is learned"),
+        ([*[IDLE] * 7, LEARNS | {"dropped": 0.0}] * 3, "little is learned"),
+        ([LEARNS | {"grad_norm": 0.0}] * 10, "nothing is learned"),
+        ([LEARNS | {"accuracy": 0.0}] * 19, None),
+        ([*[LEARNS | {"accuracy": 0.0}] * 40, LEARNS], None),
+        ([LEARNS | {"dropped": 0.7}] * 100, None),
+        ([{}] * 30, None),  # a fork's own metrics
+    ],
+)
+def test_a_run_that_learns_next_to_nothing_says_so(rows, name):
+    """Bug: a single update in eight steps, or one that only unlearns what is penalised, silences
+    the alarm for all that is lost."""
+    assert [alarm.split(":")[0] for alarm in alarms.of(rows)] == [name] * (name is not None)
+
+
+def test_a_run_without_any_update_says_so_at_its_end():
+    """Bug: a run too short for an alarm ends with "the model is in ...": the starting model."""
+    (line,) = alarms.in_vain([IDLE] * 9)
+    assert "no update" in line and "--samples" in line
+    assert not alarms.in_vain([*[IDLE] * 9, LEARNS]) and not alarms.in_vain([])
 
 
 class Said:

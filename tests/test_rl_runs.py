@@ -268,6 +268,13 @@ def test_a_run_says_where_it_begins_and_ends(model, tmp_path, capsys):
     assert "2 steps, 1 of them done" in capsys.readouterr().out
 
 
+def test_a_run_that_has_not_learned_says_so(model, tmp_path, capsys):
+    """Bug: "the model is in ..." at the end of a run that has never changed it."""
+    rl.main(flags(model, tmp_path / "run", steps=1, max_tokens=1, penalty="none"))
+    *_, note, last = capsys.readouterr().out.splitlines()
+    assert "no update; responses are cut off" in note and "the model is in" in last
+
+
 def test_a_resumed_run_goes_on_in_its_dtype(model, tmp_path):
     """Bug: --dtype auto, the default, is noted as "auto": a run that began in bfloat16 is resumed
     on a CPU in float32, or not at all."""
@@ -471,6 +478,16 @@ def test_another_model_of_the_same_path_is_refused(from_file, tmp_path):
     save_pretrained(random_init(hand.SHAPE, 9), tmp_path / "model", hand.TOKENIZER)
     with pytest.raises(UserError, match="the model is not what"):
         rl.main(from_file)
+
+
+def test_inputs_that_nobody_knows_any_more_are_named(from_file, tmp_path, capsys):
+    """Bug: without inputs.json a run goes on with any data and any model, and nothing is said."""
+    (tmp_path / "run" / "inputs.json").unlink()
+    rl.main(from_file)
+    said = capsys.readouterr().out
+    assert "inputs.json is missing: not known whether model and training data are as" in said
+    rl.main(dataclasses.replace(from_file, steps=3))
+    assert "inputs.json" not in capsys.readouterr().out
 
 
 def test_inputs_may_move(from_file, tmp_path):

@@ -3,6 +3,7 @@ its own draws."""
 
 import dataclasses
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import cli
 import cot
 import kernels
 import sample
@@ -633,7 +635,9 @@ def test_a_chat_forgets_to_leave_room_and_survives_a_question_that_is_too_long(m
     monkeypatch.setattr(Sampler, "stream", watched)
     monkeypatch.setattr("builtins.input", ask)
     params = SamplingParams(max_tokens=60, temperature=0.0)
+    before = signal.signal(signal.SIGTERM, cli.interrupt)
     sample.chat(Sampler(MODEL, eos_ids=[]), Letters(), params)
+    assert signal.signal(signal.SIGTERM, before) == signal.SIG_DFL  # it ends more than an answer
     # 50 + 60 + 49 fit the context of 160, but would leave room for one token.
     assert prompts == [50, 49, 200, 30]
     answer, second, refusal, last = capsys.readouterr().out.splitlines()
