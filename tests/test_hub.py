@@ -96,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if name == self.server.cut:
+        if name and name == self.server.cut:
             self.server.cut = ""
             self.wfile.write(body[: 16 * MB])
             self.close_connection = True
