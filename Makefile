@@ -21,7 +21,7 @@ demo: $(READY)
 	$(PYTHON) demo.py --out runs/demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

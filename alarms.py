@@ -2,8 +2,8 @@
 
     alarms.of(runfolder.read_metrics("runs/rl/metrics.jsonl"))
 
-Two kinds: a change that is more than noise (accuracy, entropy, length), and a state in which
-nothing can be learned.
+Three kinds: a change that is more than noise (accuracy, entropy, length), a state in which little
+or nothing can be learned, and an update that was skipped.
 """
 
 import itertools

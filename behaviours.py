@@ -125,8 +125,10 @@ def plot(
     bars.legend()
     for model, found in attempts.items():
         accuracies = [accuracy for _, accuracy in found.values()]
-        lines.plot(list(found), accuracies, marker="o", label=model)
-    lines.set(xlabel="attempts made", ylabel="accuracy", title="Accuracy by attempts made")
+        made = [int(label.removesuffix("+")) for label in found]
+        lines.plot(made, accuracies, marker="o", label=model)
+    lines.set(xlabel="attempts made (the last: or more)", ylabel="accuracy")
+    lines.set(title="Accuracy by attempts made")
     lines.grid(alpha=0.3)
     with cli.whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150)

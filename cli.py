@@ -423,6 +423,10 @@ def take_lock(name: Path, path: str | Path) -> Any:
             lock.seek(0)
             holder = lock.read() or "another process"
             raise UserError(f"{path} is in use by {holder}: wait for it, or end it") from None
+        except OSError:  # a mount without locks
+            lock.close()
+            name.unlink(missing_ok=True)
+            raise
         if name.exists() and os.path.samestat(os.fstat(lock.fileno()), name.stat()):
             break
         lock.close()  # its last owner has just removed it: what we hold has no name any more

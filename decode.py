@@ -322,7 +322,7 @@ class GPUDecoder:
         """tokens [B] at positions [B] -> logits [B, V] of the tokens that follow them."""
         model = self.model
         eps = self.config.norm_eps
-        step = self.step(positions)
+        step = self.shared(positions)
         # The embeddings are added to an empty stream, so that every norm follows an addition.
         added = model.embed(tokens)
         stream = torch.zeros_like(added, dtype=wide(added.dtype))
@@ -333,7 +333,8 @@ class GPUDecoder:
             added = block.post_mlp_norm(block.down(silu_mul(block.gate_up(x))))
         return model.logits(add_norm(stream, added, model.norm.weight, eps))
 
-    def step(self, positions: Tensor) -> GPUStep:
+    def shared(self, positions: Tensor) -> GPUStep:
+        """What all layers of a step need, made once."""
         rows = len(positions)
         capacity = self.capacity
         integers = {"dtype": torch.int32, "device": positions.device}

@@ -98,7 +98,7 @@ def sft_flags(config: Config, out: Path, chains: Path, steps: int) -> sft.Config
         random_positions=0.7,
         eval_every=500,
         checkpoint_every=500,
-        resume=out.exists(),
+        resume=not cli.is_new(out),
     )
 
 

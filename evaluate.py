@@ -420,6 +420,8 @@ def evaluate(
     # Each budget costs a forced answer for every chain that is not finished: hence `curve_samples`.
     cuttable = [row[: settings.curve_samples] for row in sampled]
     answerer = answer_sampler or sampler
+    if answer_sampler:
+        sampler.release()  # the other model needs the room
     cuts = answered_cuts(answerer, tokenizer, problems, cuttable, list(settings.budgets))
     curve = curve_of(cuts, [len(chains) for chains in cuttable])
     result = result_of(problems, responses, settings, curve)
@@ -556,7 +558,8 @@ def table(results: dict[str, Result]) -> str:
     labels = dict.fromkeys(label for cells in columns for label in cells)
     rows = {"": list(results)}
     for label in labels:
-        rows[label] = [cells.get(label, percent(0)) for cells in columns]  # 0: a kind of failure
+        missing = percent(0) if label.startswith("fails: ") else "-"
+        rows[label] = [cells.get(label, missing) for cells in columns]
     return aligned(rows)
 
 
@@ -707,7 +710,7 @@ class Config:
     template_args: str = ""
     """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
     out: str | None = None
-    """Folder for results.json and budgets.png."""
+    """Folder for results.json, budgets.png and behaviours.png."""
     resume: bool = False
     """Take models already measured from OUT/results.json instead of measuring them again."""
     max_batch: int = 256
@@ -745,7 +748,8 @@ def read_settings(config: Config) -> Settings:
         )
     if config.curate:
         out = Path(os.path.realpath(config.out or ""))
-        written = (out, out / "results.json", out / "budgets.png")
+        pictures = (out / "budgets.png", out / "behaviours.png")
+        written = (out, out / "results.json", *pictures)
         if config.out and Path(os.path.realpath(config.curate)) in written:
             raise UserError(f"--curate {config.curate} is where --out writes: choose another file")
         if len(config.model) > 1 or config.n < 2 or Path(config.curate).exists():
@@ -835,6 +839,9 @@ def measure(
             file=sys.stderr,
         )
         result = evaluate(sampler, tokenizer, problems, params, settings, answerer)
+        del sampler  # its weights and its cache, before the next model is loaded
+        if answerer:
+            answerer.release()
         results[name] = replace(result, fingerprint=fingerprints[name])
         if file:
             try:
@@ -854,10 +861,13 @@ def print_gain(before: Result, after: Result) -> None:
 
 def main(config: Config) -> None:
     def kept() -> str:
-        file = Path(config.out or "") / "results.json"
-        if not config.out or not file.exists():
+        files = []
+        if config.out:
+            names = "*/results.json" if config.suite else "results.json"
+            files = sorted(map(str, Path(config.out).glob(names)))
+        if not files:
             return "nothing was written"
-        return f"the models measured so far are in {file}; go on with --resume"
+        return f"the models measured so far are in {', '.join(files)}; go on with --resume"
 
     with contextlib.ExitStack() as held:
         held.enter_context(cli.telling(kept))
@@ -889,6 +899,8 @@ def compare_suite(config: Config) -> None:
     """Measure the models on every set of `SUITE`, each in a folder of its own in --out."""
     if config.data or config.task or config.curate:
         raise UserError("--suite names its own problems: no --data, --task or --curate beside it")
+    if config.budgets or config.greedy or config.k != "1" or config.n != Config([]).n:
+        raise UserError("--suite shows pass@1 alone: no --n, --k, --greedy or --budgets beside it")
     ours: dict[str, list[str]] = {model: [] for model in config.model}
     for name, samples in SUITE.items():
         out = str(Path(config.out) / name) if config.out else None

@@ -21,18 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import disable_progress_bars
-
 from cli import UserError
 
 PART = r"[\w.-]+"
@@ -41,8 +29,8 @@ DATA = re.compile(rf"({PART}/{PART})(?::({PART}))?(?:/({PART}))?(?:@(\S+))?")
 """ORG/NAME:CONFIG/SPLIT@REVISION. (A hub's data set is always ORG/NAME here: "gsm8k" is `KNOWN`'s.)
 """
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+SPLITS = ("train", "test", "validation", "valid", "dev", "eval")
 DATA_FILES = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz")
-HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the HTTP library that this huggingface_hub uses
 
 
 @dataclass(frozen=True)
@@ -90,6 +78,9 @@ problems of Omni-MATH that T1 is measured on have no name there: `omni-math` has
 @lru_cache
 def fetch_model(name: str) -> Path:
     """The folder of the model ORG/NAME[@REVISION]. UserError if there is none to be had."""
+    # Imported here: few commands need it, and it would make each start a quarter of a second later.
+    from huggingface_hub import snapshot_download
+
     match = MODEL.fullmatch(name)
     if not match:
         raise UserError(f"no such folder: {name} (a model of Hugging Face's hub is ORG/NAME)")
@@ -108,6 +99,8 @@ def fetch_model(name: str) -> Path:
 @lru_cache
 def fetch_data(name: str) -> tuple[Path, ...]:
     """The files of the data set ORG/NAME[:CONFIG][/SPLIT][@REVISION], in order of their names."""
+    from huggingface_hub import HfApi, hf_hub_download
+
     match = DATA.fullmatch(name)
     if not match or name.endswith(DATA_FILES):  # data/train.jsonl is a file that is not there
         raise UserError(
@@ -115,9 +108,13 @@ def fetch_data(name: str) -> tuple[Path, ...]:
         )
     repo, config, split, revision = match.groups()
     what = f"no such file: {name}, and as a data set"
-    files = asked(
-        what, lambda: HfApi().list_repo_files(repo, repo_type="dataset", revision=revision)
-    )
+    of_data = {"repo_type": "dataset", "revision": revision}
+    try:
+        files = asked(what, lambda: HfApi().list_repo_files(repo, **of_data))
+    except UserError:
+        files = files_kept(repo, of_data)
+        if not choose_files(files, config, split):
+            raise
     chosen = choose_files(files, config, split)
     if not chosen:
         found = [file for file in files if file.endswith(DATA_FILES)]
@@ -130,10 +127,22 @@ def fetch_data(name: str) -> tuple[Path, ...]:
     for file in chosen:
         path = asked(
             what,
-            lambda file=file: hf_hub_download(repo, file, repo_type="dataset", revision=revision),
+            lambda file=file: hf_hub_download(repo, file, **of_data),
         )
         paths.append(Path(path))
     return tuple(paths)
+
+
+def files_kept(repo: str, of_data: dict[str, Any]) -> list[str]:
+    """The files of a data set that were fetched before: for where there is no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, **of_data, local_files_only=True))
+    except LocalEntryNotFoundError:
+        return []
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def choose_files(files: list[str], config: str | None, split: str | None) -> list[str]:
@@ -141,7 +150,8 @@ def choose_files(files: list[str], config: str | None, split: str | None) -> lis
 
     Both must stand in the path as words: main/test-00000-of-00001.parquet is of main and of test,
     and not of `est`. Where no configuration is asked for, a split that lies in several folders is
-    refused, since that would be a mixture.
+    refused, since that would be a mixture. A file that is alone, and names no split, is all there
+    is.
     """
 
     def has(file: str, word: str | None) -> bool:
@@ -149,7 +159,7 @@ def choose_files(files: list[str], config: str | None, split: str | None) -> lis
         return word is None or bool(re.search(whole, file))
 
     data = [file for file in files if file.endswith(DATA_FILES)]
-    if len(data) > 1:
+    if len(data) != 1 or any(has(data[0], name) for name in SPLITS):
         data = [file for file in data if has(file, config) and has(file, split)]
     folders = sorted({str(Path(file).parent) for file in data})
     if len(folders) > 1:
@@ -162,21 +172,25 @@ def choose_files(files: list[str], config: str | None, split: str | None) -> lis
 
 def asked(what: str, fetch: Callable[[], Any]) -> Any:
     """`fetch()`, with one line for whatever the hub, the network or the disk has against it."""
+    from huggingface_hub import errors
+    from huggingface_hub.utils import disable_progress_bars
+
+    http_error = errors.HfHubHTTPError.__bases__[0]  # of the HTTP library that it uses
     if os.environ.get("LOCAL_RANK", "0") != "0":
         disable_progress_bars()
     try:
         return fetch()
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise UserError(
             f"{what} it is gated: accept its terms on its page of the hub, then `hf auth login`"
         ) from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise UserError(f"{what} it is unknown to the hub (or private: `hf auth login`)") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise UserError(f"{what} it has no such revision") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise UserError(f"{what} it cannot be fetched: the hub does not answer") from None
-    except (HfHubHTTPError, HTTP_ERROR, HFValidationError) as error:
+    except (errors.HfHubHTTPError, http_error, errors.HFValidationError) as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{what} it cannot be fetched: {reason}") from None
     except OSError as error:  # no room, no right to write

@@ -54,6 +54,8 @@ class Muon(torch.optim.Optimizer):
         beta = group["momentum"]
         alike = defaultdict(list)  # by shape: one batched product instead of many small ones
         for parameter in group["params"]:
+            if parameter.grad is None:  # on all ranks alike: nothing was learned there
+                continue
             momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, 1 - beta)
             ahead = parameter.grad.lerp(momentum, beta)  # Nesterov's look-ahead
             alike[parameter.shape].append((parameter, ahead))

@@ -350,8 +350,9 @@ def first_row(parameter: Tensor) -> int:
     """
     if not isinstance(parameter, DTensor):
         return 0
-    mesh = parameter.device_mesh
-    return mesh.get_local_rank() * math.ceil(len(parameter) / mesh.size())
+    # The mesh is of all ranks. It is not asked: in a process that has had other runs, torch may
+    # hand out the mesh of one of these, whose group is gone.
+    return dist.get_rank() * math.ceil(len(parameter) / dist.get_world_size())
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -1,8 +1,8 @@
 """Hugging Face folders: config.json and *.safetensors into our fields and parameters, and back.
 
-model.py's `load_pretrained` and `save_pretrained` are the only users; a reader of T1 has no need of
-this file. In order: finding a folder, its config.json, which of its tensors make which of our
-parameters (`layout`), reading them, writing a folder.
+Used by model.py and, shard by shard, by parallel.py; a reader of T1 has no need of this file. In
+order: finding a folder, its config.json, which of its tensors make which of our parameters
+(`layout`), reading them, writing a folder.
 
 Whatever in a folder would be computed differently here is refused, as a UserError of one line: a
 model that is almost right trains to something that is quietly wrong.
@@ -419,7 +419,8 @@ def fill(folder: Path, config: "ModelConfig", parts: dict[str, tuple[Tensor, int
     """
     files = find_tensors(folder, config)
     table = layout(config)
-    for name, (part, first) in tqdm(parts.items(), "loading", delay=3):
+    other = os.environ.get("RANK", "0") != "0"  # one bar for all ranks
+    for name, (part, first) in tqdm(parts.items(), "loading", delay=3, disable=other):
         above = 0  # the parameter's rows before this piece's
         for piece in table[name]:
             begin = max(first - above, 0)

@@ -43,15 +43,16 @@ What we do differently from the paper (GUIDE.md says why, in the part named):
    min-p (8).
 6. The KL is the sum of log-ratios of the sampled tokens: one pass of the anchor and no more (6).
 7. The learning rate may rise at the start (--warmup) and fall at the end (--cooldown). Neither is
-   the default, for the demo ends no better with them (benchmarks/RESULTS.md). With a cool-down the
-   number of steps is part of the run: --resume then refuses another.
+   the default; the demo warms up, and its --long cools down, too. With a cool-down the number of
+   steps is part of the run: --resume then refuses another.
 
 Other algorithms are the same loop with other pieces, see `RECIPES` and relatives.py. To add one,
 write a file of your own: README.md, "Fork it". rlsp.py goes further: flags, models and a
 `train_step` of its own.
 
 Reading it for the first time? Down to `RECIPES`, and `teaching_groups`, `advantages_of`,
-`give_log_probs` and `minibatches` behind it. The rest is metrics, flags and the run's bookkeeping.
+`give_log_probs`, `minibatches` and `descend` behind it. The rest is metrics, flags and the run's
+bookkeeping.
 """
 
 import math
@@ -241,7 +242,7 @@ def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally
 
 PENALTIES = {"set": (-1.0, None), "advantage": (0.0, -1.0), "none": (None, None)}
 """By --penalty: what an unexpected pattern sets the reward to, and the advantage; None: neither.
-`set` is T1's. `advantage` is of its authors' later code: a group that runs away as a whole is
+`set` is T1's. `advantage` is of later code of the same lab: a group that runs away as a whole is
 pushed back, too."""
 
 
@@ -663,7 +664,7 @@ def end_step(
     metrics |= {f"seconds_{name}": value for name, value in watch.seconds.items()}
 
 
-# --- the flags (at first reading: stop here) ------------------------------------------------------
+# --- the flags ------------------------------------------------------------------------------------
 
 
 @dataclass

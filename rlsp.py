@@ -2,7 +2,7 @@
 
     python rlsp.py --model DIR --task countdown --samples 8 --length-cost 20 --out runs/rlsp
     torchrun --standalone --nproc_per_node=8 rlsp.py --model DIR --data problems.jsonl --out runs/r
-    python rlsp.py ... --judge DIR2                 # a second model's opinion instead of the length
+    python rlsp.py ... --judge DIR2          # a second model's opinion beside the length's cost
 
 It is here to show how a second paper is added: flags, a reward, a model and a `train_step` of its
 own, made of rl.py's pieces. All that rl.py's flags, torchrun and --resume do, they do here.
@@ -58,8 +58,8 @@ class Config(rl.Config):
     length_cost: float = 1000.0
     """c of the reward's - c / length, in tokens (1000 suits chains of thousands)."""
     judge: str = ""
-    """Model folder of a judge of creativity and effort, whose opinion replaces the length in the
-    reward."""
+    """Model folder, or a name of the hub, of a judge of creativity and effort: 0.2 of its opinion
+    stands beside 0.8 of the correctness."""
     critic_first: int = 4
     """Steps in which only the critic learns: a policy that follows a new critic is misled."""
     value_clip: float = 0.2
@@ -94,6 +94,7 @@ def exploration(responses: list[Response], config: Config) -> Tensor:
     return correctness(responses) - length_cost(responses, config)
 
 
+rl.MAY_CHANGE += ("judge",)  # its folder may move; what it holds is checked
 rl.RECIPES["rlsp"] = Recipe(
     reward=exploration, advantage=None, lr=2e-7, kl_coef=0.05, temperature=0.7
 )
@@ -236,6 +237,9 @@ def train_step(learner: RLSPLearner, responses: list[Response], step: int) -> di
     rewards = rl.rewards_of(responses, config, recipe)
     if learner.judge:
         opinion = opinions(*learner.judge, responses, learner.world)
+        judge, _ = learner.judge
+        if rl.is_large(judge):
+            judge.release()  # training needs the room
         rewards = 0.8 * correctness(responses) + 0.2 * opinion - length_cost(responses, config)
     penalty, _ = rl.PENALTIES[recipe.penalty]
     rewards = rl.penalise(rewards, rl.patterns_of(responses), penalty)
@@ -262,12 +266,14 @@ def train_step(learner: RLSPLearner, responses: list[Response], step: int) -> di
     for rows in rl.minibatches(len(responses), config, step):
         chosen = [responses[i] for i in rows]
         rl.policy_gradient(learner, chosen, tally)
-        if step <= config.critic_first:
-            learner.policy.zero_grad()  # it was computed for the metrics
+        if step <= config.critic_first:  # the gradient was computed for the metrics
+            learner.policy.zero_grad()
         old_values, wanted = torch.cat([targets[i] for i in rows], dim=1)
         missed += critic_gradient(learner, chosen, old_values, wanted)
         rl.descend(learner, tally)
     metrics |= tally.metrics(learner.exact)
+    if step <= config.critic_first:
+        del metrics["grad_norm"]  # of 0, which would look as if nothing could be learned
     missed = float(parallel.sum_over_ranks(missed))
     metrics["value_loss"] = missed / (config.epochs * len(returns))
     if learner.anchor:

@@ -365,7 +365,8 @@ class Run:
                     run.save(step, state)
             run.finish(scorer, tokenizer)                 # OUT/model
 
-    However the block ends, a checkpoint that is being written is completed first.
+    If one process is alone, a checkpoint that is being written is completed first, however the
+    block ends.
 
     config: the command's dataclass, with `out`, `resume` and `log`. may_change: see `open_run`.
     keep, keep_every: see `parallel.Checkpoints`. max_skips: the guard's limit.

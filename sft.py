@@ -1,7 +1,7 @@
 """T1 stage 1, the training: supervised fine-tuning on chains that try, fail, notice and verify.
 
     python sft.py --task countdown --out runs/sft                # a small model from random weights
-    python sft.py --model Qwen2.5-0.5B --data chains.jsonl --out runs/sft     # as the paper: 1e-5
+    python sft.py --model Qwen/Qwen2.5-0.5B --data chains.jsonl --out runs/sft      # as the paper
     torchrun --standalone --nproc_per_node=8 sft.py --model DIR --data chains.jsonl --out runs/sft
     python sft.py ... --out runs/sft --resume                    # goes on where it was killed
 

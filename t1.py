@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- 1. Problems, and chains of thought that try, fail, notice and verify -------------------------
+# --- 1. Problems (reach a target with four numbers, + and -), and chains that try, fail, verify ---
 WORDS = [*map(str, range(37)), "+", "-", "=", "no", "yes", "check", "target", "<end>"]
 ID = {word: i for i, word in enumerate(WORDS)}
 PROMPT, WAY = 6, 15  # words: "3 5 7 9 target 4"; three sums, "9 - 7 = 2 2 + 5 = 7 7 - 3 = 4"

@@ -243,6 +243,11 @@ def test_a_data_set_by_configuration_and_split(server, tmp_path):
     code, out, _ = fetch(server, tmp_path, "org/sums:hard/test", "data")
     assert code == 0 and "hard/test-00000-of-00001.jsonl" in out and "main" not in out
     assert [name for name, _ in server.sent] == ["hard/test-00000-of-00001.jsonl"]
+    server.sent.clear()
+    code, again, _ = fetch(server, tmp_path, "org/sums:hard/test", "data", HF_HUB_OFFLINE="1")
+    assert code == 0 and again == out and server.sent == []
+    code, _, line = fetch(server, tmp_path, "org/sums:hard/train", "data", HF_HUB_OFFLINE="1")
+    assert code == 2 and "the hub does not answer" in line
     code, _, line = fetch(server, tmp_path, "org/sums/test", "data")
     assert code == 2 and "lies in several folders (hard, main)" in line
     code, _, line = fetch(server, tmp_path, "org/sums:main/dev", "data")
@@ -287,6 +292,13 @@ def test_files_are_chosen_by_whole_words(config, split, chosen):
             hub.choose_files(files, config, split)
     else:
         assert hub.choose_files(files, config, split) == chosen
+
+
+def test_a_file_that_is_alone():
+    """Bug: a repository with training data alone answers for the test split."""
+    assert hub.choose_files(["data.parquet", "README.md"], None, "test") == ["data.parquet"]
+    assert hub.choose_files(["train.parquet", "README.md"], None, "test") == []
+    assert hub.choose_files(["train.parquet"], None, "train") == ["train.parquet"]
 
 
 def test_a_path_that_exists_wins(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ refusals."""
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -16,7 +17,6 @@ from transformers import (
     Qwen3Config,
 )
 
-import hub
 import model
 import packing
 import pretrained
@@ -516,7 +516,7 @@ def test_what_is_no_folder_says_how_to_get_one(tmp_path, monkeypatch):
     def offline(*args, **flags):
         raise LocalEntryNotFoundError("no network")
 
-    monkeypatch.setattr(hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "rl" / "checkpoints").mkdir(parents=True)
     (tmp_path / "runs" / "rl" / "config.json").write_text('{"recipe": "t1"}')

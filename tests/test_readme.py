@@ -140,10 +140,10 @@ def test_recipes_for_gpus_run(tiny: Path, number: int, device: str):
     renamed = {
         "--nproc_per_node=8": f"--nproc_per_node={2 if device == 'cpu' else 1}",
         "--nnodes=4": "--nnodes=1",
-        "Qwen2.5-0.5B": "qwen",
+        "Qwen/Qwen2.5-0.5B": "qwen",
     }
     renamed |= {
-        "Qwen2.5-7B": "qwen",
+        "Qwen/Qwen2.5-7B": "qwen",
         "--rdzv-endpoint=HOST:29500": f"--rdzv-endpoint=localhost:{port}",
     }
     words = [renamed.get(word, word) for word in words]

@@ -69,7 +69,8 @@ def flags(
 
 
 def rlsp_flags(model: Path | str, out: Path | str, **more) -> rlsp.Config:
-    return flags(model, out, rlsp.Config, length_cost=2.0, **more)
+    at_once = {"length_cost": 2.0, "critic_first": 0}  # the policy learns from the first step on
+    return flags(model, out, rlsp.Config, **at_once | more)
 
 
 RUNS = {"t1": (flags, rl.main), "rlsp": (rlsp_flags, rlsp.main)}
@@ -398,6 +399,7 @@ def test_checkpoint_without_a_critic_is_refused(whole, model, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     changed = json.loads((tmp_path / "run" / "config.json").read_text())
     changed |= {"recipe": "rlsp", "length_cost": 2.0, "judge": "", "trace": 1.0}
+    changed |= {"critic_first": 0, "value_clip": 0.2}
     (tmp_path / "run" / "config.json").write_text(json.dumps(changed))
     with pytest.raises(UserError, match=r"does not hold critic\."):
         rlsp.main(rlsp_flags(model, tmp_path / "run", resume=True))

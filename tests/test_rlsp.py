@@ -71,7 +71,7 @@ def test_opinions_and_the_length(monkeypatch):
     """Bug: opinion and correctness weighed the wrong way, or the length free beside them."""
     monkeypatch.setattr(rlsp, "opinions", lambda *_: tensor(*[0.5] * 12))
     learner = make_learner()
-    learner.judge = (None, None)
+    learner.judge = (learner.sampler, None)
     responses = make_responses(learner)
     metrics = rlsp.train_step(learner, responses, 1)
     cost = rlsp.length_cost(responses, learner.config).sum().item()
