@@ -670,7 +670,8 @@ def end_step(
 @dataclass
 class Config:
     model: str
-    """Hugging Face folder, or run folder, of the policy to start from (T1: the SFT model)."""
+    """The policy to start from (T1: the SFT model): a run's folder, a Hugging Face folder, or a
+    name of its hub."""
     out: str
     """Run folder: config.json, metrics.jsonl, checkpoints/, a figure, and in the end OUT/model."""
     task: str = ""

@@ -801,7 +801,7 @@ def room_in_group(folder: Path, limit: str, usage: str, total: str) -> float:
 @dataclass
 class Config:
     model: str
-    """Folder of a run (runs/demo) or a Hugging Face folder."""
+    """Folder of a run (runs/demo), a Hugging Face folder, or a name of its hub."""
     question: tyro.conf.Positional[str | None] = None
     """What to ask, put as it is. None: a chat."""
     n: int = 1

@@ -104,8 +104,8 @@ class Config:
     chains: int = 20_000
     """With --task: how many chains to make."""
     model: str | None = None
-    """Checkpoint to start from: a Hugging Face folder or a run. None: the demo's small model, with
-    random weights."""
+    """Checkpoint to start from: a run, a Hugging Face folder, or a name of its hub. None: the
+    demo's small model, with random weights."""
     resume: bool = False
     """Go on from the last checkpoint in --out; on a CPU bitwise as if it had never been stopped."""
     seed: int = 0

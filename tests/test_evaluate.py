@@ -62,6 +62,9 @@ class Script:
         self.chains, self.answer, self.forced = chains, answer, []
         self.model = SimpleNamespace(config=SimpleNamespace(context=100_000))
 
+    def release(self):
+        self.released = True
+
     def generate(self, prompts, n, params, progress=False):
         if params.temperature == 0:
             self.forced += [Letters().decode(prompt) for prompt in prompts]
@@ -306,7 +309,7 @@ def test_an_answer_model_writes_the_forced_answers():
     params = SamplingParams(max_tokens=100)
     asked = Settings(1, budgets=(10,))
     result = evaluate.evaluate(policy, Letters(), [COUNTDOWN], params, asked, answerer)
-    assert result.curve == {10: [1.0]} and not policy.forced
+    assert result.curve == {10: [1.0]} and not policy.forced and policy.released
 
 
 @pytest.mark.parametrize(
