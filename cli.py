@@ -152,12 +152,21 @@ NOT_READ = {
 
 def parse_json(text: str | bytes, where: str) -> dict:
     """The object that `text` spells in JSON; UserError begins with `where` if it spells none."""
+    return an_object(load_json(text, where), where)
+
+
+def load_json(text: str | bytes, where: str) -> Any:
+    """What `text` spells in JSON; UserError begins with `where` if it is none."""
     try:
-        value = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         # Not only bad JSON: also bytes that are not UTF-8, a number of 5,000 digits, and brackets
         # that are nested 100,000 deep.
         raise UserError(f"{where}: not JSON ({getattr(error, 'msg', error)})") from None
+
+
+def an_object(value: Any, where: str) -> dict:
+    """The value, if it is an object of JSON; else a UserError that begins with `where`."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected an object, found {type(value).__name__}")
     return value
@@ -244,14 +253,8 @@ def writable(value: Any) -> Any:
 
 def parse_list(content: bytes, path: str | Path) -> list[dict]:
     """The objects of a JSON list."""
-    try:
-        rows = json.loads(decode(content, path))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({getattr(error, 'msg', error)})") from None
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}: expected an object, found {type(row).__name__}")
-    return rows
+    rows = load_json(decode(content, path), str(path))
+    return [an_object(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def parse_csv(content: bytes, path: str | Path) -> list[dict]:
