@@ -72,6 +72,11 @@ KNOWN = {
 problems of Omni-MATH that T1 is measured on have no name there: `omni-math` has all 4,428."""
 
 
+def named(name: str) -> Known:
+    """The data set of that name: of `KNOWN`, or as the hub calls it."""
+    return KNOWN.get(name, Known(name))
+
+
 # --- fetching -------------------------------------------------------------------------------------
 
 

@@ -313,9 +313,7 @@ def read_source(source: str | Path, fields: str = "", seed: int = 0) -> dict[str
     fields: what they are called there, "problem=Question,answer=Solution"; "": one of `QUESTIONS`,
     one of `ANSWERS`. seed: of the order of the options, where there are some.
     """
-    known = hub.Known("")
-    if not Path(source).exists():
-        known = hub.KNOWN.get(str(source), known)
+    known = hub.Known("") if Path(source).exists() else hub.named(str(source))
     renamed = known.fields | read_fields(fields)
     rows = {}
     for where, row in read_files(source).items():
@@ -327,9 +325,8 @@ def read_files(source: str | Path) -> dict[str, dict]:
     """{place: row} as it stands in a file, or in the files of a data set by name."""
     if Path(source).exists():
         return read_rows(source)
-    known = hub.KNOWN.get(str(source))
     rows = {}
-    for file in hub.fetch_data(known.source if known else str(source)):
+    for file in hub.fetch_data(hub.named(str(source)).source):
         rows |= read_rows(file)
     return rows
 
@@ -379,24 +376,30 @@ def with_choices(row: dict, columns: tuple[str, ...], seed: int, where: str) -> 
         raise UserError(f"{where}: {len(options)} options, {len(LETTERS)} at most")
     texts = [re.sub(r"^\(?[A-J][).:]\s*", "", text) for text in options]
     right = 0 if columns else right_option(row, options, texts, where)
-    question = str(next((row[name] for name in QUESTIONS if not blank(row.get(name))), ""))
+    question, earlier = read_question(row, where)
     order = list(range(len(texts)))
     others = r"\b(?:above|below|both|neither|[A-J] (?:and|or) [A-J])\b"
     if not any(re.search(others, text, re.IGNORECASE) for text in texts):
         random.Random(f"options {seed} {question}").shuffle(order)
     lines = [f"({LETTERS[place]}) {texts[number]}" for place, number in enumerate(order)]
-    letter = LETTERS[order.index(right)]
-    return row | {"problem": "\n".join([question, *lines]), "answer": letter, "task": "choice"}
+    turns = [*earlier, ("user", "\n".join([question, *lines]))]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    # Without its options: where the row is written and read again, they are in their order already.
+    rest = {name: value for name, value in row.items() if name not in OPTIONS}
+    return rest | {"problem": chat, "answer": LETTERS[order.index(right)], "task": "choice"}
 
 
 LETTERS = "ABCDEFGHIJ"
+OPTIONS = ("options", "choices", "correct")
+"""Fields that only a row whose options are yet to be put has."""
 
 
 def right_option(row: dict, options: list[str], texts: list[str], where: str) -> int:
     """Which option a row's answer names: by its letter, its number or its text."""
     answer = row.get("correct", row.get("answer"))
-    if isinstance(answer, str) and answer.strip().strip("().") in LETTERS[: len(options)]:
-        return LETTERS.index(answer.strip().strip("()."))
+    letter = answer.strip().strip("().") if isinstance(answer, str) else ""
+    if len(letter) == 1 and letter in LETTERS[: len(options)]:
+        return LETTERS.index(letter)
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
         return answer
     for known in (options, texts):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import cli
 import cot
 import hub
 import tasks
@@ -377,6 +378,38 @@ def test_the_right_option_by_letter_number_or_text(tmp_path, answer):
     row = {"problem": "?", "options": options, "answer": answer}
     [problem] = tasks.load(write(tmp_path, row))
     assert f"({problem.answer}) nine" in problem.question
+
+
+@pytest.mark.parametrize("answer", ["", "()", "AB", "E", "ten", 3])
+def test_an_answer_that_is_no_option_is_refused(tmp_path, answer):
+    """Bug: no letter, or two, pass for the first of them."""
+    row = {"problem": "?", "options": ["seven", "eight", "nine"], "correct": answer}
+    with pytest.raises(UserError, match=r"line 1: the answer .* is none of its 3 options"):
+        tasks.load(write(tmp_path, row))
+
+
+def test_options_that_are_written_stay_as_they_were_put(tmp_path):
+    """Bug: what --curate has written is shuffled once more, and its letter names another option."""
+    options = ["seven", "eight", "nine", "ten"]
+    path = write(
+        tmp_path, *({"problem": f"{i}?", "options": options, "answer": "nine"} for i in range(9))
+    )
+    rows = tasks.read_source(path)
+    problems = tasks.load(path)
+    cli.write_jsonl(tmp_path / "curated.jsonl", list(rows.values()))
+    assert tasks.load(tmp_path / "curated.jsonl", seed=5) == problems
+
+
+def test_options_of_a_chat(tmp_path):
+    """Bug: a chat becomes the text of a Python list, or loses its earlier turns."""
+    chat = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Which?"}]
+    row = {"messages": chat, "options": ["one", "two"], "answer": "B"}
+    [problem] = tasks.load(write(tmp_path, row))
+    assert problem.earlier == (("system", "Be short."),)
+    assert (
+        problem.question.startswith("Which?\n(A) ")
+        and f"({problem.answer}) two" in problem.question
+    )
 
 
 def test_options_that_speak_of_others_stay(tmp_path):
