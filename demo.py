@@ -195,13 +195,14 @@ class Stages:
             cli.write_text(self.out / "seconds.json", json.dumps(self.seconds))
 
 
-def open_folder(config: Config, out: Path) -> dict[str, float]:
-    """The seconds spent so far. A folder of other flags, or of something else, is left as it is."""
+def check_flags(config: Config) -> None:
     counts = (config.sft_steps, config.steps, config.heldout, config.samples)
     if config.chains < 100 or min(counts) < 1:
         raise UserError("--chains must be at least 100, and all other counts at least 1")
-    flags = dataclasses.asdict(config)
-    del flags["out"], flags["baselines"], flags["long"]  # what --long changes stands there
+
+
+def open_folder(flags: dict, out: Path) -> dict[str, float]:
+    """The seconds spent so far. A folder of other flags, or of something else, is left as it is."""
     file, seconds = out / "demo.json", out / "seconds.json"
     if not file.exists() and not cli.is_new(out):
         raise UserError(f"{out} exists and holds no demo: choose another --out")
@@ -388,8 +389,11 @@ def main(config: Config) -> None:
 def demonstrate(config: Config) -> None:
     """All stages that are not done yet, and what came of them."""
     config = lengthened(config)
+    check_flags(config)
     out = Path(config.out)
-    seconds = open_folder(config, out)
+    flags = dataclasses.asdict(config)
+    del flags["out"], flags["baselines"], flags["long"]  # what --long changes stands there
+    seconds = open_folder(flags, out)
     stages = Stages(out, seconds)
     run_stages(config, out, stages)
     results = read_results(config, out)
