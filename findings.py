@@ -289,6 +289,7 @@ class Claim:
     what: str  # a column, or AT_SAME_KL
     more: str
     less: str
+    in_paper: bool = True  # False: a question of ours, with which nothing agrees
 
     def gap(self, more: Seen, less: Seen) -> float:
         if self.what == AT_SAME_KL:
@@ -351,8 +352,10 @@ def draw_band(axes: Axes, places: Sequence[float], rows: list[list[float]], labe
 
 
 def course(axes: Axes, table: Table, name: str) -> None:
-    """A column against the step of RL, from the SFT model on."""
+    """A column against the step of RL. An SFT model is no line: it is where the others begin."""
     for label, row in table.items():
+        if row[0].step == 0:
+            continue
         values = [[COLUMNS[name](point) for point in seen.on_the_way()] for seen in row]
         draw_band(axes, [point.step for point in row[0].on_the_way()], values, label)
     axes.set(xlabel="step of RL", title=name)
@@ -373,7 +376,7 @@ def ends(axes: Axes, table: Table, name: str) -> None:
         values = [COLUMNS[name](seen) for seen in row]
         mean = float(np.mean(values))
         axes.errorbar(place, mean, [[mean - min(values)], [max(values) - mean]], fmt="o", capsize=4)
-    axes.set_xticks(range(len(table)), list(table), rotation=30)
+    axes.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
     axes.set(title=name)
 
 
@@ -390,13 +393,14 @@ def budgets(axes: Axes, table: Table, name: str) -> None:
 
 
 def against_kl(axes: Axes, table: Table, name: str) -> None:
-    """A column against the KL from the SFT model: a line for each seed."""
+    """A column against the KL from the SFT model: the mean at each step, and pale, each seed."""
     for number, (label, row) in enumerate(table.items()):
-        for seed, seen in enumerate(row):
+        curves = []  # [seed, KL or column, step]
+        for seen in row:
             points = seen.on_the_way()
-            places = [COLUMNS["KL from SFT"](point) for point in points]
-            values = [COLUMNS[name](point) for point in points]
-            axes.plot(places, values, f"C{number}.-", label=None if seed else label)
+            curves.append([[COLUMNS[what](at) for at in points] for what in ("KL from SFT", name)])
+            axes.plot(*curves[-1], f"C{number}-", alpha=0.3)
+        axes.plot(*np.mean(curves, axis=0), f"C{number}.-", label=label)
     axes.set(xlabel="KL from SFT (nats per response)", title=name)
 
 
@@ -471,25 +475,27 @@ def oversampled(scale: Scale) -> dict[str, tuple[Run, int]]:
 
 
 def oversampling(scale: Scale) -> Finding:
+    settings = oversampled(scale)
+    _, steps = settings["24 x 64"]
     return Finding(
         question="Do more responses to each prompt teach more?",
         paper=(
             "K = 4, 16 and 64 responses to each prompt end at 31.8, 35.8 and 39.4 % of "
             "Omni-MATH-500 after 260 steps; a larger K also thinks longer."
         ),
-        settings=oversampled(scale),
+        settings=settings,
         columns=("accuracy, %", "tokens", "entropy", "responses drawn, thousands"),
         panels=((course, "accuracy, %"), (course, "tokens"), (metric, "dropped")),
         claims=(
             Claim("accuracy, %", "24 x 64", "24 x 16"),
             Claim("accuracy, %", "24 x 64", "24 x 4"),
             Claim("tokens", "24 x 64", "24 x 4"),
-            Claim("accuracy, %", "24 x 64", "96 x 16"),
-            Claim("accuracy, %", "24 x 64", "384 x 4"),
+            Claim("accuracy, %", "24 x 64", "96 x 16", in_paper=False),
+            Claim("accuracy, %", "24 x 64", "384 x 4", in_paper=False),
         ),
         limits=(
             "The last two ask more than the paper, which varied K alone: is it K, or the number "
-            "of responses? Here one step in fifteen of the paper's is run: a stall that comes "
+            f"of responses? The paper's runs were 260 steps, these are {steps}: a stall that comes "
             "later does not show."
         ),
     )
@@ -505,7 +511,7 @@ def exchange(scale: Scale) -> Finding:
         claims=(
             Claim(AT_SAME_KL, "24 x 64", "24 x 16"),
             Claim(AT_SAME_KL, "24 x 64", "24 x 4"),
-            Claim(AT_SAME_KL, "24 x 64", "384 x 4"),
+            Claim(AT_SAME_KL, "24 x 64", "384 x 4", in_paper=False),
         ),
         limits=(
             "The KL is of held-out responses. RL's own metric is of the groups that teach, which"
@@ -637,7 +643,7 @@ def initialisation(scale: Scale) -> Finding:
         claims=(
             Claim("accuracy, %", "three, RL", "one attempt, RL"),
             Claim("tokens", "three, RL", "one attempt, RL"),
-            Claim("accuracy, %", "three, RL", "giving up, RL"),
+            Claim("accuracy, %", "three, RL", "giving up, RL", in_paper=False),
         ),
         limits=(
             "Chains of one attempt hold the answer to every problem shown, and fewer tokens; all"
@@ -712,9 +718,9 @@ def verdicts(finding: Finding, table: Table) -> dict[Claim, list[float]]:
 
 def sentence(gaps: dict[Claim, list[float]], seeds: int) -> str:
     """Whether all of this agrees with the paper, in one sentence."""
-    if not gaps:
+    words = [verdict(row) for claim, row in gaps.items() if claim.in_paper]
+    if not words:
         return "The paper says nothing with which this could agree."
-    words = [verdict(row) for row in gaps.values()]
     agrees, contradicts = words.count("agrees"), words.count("contradicts")
     undecided = len(words) - agrees - contradicts
     return (
@@ -736,10 +742,16 @@ def report(config: "Config", name: str, cost: str) -> str:
     claims = []
     for claim, row in gaps.items():
         what = f"{claim.what}: {claim.more} above {claim.less}"
-        claims.append(f"- {what}: **{verdict(row)}**, by {spread(row)}")
+        word = verdict(row)
+        if not claim.in_paper:
+            what += " (our question)"
+            word = {"agrees": "yes", "contradicts": "no"}.get(word, word)
+        claims.append(f"- {what}: **{word}**, by {spread(row)}")
     if claims:
         chance = 2**config.seeds
-        claims.append(f"\nBy chance alone each agrees once in {chance}, and contradicts as often.")
+        claims.append(
+            f"\nBy chance alone all seeds agree once in {chance}, and contradict as often."
+        )
     paragraphs = [
         f"# {name}: {finding.question}",
         "    " + shlex.join(["python", "findings.py", name, *cli.changed(config, "seeds")]),
