@@ -30,6 +30,7 @@ import cot
 import demo
 import findings
 import jobs
+import pretrained
 import rl
 import runfolder
 from cli import UserError
@@ -322,6 +323,21 @@ def test_all_of_them_share_their_runs(out: Path, capsys):
     )
 
 
+@pytest.mark.usefixtures("tiny")
+def test_what_is_seen_is_of_its_step(out: Path):
+    """Guards against the results of one checkpoint shown as another's: those of the SFT model, of
+    the policies on the way and of the last one are told apart by their fingerprints."""
+    findings.main(Config("scaling", seeds=1, jobs=1, out=str(out)))
+    run = TINY.run(steps=TINY.long)
+    home = out / findings.run_home(run, 0)
+    seen = findings.see(out, run, 1, 0, "evaluation-budgets")
+    models = {0: out / "sft/three-attempts/seed-0/sft", 1: home / "step-1", 2: home / "step-2"}
+    models[3] = home / "rl"
+    assert list(seen.course) == list(models) and len(seen.metrics) == 3
+    for step, model in models.items():
+        assert seen.course[step].fingerprint == pretrained.fingerprint(str(model)), step
+
+
 # --- interrupted, failed, not ours ----------------------------------------------------------------
 
 
@@ -436,11 +452,13 @@ def test_real_commands(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("tiny")
 def test_ctrl_c_ends_the_processes(tmp_path, monkeypatch):
     """Guards against processes that go on computing behind a prompt that has returned, and against
-    the next ones being started all the same."""
+    the next ones being started all the same, behind one that was done just then."""
     children = []
+    waiting = "sleep 60 & trap 'kill $!; exit 0' TERM; wait"
 
     def sleeping(words: list[str], folder: Path, log: Path) -> subprocess.Popen:
-        children.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
+        (folder / Path(words[words.index("--out") + 1])).write_text("")
+        children.append(subprocess.Popen(["sh", "-c", waiting]))
         if len(children) == 2:
             threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         return children[-1]
@@ -450,7 +468,7 @@ def test_ctrl_c_ends_the_processes(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         findings.main(Config("scaling", seeds=3, jobs=2, out=str(tmp_path / "out")))
     assert time.perf_counter() - began < 20
-    assert len(children) == 2 and all(child.poll() not in (None, 0) for child in children)
+    assert len(children) == 2 and all(child.poll() == 0 for child in children)
 
 
 @pytest.mark.usefixtures("tiny")
