@@ -21,8 +21,8 @@ A verdict is computed, not written. The paper says that one setting has more of 
 another; with each seed, both started from the same SFT model. Has the difference the paper's sign
 with all seeds, with none, or only with some?
 
-Read in this order: what is run; what is measured; what is claimed; the nine findings, each a
-function; their figures; the command.
+Read the nine findings first, each a function; then, in the file's order, what is run, measured and
+claimed, how it is drawn, and what comes of it.
 """
 
 import functools
@@ -67,7 +67,8 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything, and what it costs: minutes of one core."""
+    """How much of everything, and what it costs: minutes of one core. A seed of all findings: 3 SFT
+    models and 29 runs, some 143 minutes."""
 
     chains: int = demo.Config.chains
     sft_steps: int = demo.Config.sft_steps  # 9 minutes for each kind of chains
