@@ -3,11 +3,12 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(findstring $(VENV)/,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: t1 demo test lint bench gpu gpu-peers gpu-tests gpu-kernels gpu-sampler gpu-training help
+.PHONY: t1 demo findings test lint bench gpu gpu-peers gpu-tests gpu-kernels gpu-sampler gpu-training help
 
 help:
 	@echo "make t1      all of T1 in one file of 300 lines: chains, SFT, RL, accuracy against thinking budget"
 	@echo "make demo    T1 in miniature on a CPU: chains of thought, SFT, RL, evaluation, figures in runs/demo"
+	@echo "make findings   the paper's findings in miniature, on a CPU: four hours, tables and figures in runs/findings"
 	@echo "make test    the whole suite"
 	@echo "make lint    ruff"
 	@echo "make bench   speed beside the peers, on this machine's CPU"
@@ -19,6 +20,9 @@ t1: $(READY)
 
 demo: $(READY)
 	$(PYTHON) demo.py --out runs/demo
+
+findings: $(READY)
+	$(PYTHON) findings.py all --out runs/findings
 
 test: $(READY)
 	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n 2 --dist loadfile

@@ -78,11 +78,14 @@ def step_by_step(expression: str) -> str:
     return "=".join(forms)
 
 
-def countdown_chain(problem: Problem, rng: random.Random, attempts: int) -> dict | None:
+def countdown_chain(
+    problem: Problem, rng: random.Random, attempts: int, give_up: float = 0.0
+) -> dict | None:
     """One chain for a countdown problem.
 
     `attempts` of the values that the numbers can make are drawn, in random order. The chain shows
-    those up to the first that is the target; None where none of them is.
+    those up to the first that is the target. Where none of them is, it shows all of them and gives
+    up, without a box, with chance `give_up`; else there is no chain: None.
     """
     target, numbers, operators = tasks.read_countdown(problem.answer)
     walks = tasks.ways(numbers, operators)
@@ -98,6 +101,8 @@ def countdown_chain(problem: Problem, rng: random.Random, attempts: int) -> dict
         lines.append(f"check {step_by_step(walk.expression)} ok")
         lines.append(f"\\boxed{{{walk.expression}}}")
         return training_row(problem, "\n".join(lines))
+    if give_up and rng.random() < give_up:  # without it no number is drawn: the chains stay as ever
+        return training_row(problem, "\n".join([*lines, GIVE_UP]))
     return None
 
 
@@ -111,6 +116,9 @@ def training_row(problem: Problem, response: str) -> dict:
     }
 
 
+GIVE_UP = "give up"
+"""The last line of a chain that ends without an answer. The demo's tokenizer spells it byte by
+byte: a word of its own would move the numbers of all others."""
 WORDS = [
     tasks.FAILURE, tasks.CLAIM, ", ", "check ", " ok\n", "\\boxed{",
     "numbers ", "target ", "operators ",
@@ -125,7 +133,8 @@ def by_program(config: "Config", show: bool = True) -> Iterator[dict]:
     """
     problems = tasks.made("countdown", config)
     rng = random.Random(f"chains {config.seed}")
-    chains = (countdown_chain(problem, rng, config.attempts) for problem in problems)
+    share = config.give_up
+    chains = (countdown_chain(problem, rng, config.attempts, share) for problem in problems)
     found = (chain for chain in chains if chain is not None)
     yield from tqdm(islice(found, config.count), "chains", config.count, disable=not show)
 
@@ -401,6 +410,9 @@ class Config:
     """By program: the operators allowed; add / for exact division."""
     attempts: int = 3
     """By program: attempts drawn at a problem, the most that a chain shows. 99: all there are."""
+    give_up: float = 0.0
+    """By program: of the problems at which no drawn attempt is right, this share has a chain, too,
+    and it gives up. (findings.py asks what RL makes of it; T1's chains all end well.)"""
     data: str | None = None
     """From attempts: the problems, a file with `problem` (or `question`) and `answer`, or a data
     set's name (hub.py)."""
@@ -446,6 +458,8 @@ def check_flags(config: Config) -> None:
         raise UserError(
             "--count, --n, --attempts and --limit must be at least 1, --failures at least 0"
         )
+    if not 0 <= config.give_up <= 1:
+        raise UserError(f"--give-up {config.give_up}: a share from 0 to 1")
     tasks.made("countdown", config)  # for its checks
 
 

@@ -24,6 +24,7 @@ the task ever needs, which the policy never saw.
 
 import dataclasses
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -163,16 +164,16 @@ def probe_flags(config: Config, models: list[Path], out: Path) -> evaluate.Confi
 # --- running them ---------------------------------------------------------------------------------
 
 
-def command(script: str, flags: object) -> str:
-    """The command line that does the same: what differs from the defaults."""
-    words = ["python", script]
+def words_of(flags: object) -> list[str]:
+    """The words of a command line that say the same: what differs from the defaults."""
+    words = []
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
         if value == field.default or field.name == "resume":
             continue
         values = value if isinstance(value, list) else [value]
         words += ["--" + field.name.replace("_", "-"), *map(str, values)]
-    return " ".join(words)
+    return words
 
 
 class Stages:
@@ -183,7 +184,7 @@ class Stages:
         self.out, self.seconds = out, seconds
 
     def run(self, name: str, script: str, done: Path, flags: object, main: Callable) -> None:
-        print(f"\n$ {command(script, flags)}", flush=True)
+        print(f"\n$ {shlex.join(['python', script, *words_of(flags)])}", flush=True)
         if done.exists():
             print(f"  {done} is there already")
             return

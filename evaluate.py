@@ -16,6 +16,10 @@ What is measured, for n samples of each problem:
   is cut there, a box is opened behind it, and the model under test (or `--answer-model`, T1's SFT
   model) completes the answer greedily. Chains are sampled once, at the largest budget. The few
   tokens of the answer itself are not counted.
+- **entropy** of the policy, in nats per token, and with `--kl-from` its KL from another model (the
+  one that RL began with, say), in nats per response: means of -log pi and of log pi / start over
+  what was sampled. In metrics.jsonl both are of RL's temperature, and the KL of the responses that
+  taught something; here they can be compared between any two runs.
 - **failures**: the share of all samples that failed by each kind (countdown: see
   `tasks.diagnose_countdown`). `no answer` ended without a box, `cut off` was still thinking at
   --max-tokens.
@@ -36,19 +40,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import behaviours
 import cli
+import parallel
 import pretrained
 import tasks
 import verify
 from cli import UserError
 from cot import load_sampler
+from model import Transformer
+from packing import Example
+from parallel import Scorer, World
 from sample import MOST_TOKENS, Completion, Sampler, SamplingParams
 from tasks import Problem
-from tokenizer import Tokenizer, open_thought
+from tokenizer import Tokenizer, load_tokenizer, open_thought
 
 # --- estimators -----------------------------------------------------------------------------------
 
@@ -278,6 +287,31 @@ def answered_cuts(
     return cuts
 
 
+# --- how far from where it began ------------------------------------------------------------------
+
+
+def kl_from(
+    start: Transformer, prompts: list[list[int]], chains: list[Completion], temperature: float
+) -> list[float]:
+    """log pi / start of each chain, in nats: its mean is the KL. prompts: of each chain."""
+    examples = []
+    for prompt, chain in zip(prompts, chains):
+        end = len(prompt) + len(chain.tokens)
+        examples.append(Example(prompt + chain.tokens, [(len(prompt), end)]))
+    scorer = Scorer(start)
+    alone = World(0, 1, start.head_weight.device)
+    values = parallel.values_of_all(
+        lambda packed: parallel.log_probs(scorer, packed, temperature)[0],
+        examples,
+        None,
+        parallel.row_dim(start),
+        alone,
+    )
+    sizes = [len(chain.tokens) for chain in chains]
+    expected = [part.double().sum().item() for part in torch.split(values, sizes)]
+    return [sum(chain.logprobs) - begun for chain, begun in zip(chains, expected)]
+
+
 # --- one model ------------------------------------------------------------------------------------
 
 
@@ -339,6 +373,8 @@ class Result:
     behaviours: dict[str, float] = field(default_factory=dict)  # times per response
     turning_words: list[tuple[str, float, int]] = field(default_factory=list)  # see behaviours.py
     greedy: list[float] = field(default_factory=list)  # of each problem: is its greedy one right?
+    entropy: float = 0.0  # nats per token, of what was sampled
+    kl: list[float] = field(default_factory=list)  # --kl-from: of each problem, nats per response
     fingerprint: str = ""  # of the model: another one may stand under its name by now
 
     def rates(self) -> list[float]:
@@ -371,7 +407,10 @@ class Result:
             scores[name] = float(np.mean(values))
             scores[f"{name}_ci"] = interval(values)
         curve = {budget: float(np.mean(values)) for budget, values in self.curve.items()}
+        if self.kl:
+            scores["kl"] = float(np.mean(self.kl))
         return scores | {
+            "entropy": self.entropy,
             "mean_tokens": float(np.mean(self.lengths)),
             "truncated": self.truncated,
             "budget_curve": curve,
@@ -394,12 +433,13 @@ def evaluate(
     params: SamplingParams,
     settings: Settings,
     answer_sampler: Sampler | None = None,
+    start: Transformer | None = None,
 ) -> Result:
     """Sample every problem `settings.samples` times and measure all of the above.
 
     pass@k and the rest judge chains of at most `params.max_tokens`. Budgets may be larger: chains
     are sampled once, at the largest, and cut. `answer_sampler` forces the curve's answers instead
-    of the model under test (it must share its tokenizer).
+    of the model under test (it must share its tokenizer). start: the model to measure the KL from.
     """
     if not problems:
         raise UserError("no problems to evaluate")
@@ -426,6 +466,12 @@ def evaluate(
     curve = curve_of(cuts, [len(chains) for chains in cuttable])
     result = result_of(problems, responses, settings, curve)
     result.turning_words = behaviours.turning_words(turning_steps(cuts))
+    drawn = [logprob for chain in chains for logprob in chain.logprobs]
+    result.entropy = -float(np.mean(drawn))
+    if start:
+        repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
+        found = np.reshape(kl_from(start, repeated, chains, params.temperature), (len(prompts), -1))
+        result.kl = found.mean(axis=1).tolist()
     if settings.greedy:
         likeliest = sampler.generate(prompts, 1, replace(params, temperature=0.0), progress=True)
         chains = [chain for [chain] in likeliest]
@@ -583,6 +629,10 @@ def cells_of(summary: dict) -> dict[str, str]:
             cells[name] = f"{percent(summary[name])} [{100 * low:.1f}, {100 * high:.1f}]"
     cells["mean tokens"] = f"{summary['mean_tokens']:.1f}"
     cells["without an end"] = percent(summary["truncated"])
+    if summary["entropy"]:
+        cells["entropy (nats per token)"] = f"{summary['entropy']:.3f}"
+    if "kl" in summary:
+        cells["KL from --kl-from (nats)"] = f"{summary['kl']:.2f}"
     if summary["attempts"]:
         cells["attempts"] = f"{summary['attempts']:.2f}"
         cells["... that repeat a value"] = percent(summary["repeats"])
@@ -646,6 +696,8 @@ def measured_by(config: "Config", problems: list[Problem]) -> dict[str, Any]:
     flags["data"] = cli.fingerprint(problems)
     if config.answer_model:
         flags["answer_model"] = pretrained.fingerprint(config.answer_model)
+    if config.kl_from:
+        flags["kl_from"] = pretrained.fingerprint(config.kl_from)
     return flags
 
 
@@ -691,6 +743,8 @@ class Config:
     answer_model: str | None = None
     """Who writes the forced answer of a cut chain: T1 uses the SFT model. None: the model under
     test."""
+    kl_from: str | None = None
+    """Also measure every model's KL from this one, such as the SFT model that RL began with."""
     lenient: bool = False
     """Accept an answer outside a box ("the answer is 7", the last number), for models not taught to
     box it."""
@@ -757,6 +811,9 @@ def read_settings(config: Config) -> Settings:
                 "--curate needs one --model, --n of at least 2, and a file that does not exist yet"
             )
         cli.check_parent(config.curate)
+    plain = config.temperature > 0 and config.top_p == 1 and config.min_p == 0
+    if config.kl_from and not plain:
+        raise UserError("--kl-from is of a whole policy: no --top-p, --min-p or --temperature 0")
     # Made for its checks: the number of tokens may follow from a model that is not loaded yet.
     max_tokens = 1 if config.max_tokens is None else config.max_tokens
     SamplingParams(max_tokens, config.temperature, config.top_p, config.min_p)
@@ -817,28 +874,18 @@ def measure(
     for name in results.keys() & fingerprints.keys():
         if results[name].fingerprint != fingerprints[name]:
             raise UserError(f"{file} was measured with another {name}: choose another --out")
-    answerer = vocabulary = None
-    if config.answer_model:
-        answerer, tokenizer = load_sampler(
-            config.answer_model, config.max_batch, config.template_args
-        )
-        vocabulary = tokenizer.files["tokenizer.json"]
+    answerer, start = load_others(config)
     for name in config.model:
         if name in results:
             continue
         sampler, tokenizer = load_sampler(name, config.max_batch, config.template_args)
-        if answerer and vocabulary != tokenizer.files["tokenizer.json"]:
-            raise UserError(
-                f"--answer-model {config.answer_model} cannot go on in {name}'s tokens: "
-                "other tokenizer.json"
-            )
         params = sampling_params(config, settings.budgets, sampler, tokenizer, problems)
         print(
             f"{name}: {len(problems)} problems, {config.n} samples each, "
             f"at most {params.max_tokens} tokens",
             file=sys.stderr,
         )
-        result = evaluate(sampler, tokenizer, problems, params, settings, answerer)
+        result = evaluate(sampler, tokenizer, problems, params, settings, answerer, start)
         del sampler  # its weights and its cache, before the next model is loaded
         if answerer:
             answerer.release()
@@ -850,6 +897,29 @@ def measure(
                 print(table(results))
                 raise
     return {name: results[name] for name in config.model}
+
+
+def load_others(config: Config) -> tuple[Sampler | None, Transformer | None]:
+    """The models of --answer-model and --kl-from. UserError if one has other tokens than the models
+    that are measured.
+    """
+    loaded = []
+    for flag in ("answer_model", "kl_from"):
+        other = getattr(config, flag)
+        if other is None:
+            loaded.append(None)
+            continue
+        sampler, tokenizer = load_sampler(other, config.max_batch, config.template_args)
+        for name in config.model:
+            own = load_tokenizer(name, config.template_args)
+            if own.files["tokenizer.json"] != tokenizer.files["tokenizer.json"]:
+                raise UserError(
+                    f"--{flag.replace('_', '-')} {other} cannot go on in {name}'s tokens: "
+                    "other tokenizer.json"
+                )
+        loaded.append(sampler)
+    answerer, start = loaded
+    return answerer, start.model if start else None
 
 
 def print_gain(before: Result, after: Result) -> None:

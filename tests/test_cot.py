@@ -96,6 +96,33 @@ def test_a_chain_ends_in_its_first_success():
     )
 
 
+def test_chains_give_up_only_where_asked_and_where_nothing_was_right():
+    """Guards against a --give-up that shortens chains which would have succeeded, that moves the
+    chains of everybody who does not ask for it, or whose chains the judge takes for an answer."""
+    problem = tasks.countdown_problem([3, 5, 7], 22)
+
+    def drawn(give_up: float) -> list[dict | None]:
+        """Of the same attempts each: a generator of its own for every chain."""
+        return [cot.countdown_chain(problem, random.Random(n), 3, give_up) for n in range(400)]
+
+    never, always, half = drawn(0.0), drawn(1.0), drawn(0.5)
+    assert never.count(None) > 100 and always.count(None) == 0
+    for before, after in zip(never, always):
+        if before is not None:
+            assert after == before
+            continue
+        lines = after["response"].split("\n")
+        assert lines[-1] == cot.GIVE_UP and len(lines) == 4
+        assert all(" not 22" in line for line in lines[:-1])
+        assert tasks.judge_countdown(problem, after["response"]).outcome == "no_answer"
+    assert half.count(None) / never.count(None) == pytest.approx(0.5, abs=0.15)
+    # Who does not ask draws the attempts, and nothing else: the next chain is the one it was.
+    rng, other = random.Random(never.index(None)), random.Random(never.index(None))
+    assert cot.countdown_chain(problem, rng, 3) is None
+    other.sample(range(len(tasks.ways([3, 5, 7], "+-*"))), 3)
+    assert rng.random() == other.random()
+
+
 def test_no_value_is_tried_twice():
     """Guards against chains that repeat a failure, or try the same sum in another order: there is
     nothing to learn from either, and RL's penalty for repetition would punish what SFT taught."""

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ import tasks
 from cli import UserError
 from evaluate import Result, Settings
 from model import random_init, save_pretrained
-from sample import Completion, SamplingParams
+from sample import Completion, Sampler, SamplingParams
 from tasks import Problem, countdown_problem
 from tokenizer import demo_tokenizer
 
@@ -300,6 +301,41 @@ def test_the_greedy_response_beside_the_samples():
     assert "greedy pass@1" in evaluate.table({"m": result})
     silent = evaluate.evaluate(Script([[SOLVED]]), Letters(), [COUNTDOWN], params, Settings(1))
     assert silent.greedy == [] and "greedy" not in evaluate.table({"m": silent})
+
+
+def test_entropy_and_kl_from_the_start():
+    """Guards against a KL of the wrong sign, of the prompt, of padding, or of another temperature;
+    against one that is a mean over tokens; and against one that a policy has from itself."""
+    tokenizer = demo_tokenizer(cot.WORDS)
+    start, policy = (random_init(sft.small_shape(tokenizer), seed) for seed in (0, 1))
+    prompts = [tokenizer.encode("numbers 3 5 7"), tokenizer.encode("numbers 9, target 9")]
+    params = SamplingParams(max_tokens=12, temperature=0.7)
+    drawn = Sampler(policy, tokenizer).generate(prompts, 2, params)
+    chains = [chain for row in drawn for chain in row]
+    repeated = [prompt for prompt in prompts for _ in range(2)]
+    for model in (start, policy):
+        wanted = []
+        for prompt, chain in zip(repeated, chains):
+            with torch.no_grad():
+                logits = model.logits(model(torch.tensor([prompt + chain.tokens])))[0] / 0.7
+            logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            own = logprobs.gather(1, torch.tensor(chain.tokens)[:, None])
+            wanted.append(sum(chain.logprobs) - own.sum().item())
+        found = evaluate.kl_from(model, repeated, chains, 0.7)
+        assert found == pytest.approx(wanted, abs=1e-3)
+    assert found == pytest.approx([0] * 4, abs=1e-3), "of the policy itself"
+
+    problems = [COUNTDOWN, countdown_problem([1, 2, 3], 6)]
+    sampler = Sampler(policy, tokenizer)
+    result = evaluate.evaluate(sampler, tokenizer, problems, params, Settings(2), None, start)
+    asked = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
+    again = sampler.generate(asked, 2, params)
+    flat = [chain for row in again for chain in row]
+    kl = evaluate.kl_from(start, [p for p in asked for _ in range(2)], flat, 0.7)
+    assert result.kl == pytest.approx([(kl[0] + kl[1]) / 2, (kl[2] + kl[3]) / 2])
+    logprobs = [logprob for chain in flat for logprob in chain.logprobs]
+    assert result.entropy == pytest.approx(-sum(logprobs) / len(logprobs))
+    assert "KL from --kl-from" in evaluate.table({"m": result})
 
 
 def test_an_answer_model_writes_the_forced_answers():
@@ -585,6 +621,8 @@ def test_pass_at_1_is_the_mean_rate(counts):
         ({"task": "countdown", "k": "0"}, "--k"),
         ({"task": "countdown", "k": "32", "n": 16}, "--n 16"),
         ({"task": "countdown", "limit": 0}, "--limit"),
+        ({"task": "countdown", "kl_from": "absent", "top_p": 0.9}, "--kl-from"),
+        ({"task": "countdown", "kl_from": "absent", "temperature": 0.0}, "--kl-from"),
         ({"task": "countdown", "limit": 2_000}, "distinct problems of 3 numbers from 1 to 21"),
         ({"task": "countdown", "numbers": 5}, "--numbers"),
         ({"task": "countdown", "curate_upto": 0.3}, "--curate FILE"),
