@@ -161,13 +161,24 @@ class Draft:
     right: list[Attempt]  # the first ends the chain, the second may confirm it
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How checkpoints are loaded: the flags of these names."""
+
+    template_args: str = ""
+    dtype: str = "auto"
+
+
+LOADING = Loading()
+
+
 def load_sampler(
-    path: str, max_batch: int = 256, template_args: str = ""
+    path: str, max_batch: int = 256, loading: Loading = LOADING
 ) -> tuple[Sampler, Tokenizer]:
     """A policy ready to sample: on a GPU, in bf16, where there is one; see devices.py."""
     device = pick_device()
-    policy = load_pretrained(path, getattr(torch, pick_dtype("auto", device)), device)
-    tokenizer = load_tokenizer(path, template_args)
+    policy = load_pretrained(path, getattr(torch, pick_dtype(loading.dtype, device)), device)
+    tokenizer = load_tokenizer(path, loading.template_args)
     return Sampler(policy, tokenizer, max_batch=max_batch), tokenizer
 
 
@@ -177,15 +188,15 @@ def ask(
     n: int,
     params: SamplingParams,
     what: str,
-    template_args: str = "",
+    loading: Loading = LOADING,
 ) -> list[list[str]]:
     """What a checkpoint answers to each chat: up to n answers, without those that never end or are
     garbled.
 
     A chat that leaves no room for an answer gets none, and is no error: one long set of notes must
-    not undo hours of attempts. what: for the terminal. template_args: see `tokenizer.Tokenizer`.
+    not undo hours of attempts. what: for the terminal.
     """
-    sampler, tokenizer = load_sampler(path, template_args=template_args)
+    sampler, tokenizer = load_sampler(path, loading=loading)
     print(f"{what}: {len(chats)} x {n} from {path}")
     prompts = [tokenizer.chat(chat, add_generation_prompt=True) for chat in chats]
     room = sampler.model.config.context - params.max_tokens
@@ -211,7 +222,7 @@ def sample_attempts(
     models: list[str],
     n: int,
     params: SamplingParams,
-    template_args: str = "",
+    loading: Loading = LOADING,
 ) -> list[list[Attempt]]:
     """Step 1. n attempts per problem and checkpoint, verified.
 
@@ -220,7 +231,7 @@ def sample_attempts(
     chats = [tasks.messages(problem) for problem in problems]
     said: list[tuple[int, str]] = []  # (number of the problem, text)
     for path in models:
-        answers = ask(path, chats, n, params, "attempts", template_args)
+        answers = ask(path, chats, n, params, "attempts", loading)
         for number, texts in enumerate(answers):
             said += [(number, text) for text in texts]
     boxed = [tasks.boxed(text) for _, text in said]
@@ -300,14 +311,14 @@ def usable(critique: str, problem: Problem, attempt: Attempt) -> bool:
 
 
 def criticise(
-    path: str, drafts: list[Draft], params: SamplingParams, template_args: str = ""
+    path: str, drafts: list[Draft], params: SamplingParams, loading: Loading = LOADING
 ) -> None:
     """Step 2. Gives the attempts that are shown the critic's critique, where it is usable."""
     pairs = []
     for draft in drafts:
         pairs += [(draft.problem, attempt) for attempt in [*draft.failures, draft.right[0]]]
     chats = [critic_chat(problem, attempt) for problem, attempt in pairs]
-    critiques = ask(path, chats, 1, params, "critiques", template_args)
+    critiques = ask(path, chats, 1, params, "critiques", loading)
     for (problem, attempt), said in zip(pairs, critiques):
         if said and usable(said[0], problem, attempt):
             attempt.critique = said[0]
@@ -352,13 +363,15 @@ REWRITING = (
 )
 
 
-def rewrite(path: str, rows: list[dict], params: SamplingParams, template_args: str = "") -> None:
+def rewrite(
+    path: str, rows: list[dict], params: SamplingParams, loading: Loading = LOADING
+) -> None:
     """Step 4. A checkpoint rewrites each response; one that is no longer right is not taken."""
     chats = []
     for row in rows:
         wish = f"{row['problem']}\n\nNotes: {row['response']}\n\n{REWRITING}"
         chats.append([{"role": "user", "content": wish}])
-    answers = ask(path, chats, 1, params, "rewriting", template_args)
+    answers = ask(path, chats, 1, params, "rewriting", loading)
     texts = [answer[0] if answer else "" for answer in answers]
     problems = [Problem(row["problem"], row["answer"], row["task"]) for row in rows]
     for row, text, verdict in zip(rows, texts, tasks.judge_all(problems, texts)):
@@ -372,18 +385,18 @@ def by_attempts(config: "Config") -> list[dict]:
     params = SamplingParams(config.max_tokens, config.temperature, seed=config.seed)
     rng = random.Random(f"attempts {config.seed}")
 
-    template_args = config.template_args
-    attempts = sample_attempts(problems, config.model, config.n, params, template_args)
+    loading = Loading(config.template_args, config.dtype)
+    attempts = sample_attempts(problems, config.model, config.n, params, loading)
     drafts = draft_chains(problems, attempts, config.failures, rng)
     if config.critic:
-        criticise(config.critic, drafts, params, template_args)
+        criticise(config.critic, drafts, params, loading)
     rows = []
     for draft in drafts:
         row = training_row(draft.problem, merge(draft))
         rows.append(row | {"failures": len(draft.failures)})
     if config.rewrite:
         params = replace(params, max_tokens=config.rewrite_tokens)
-        rewrite(config.rewrite, rows, params, template_args)
+        rewrite(config.rewrite, rows, params, loading)
     for draft, row in zip(drafts, rows):
         if draft.problem.earlier:  # then sft.py needs the whole chat
             answer = {"role": "assistant", "content": row["response"]}
@@ -440,6 +453,9 @@ class Config:
     template_args: str = ""
     """From attempts: JSON that the chat template is to know, such as '{"enable_thinking": false}'.
     """
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """From attempts: what the checkpoints compute in. auto: bfloat16 on a GPU that has it, else
+    float32."""
 
 
 def check_flags(config: Config) -> None:

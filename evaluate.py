@@ -51,7 +51,7 @@ import pretrained
 import tasks
 import verify
 from cli import UserError
-from cot import load_sampler
+from cot import Loading, load_sampler
 from model import Transformer
 from packing import Example
 from parallel import Scorer, World
@@ -763,6 +763,8 @@ class Config:
     """Countdown: which operators; / divides exactly."""
     template_args: str = ""
     """JSON that the chat template is to know, such as '{"enable_thinking": false}'."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the models compute in. auto: bfloat16 on a GPU that has it, else float32."""
     out: str | None = None
     """Folder for results.json, budgets.png and behaviours.png."""
     resume: bool = False
@@ -878,7 +880,7 @@ def measure(
     for name in config.model:
         if name in results:
             continue
-        sampler, tokenizer = load_sampler(name, config.max_batch, config.template_args)
+        sampler, tokenizer = load_sampler(name, config.max_batch, loading_of(config))
         params = sampling_params(config, settings.budgets, sampler, tokenizer, problems)
         print(
             f"{name}: {len(problems)} problems, {config.n} samples each, "
@@ -899,6 +901,10 @@ def measure(
     return {name: results[name] for name in config.model}
 
 
+def loading_of(config: Config) -> Loading:
+    return Loading(config.template_args, config.dtype)
+
+
 def load_others(config: Config) -> tuple[Sampler | None, Transformer | None]:
     """The models of --answer-model and --kl-from. UserError if one has other tokens than the models
     that are measured.
@@ -909,7 +915,7 @@ def load_others(config: Config) -> tuple[Sampler | None, Transformer | None]:
         if other is None:
             loaded.append(None)
             continue
-        sampler, tokenizer = load_sampler(other, config.max_batch, config.template_args)
+        sampler, tokenizer = load_sampler(other, config.max_batch, loading_of(config))
         for name in config.model:
             own = load_tokenizer(name, config.template_args)
             if own.files["tokenizer.json"] != tokenizer.files["tokenizer.json"]:

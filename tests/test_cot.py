@@ -362,12 +362,13 @@ def test_bad_flags_write_nothing(flags, message, tmp_path, monkeypatch):
     ).read_text() == "mine"
 
 
-def test_template_args_reach_every_checkpoint(tmp_path, monkeypatch):
-    """Bug: a thinking model can be told not to think everywhere but where its chains are made."""
+def test_template_args_and_dtype_reach_every_checkpoint(tmp_path, monkeypatch):
+    """Bug: a thinking model can be told not to think everywhere but where its chains are made; a
+    checkpoint runs in another dtype than was asked for."""
     told = []
 
-    def ask(path, chats, n, params, what, template_args):
-        told.append((path, template_args))
+    def ask(path, chats, n, params, what, loading):
+        told.append((path, loading.template_args, loading.dtype))
         return [["\\boxed{9}"]] * len(chats)
 
     monkeypatch.setattr(cot, "ask", ask)
@@ -378,9 +379,11 @@ def test_template_args_reach_every_checkpoint(tmp_path, monkeypatch):
         critic="two",
         rewrite="three",
         template_args='{"enable_thinking": false}',
+        dtype="bfloat16",
     )
     cot.main(config)
-    assert told == [(path, '{"enable_thinking": false}') for path in ("one", "two", "three")]
+    asked = ('{"enable_thinking": false}', "bfloat16")
+    assert told == [(path, *asked) for path in ("one", "two", "three")]
 
 
 def test_no_right_attempt_writes_nothing(tmp_path, monkeypatch):

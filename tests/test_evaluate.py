@@ -552,6 +552,23 @@ def test_resuming_with_other_problems_is_refused(measured, monkeypatch, rows):
     assert Path("out/results.json").read_bytes() == before and not Path("kept.jsonl").exists()
 
 
+def test_dtype_reaches_every_model_and_is_part_of_the_result(measured, monkeypatch):
+    """Guards against a model that computes in another dtype than was asked for, and against old
+    numbers of another dtype."""
+    with pytest.raises(UserError, match="measured with another --dtype"):
+        evaluate.main(replace(measured, dtype="bfloat16"))
+    seen = []
+
+    def evaluated(sampler, *_):
+        seen.append(sampler.model.embed.weight.dtype)
+        raise UserError("seen")
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    with pytest.raises(UserError, match="seen"):
+        evaluate.main(replace(measured, out="new", dtype="bfloat16"))
+    assert seen == [torch.bfloat16]
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "chat_template.jinja"])
 def test_resuming_with_another_model_of_the_same_name_is_refused(
     measured, models, monkeypatch, name
