@@ -3,11 +3,12 @@ VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 READY := $(if $(findstring $(VENV)/,$(PYTHON)),$(VENV)/ready)
 
-.PHONY: t1 demo findings test lint bench gpu gpu-peers gpu-tests gpu-kernels gpu-sampler gpu-training help
+.PHONY: t1 demo demo-lm findings test lint bench gpu gpu-peers gpu-tests gpu-kernels gpu-sampler gpu-training help
 
 help:
 	@echo "make t1      all of T1 in one file of 300 lines: chains, SFT, RL, accuracy against thinking budget"
 	@echo "make demo    T1 in miniature on a CPU: chains of thought, SFT, RL, evaluation, figures in runs/demo"
+	@echo "make demo-lm a real language model taught by its own attempts and RL, on a CPU; MODEL=DIR for a folder"
 	@echo "make findings   the paper's findings in miniature, on a CPU: four hours, tables and figures in runs/findings"
 	@echo "make test    the whole suite"
 	@echo "make lint    ruff"
@@ -20,6 +21,10 @@ t1: $(READY)
 
 demo: $(READY)
 	$(PYTHON) demo.py --out runs/demo
+
+# MODEL: a Hugging Face folder, or a name of its hub.
+demo-lm: $(READY)
+	$(PYTHON) demo_lm.py $(if $(MODEL),--model $(MODEL)) --out runs/demo-lm
 
 findings: $(READY)
 	$(PYTHON) findings.py all --out runs/findings
