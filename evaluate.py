@@ -19,7 +19,8 @@ What is measured, for n samples of each problem:
 - **entropy** of the policy, in nats per token, and with `--kl-from` its KL from another model (the
   one that RL began with, say), in nats per response: means of -log pi and of log pi / start over
   what was sampled. In metrics.jsonl both are of RL's temperature, and the KL of the responses that
-  taught something; here they can be compared between any two runs.
+  taught something; here they can be compared between runs. (A mean per token: copied tokens lower
+  it.)
 - **failures**: the share of all samples that failed by each kind (countdown: see
   `tasks.diagnose_countdown`). `no answer` ended without a box, `cut off` was still thinking at
   --max-tokens.
@@ -34,7 +35,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations, islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,7 @@ import tasks
 import verify
 from cli import UserError
 from cot import Loading, load_sampler
+from devices import pick_device, pick_dtype
 from model import Transformer
 from packing import Example
 from parallel import Scorer, World
@@ -694,6 +696,7 @@ def measured_by(config: "Config", problems: list[Problem]) -> dict[str, Any]:
     instead of its path."""
     flags = {name: value for name, value in asdict(config).items() if name not in UNMEASURED}
     flags["data"] = cli.fingerprint(problems)
+    flags["dtype"] = pick_dtype(config.dtype, pick_device(), say=False)
     if config.answer_model:
         flags["answer_model"] = pretrained.fingerprint(config.answer_model)
     if config.kl_from:
@@ -1034,13 +1037,20 @@ def load_results(path: str | Path, flags: dict | None = None) -> dict[str, Resul
     try:
         found = cli.read_json(path)
         results = {name: read_result(model) for name, model in found["models"].items()}
-        changed = [name for name in flags if found["flags"].get(name) != flags[name]]
+        before = usual_flags() | found["flags"]
+        changed = [name for name in flags if before[name] != flags[name]]
     except (UserError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
         raise UserError(f"{path} is not a results file of evaluate.py") from None
     if changed:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
         raise UserError(f"{path} was measured with another {names}")
     return results
+
+
+def usual_flags() -> dict[str, Any]:
+    """Every flag as it is when left out: so it was in a file that is older than the flag."""
+    flags = {flag.name: flag.default for flag in fields(Config)}
+    return flags | {"dtype": pick_dtype("auto", pick_device(), say=False)}
 
 
 def read_result(model: dict) -> Result:

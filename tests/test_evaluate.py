@@ -552,6 +552,19 @@ def test_resuming_with_other_problems_is_refused(measured, monkeypatch, rows):
     assert Path("out/results.json").read_bytes() == before and not Path("kept.jsonl").exists()
 
 
+def test_a_file_that_is_older_than_a_flag_is_still_good(measured, monkeypatch):
+    """Guards against measurements of hours that a new flag of evaluate.py makes useless, and
+    against those of the flag's other values being taken for them."""
+    found = json.loads(Path("out/results.json").read_text())
+    assert found["flags"].pop("dtype") == "float32" and found["flags"].pop("kl_from") is None
+    Path("out/results.json").write_text(json.dumps(found))
+    forbid_sampling(monkeypatch)
+    evaluate.main(measured)
+    evaluate.main(replace(measured, dtype="float32"))
+    with pytest.raises(UserError, match="measured with another --dtype"):
+        evaluate.main(replace(measured, dtype="bfloat16"))
+
+
 def test_dtype_reaches_every_model_and_is_part_of_the_result(measured, monkeypatch):
     """Guards against a model that computes in another dtype than was asked for, and against old
     numbers of another dtype."""
