@@ -18,8 +18,9 @@ So findings share runs, and nothing runs twice. What is interrupted goes on with
 to the same numbers. (How: jobs.py.)
 
 A verdict is computed, not written. The paper says that one setting has more of something than
-another; with each seed, both started from the same SFT model. Has the difference the paper's sign
-with all seeds, with none, or only with some?
+another; with each seed, both started from the same SFT model. Does the difference have the paper's
+sign with every seed, with none, or only with some? (Seeds begin at 3, for the demo's settings were
+chosen on 0 to 2.)
 
 Read the nine findings first, each a function; then, in the file's order, what is run, measured and
 claimed, how it is drawn, and what comes of it.
@@ -57,8 +58,10 @@ CHAINS = {
     "giving-up": {"give_up": 0.2},  # about one chain in four ends without an answer
 }
 """What SFT is shown: the flags of cot.py in which it differs from the demo's."""
+FIRST_SEED = 3
 MEASURES = {
     "evaluation": {},
+    "evaluation-greedy": {"greedy": True},
     "evaluation-16": {"n": 16, "k": "1,16"},
     "evaluation-budgets": {"budgets": demo.BUDGETS},
 }
@@ -178,6 +181,10 @@ def run_task(scale: Scale, run: Run, seed: int, measures: Sequence[str]) -> Task
     return Task(home, stages, needs=start)
 
 
+def seeds_of(count: int) -> range:
+    return range(FIRST_SEED, FIRST_SEED + count)
+
+
 def plan(scale: Scale, findings: Sequence["Finding"], seeds: int) -> list[Task]:
     """What the findings need, each once: SFT models first, then runs in the findings' order."""
     models: dict[str, dict[str, None]] = {}  # chains -> measures (the keys, in order)
@@ -187,10 +194,11 @@ def plan(scale: Scale, findings: Sequence["Finding"], seeds: int) -> list[Task]:
             models.setdefault(run.chains, {})[finding.measure] = None
             runs.setdefault(run, {})[finding.measure] = None
     tasks = []
+    numbers = seeds_of(seeds)
     for chains, measures in models.items():
-        tasks += [sft_task(scale, chains, seed, list(measures)) for seed in range(seeds)]
+        tasks += [sft_task(scale, chains, seed, list(measures)) for seed in numbers]
     for run, measures in runs.items():
-        tasks += [run_task(scale, run, seed, list(measures)) for seed in range(seeds)]
+        tasks += [run_task(scale, run, seed, list(measures)) for seed in numbers]
     return tasks
 
 
@@ -240,6 +248,11 @@ def gain(seen: Seen) -> float:
     return at_budget(seen, beyond[-1]) - at_budget(seen, beyond[0])
 
 
+def rise(seen: Seen) -> float:
+    """Points of accuracy above the SFT model that the run began with."""
+    return 100 * float(np.mean(seen.result.rates()) - np.mean(seen.course[0].rates()))
+
+
 def late(seen: Seen, name: str) -> float:
     """Mean of a metric of RL's own samples over the last third of its steps; NaN without any."""
     rows = seen.metrics[: seen.step]
@@ -259,10 +272,12 @@ def thousands_drawn(seen: Seen) -> float:
 COLUMNS: dict[str, Callable[[Seen], float]] = {
     # of held-out problems, sampled at temperature 1
     "accuracy, %": lambda seen: 100 * float(np.mean(seen.result.rates())),
+    "greedy accuracy, %": lambda seen: 100 * float(np.mean(seen.result.greedy)),
+    "gain by RL, points": rise,
     "pass@16, %": lambda seen: 100 * float(np.mean(seen.result.per_problem()["pass@16"])),
     "tokens": lambda seen: float(np.mean(seen.result.lengths)),
     "entropy": lambda seen: seen.result.entropy,  # nats per token
-    "KL from SFT": lambda seen: float(np.mean(seen.result.kl or [0.0])),  # nats per response
+    "KL from SFT": lambda seen: float(np.mean(seen.result.kl)) if seen.step else 0.0,  # nats each
     "at the least budget, %": lambda seen: at_budget(seen, min(seen.result.curve)),
     "at the largest, %": lambda seen: at_budget(seen, max(seen.result.curve)),
     "gain, points": gain,
@@ -304,12 +319,15 @@ AT_SAME_KL = "accuracy, % (at the same KL from SFT)"
 def at_same_kl(more: Seen, less: Seen) -> float:
     """Points of accuracy that `more` is above `less` at the largest KL that both have reached.
 
-    Between two measured checkpoints accuracy is taken to be linear in the KL.
+    Between two measured checkpoints accuracy is taken to be linear in the root of the KL, with
+    which it rises at first. Linear in the KL itself, a run that moves far in its first steps would
+    look worse than one that goes the same way slowly.
     """
     courses = []
     for seen in (more, less):
         points = seen.on_the_way()
-        pairs = [(COLUMNS["KL from SFT"](at), COLUMNS["accuracy, %"](at)) for at in points]
+        moved = [math.sqrt(max(0.0, COLUMNS["KL from SFT"](at))) for at in points]
+        pairs = zip(moved, [COLUMNS["accuracy, %"](at) for at in points])
         courses.append(sorted(pairs))
     both = min(course[-1][0] for course in courses)
     above, below = (np.interp(both, *zip(*course)) for course in courses)
@@ -386,8 +404,8 @@ def budgets(axes: Axes, table: Table, name: str) -> None:
     for label, row in table.items():
         places = sorted(row[0].result.curve)
         draw_band(axes, places, [[at_budget(seen, at) for at in places] for seen in row], label)
-    for seen in row:
-        axes.axvline(seen.shown, color="gray", linestyle="--")
+        for seen in row:
+            axes.axvline(seen.shown, color="gray", linestyle="--", linewidth=0.5)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="thinking budget (tokens); dashed: longest chain shown", title=name)
@@ -406,14 +424,20 @@ def against_kl(axes: Axes, table: Table, name: str) -> None:
 
 
 def by_attempts(axes: Axes, table: Table, name: str) -> None:
-    """Accuracy of the responses that made 1, 2, 3, ... attempts, over all seeds that have some."""
+    """Accuracy of the responses that made 1, 2, 3, ... attempts, of all seeds together; where
+    fewer than one response in 200 made so many, chance would speak."""
     for label, row in table.items():
-        values: dict[int, list[float]] = {}
+        shares: dict[int, list[tuple[float, float]]] = {}  # attempts made -> (share, of it right)
         for seen in row:
-            for made, (_, right) in seen.result.by_attempts().items():
-                values.setdefault(int(made.removesuffix("+")), []).append(100 * right)
-        places = sorted(values)
-        axes.plot(places, [np.mean(values[made]) for made in places], marker="o", label=label)
+            for made, cell in seen.result.by_attempts().items():
+                shares.setdefault(int(made.removesuffix("+")), []).append(cell)
+        places, values = [], []
+        for made, cells in sorted(shares.items()):
+            weights, right = zip(*cells)
+            if sum(weights) >= 0.005 * len(row):
+                places.append(made)
+                values.append(100 * float(np.average(right, weights=weights)))
+        axes.plot(places, values, marker="o", label=label)
     axes.set(xlabel="attempts made (the last: or more)", title=name)
 
 
@@ -530,18 +554,19 @@ def temperature(scale: Scale) -> Finding:
             "above 1.2 accuracy falls."
         ),
         settings=at_end({str(degree): scale.run(temperature=degree) for degree in degrees}),
-        columns=("accuracy, %", "entropy", "tokens", "penalised in RL, %"),
-        panels=((ends, "accuracy, %"), (ends, "entropy"), (ends, "penalised in RL, %")),
+        columns=("greedy accuracy, %", "accuracy, %", "entropy", "tokens", "penalised in RL, %"),
+        panels=((ends, "greedy accuracy, %"), (ends, "entropy"), (ends, "penalised in RL, %")),
         claims=(
-            Claim("accuracy, %", "1.2", "0.8"),
-            Claim("accuracy, %", "1.2", "1.0"),
-            Claim("accuracy, %", "1.2", "1.3"),
+            Claim("greedy accuracy, %", "1.2", "0.8"),
+            Claim("greedy accuracy, %", "1.2", "1.0"),
+            Claim("greedy accuracy, %", "1.2", "1.3"),
             Claim("entropy", "1.2", "1.0"),
         ),
+        measure="evaluation-greedy",
         limits=(
-            "Entropy is of held-out responses at temperature 1 for all: RL's own metric is of "
-            "its own temperature, and would be higher at a higher one by itself. A collapse may "
-            "take more steps than these."
+            "The claims are of greedy responses. Those at temperature 1 favour a policy that was "
+            "trained hotter, for they are colder than its training. Their entropy is hindered in"
+            " the same way. A collapse may take more steps than these."
         ),
     )
 
@@ -590,11 +615,11 @@ def regularisers(scale: Scale) -> Finding:
         columns=("accuracy, %", "pass@16, %", "entropy", "KL from SFT"),
         panels=((metric, "entropy"), (ends, "pass@16, %"), (ends, "accuracy, %")),
         claims=(
-            Claim("entropy", "T1", "entropy bonus 0"),
-            Claim("entropy", "entropy bonus 0.01", "entropy bonus 0"),
-            Claim("pass@16, %", "T1", "entropy bonus 0"),
-            Claim("KL from SFT", "T1", "anchor decay 1"),
-            Claim("KL from SFT", "KL 0", "KL 0.02"),
+            Claim("entropy", "T1", "entropy bonus 0", in_paper=False),
+            Claim("entropy", "entropy bonus 0.01", "T1", in_paper=False),
+            Claim("pass@16, %", "T1", "entropy bonus 0", in_paper=False),
+            Claim("KL from SFT", "T1", "anchor decay 1", in_paper=False),
+            Claim("KL from SFT", "KL 0", "KL 0.02", in_paper=False),
         ),
         measure="evaluation-16",
         limits=(
@@ -621,7 +646,8 @@ def behaviours(scale: Scale) -> Finding:
             (ends, "false claims, %"),
             (by_attempts, "accuracy by attempts made, %"),
         ),
-        claims=tuple(Claim(what, end, "SFT") for what in counted),
+        # Not of failures noticed: these are all attempts but the last.
+        claims=(Claim("attempts", end, "SFT"), Claim("checks", end, "SFT")),
         measure="evaluation-budgets",
         limits=(
             "A chain of this task checks once, where it claims success, so there is hardly room "
@@ -639,17 +665,17 @@ def initialisation(scale: Scale) -> Finding:
         question="Does it matter to RL what chains SFT was shown?",
         paper="Chains that try, fail and verify widen what RL can reach; imitation alone does not.",
         settings=settings,
-        columns=("accuracy, %", "tokens", "attempts", "false claims, %"),
+        columns=("accuracy, %", "gain by RL, points", "tokens", "attempts", "false claims, %"),
         panels=((course, "accuracy, %"), (course, "tokens"), (course, "attempts")),
         claims=(
+            Claim("gain by RL, points", "three, RL", "one attempt, RL"),
             Claim("accuracy, %", "three, RL", "one attempt, RL"),
             Claim("tokens", "three, RL", "one attempt, RL"),
             Claim("accuracy, %", "three, RL", "giving up, RL", in_paper=False),
         ),
         limits=(
-            "Chains of one attempt hold the answer to every problem shown, and fewer tokens; all"
-            " three have the same number of steps of SFT. Giving up is ours, not the paper's: RL"
-            " has first to unlearn it."
+            "All three have as many steps of SFT, and chains of one attempt have fewer tokens. "
+            "Giving up is ours, not the paper's: RL has first to unlearn it."
         ),
     )
 
@@ -664,7 +690,7 @@ def relatives(scale: Scale) -> Finding:
     # Its c of 1,000 is for thoughts of thousands of tokens; here they have some 40, in its count.
     runs["rlsp"] = scale.run(recipe="rlsp", length_cost=5.0)
     return Finding(
-        question="And GRPO, Dr. GRPO, DAPO, REINFORCE and RLSP, on as many responses?",
+        question="How do GRPO, Dr. GRPO, DAPO, REINFORCE and RLSP do on as many responses?",
         paper="It does not compare with them.",
         settings=at_end(runs),
         columns=(
@@ -736,7 +762,9 @@ def report(config: "Config", name: str, cost: str) -> str:
     finding, out = FINDINGS[name](SCALE), Path(config.out)
     table = {}
     for label, (run, step) in finding.settings.items():
-        table[label] = [see(out, run, step, seed, finding.measure) for seed in range(config.seeds)]
+        table[label] = [
+            see(out, run, step, seed, finding.measure) for seed in seeds_of(config.seeds)
+        ]
     draw(finding, table, out / f"{name}.png")
     gaps = verdicts(finding, table)
     ending = sentence(gaps, config.seeds)
@@ -751,7 +779,8 @@ def report(config: "Config", name: str, cost: str) -> str:
     if claims:
         chance = 2**config.seeds
         claims.append(
-            f"\nBy chance alone all seeds agree once in {chance}, and contradict as often."
+            f"\nBy chance alone all seeds agree once in {chance}, and contradict as often. "
+            "(Claims of one setting share its runs: chance then repeats itself.)"
         )
     paragraphs = [
         f"# {name}: {finding.question}",
@@ -777,7 +806,7 @@ class Config:
     name: tyro.conf.Positional[str]
     """The finding, or `all` of them."""
     seeds: int = 3
-    """How many, from 0 on: each with chains, an SFT model and held-out problems of its own."""
+    """How many, from 3 on: each with chains, an SFT model and held-out problems of its own."""
     jobs: int = 2
     """Processes side by side, each on one core."""
     out: str = "runs/findings"

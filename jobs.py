@@ -66,6 +66,7 @@ def launch(words: list[str], folder: Path, log: Path) -> subprocess.Popen:
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
+            process_group=0,  # a terminal's Ctrl-C is for us alone: we let it end its checkpoint
         )
 
 
@@ -113,7 +114,8 @@ class Jobs:
         known = [self.known[str(stage.makes)] for task in tasks for stage in task.stages]
         minutes = sum(command["seconds"] for command in known) / 60
         machines = sorted({command["machine"] for command in known})
-        return f"{minutes:.0f} minutes of one core, shared runs included; {'; '.join(machines)}."
+        shared = "processes of one core side by side, shared runs included"
+        return f"{minutes:.0f} minutes, {shared}; {'; '.join(machines)}."
 
     def check(self, task: Task) -> None:
         """UserError if something of it was begun with other flags, or is not ours."""

@@ -35,7 +35,7 @@ import rl
 import runfolder
 from cli import UserError
 from evaluate import Result
-from findings import AT_SAME_KL, COLUMNS, FINDINGS, Claim, Config, Scale, Seen
+from findings import AT_SAME_KL, COLUMNS, FINDINGS, FIRST_SEED, Claim, Config, Scale, Seen
 from jobs import Jobs, Stage, Task
 from model import load_pretrained
 from runfolder import read_metrics
@@ -137,27 +137,27 @@ def test_what_is_run_is_the_demo_but_for_what_is_asked():
     assert len([task for task in tasks if task.needs is None]) == 2 * len(findings.CHAINS)
 
     by_home = {str(task.home): task for task in tasks}
-    first = by_home["rl/temperature=0.8/seed-1"].stages
-    usual = demo.rl_flags(demo.Config(seed=1, steps=scale.steps), Path())
+    first = by_home["rl/temperature=0.8/seed-4"].stages
+    usual = demo.rl_flags(demo.Config(seed=4, steps=scale.steps), Path())
     changed = {
         name: value for name, value in vars(first[0].flags).items() if value != getattr(usual, name)
     }
     assert changed.keys() == {"model", "out", "temperature", "checkpoint_every", "keep_every"}
     assert changed["temperature"] == 0.8 and changed["keep_every"] == 6
-    assert changed["model"] == "sft/three-attempts/seed-1/sft"
+    assert changed["model"] == "sft/three-attempts/seed-4/sft"
     assert [stage.flags.step for stage in first[1:3]] == [6, 12]
     assert first[3].flags.kl_from == changed["model"] and first[3].flags.budgets == ""
     assert [Path(model).name for model in first[3].flags.model] == ["step-6", "step-12", "rl"]
-    rlsp = by_home["rl/length_cost=5.0,recipe=rlsp/seed-0"].stages[0]
+    rlsp = by_home["rl/length_cost=5.0,recipe=rlsp/seed-3"].stages[0]
     assert rlsp.script == "rlsp.py" and rlsp.flags.length_cost == 5
     # The base is measured twice: as everybody, and of 16 samples for `regularisers`.
-    assert [stage.makes.name for stage in by_home["rl/base/seed-0"].stages[-2:]] == [
+    assert [stage.makes.name for stage in by_home["rl/base/seed-3"].stages[-2:]] == [
         "evaluation",
         "evaluation-16",
     ]
-    chains = by_home["sft/one-attempt/seed-0"].stages[0].flags
+    chains = by_home["sft/one-attempt/seed-3"].stages[0].flags
     assert chains.attempts == 1 and chains == replace(
-        demo.chain_flags(demo.Config(), chains.out), attempts=1
+        demo.chain_flags(demo.Config(seed=3), chains.out), attempts=1
     )
 
 
@@ -274,6 +274,14 @@ def test_accuracy_at_the_same_kl_by_hand():
     assert Claim("KL from SFT", "", "").gap(more, less) == -4
 
 
+def test_the_same_way_at_another_pace_is_no_gain():
+    """Guards against a comparison that punishes whoever moves further between two checkpoints:
+    both here go along one curve, accuracy = 0.2 sqrt(KL)."""
+    slow = Seen(2, {0: result([0.0]), 1: result([0.1], 0.25), 2: result([0.2], 1.0)}, [], 0)
+    fast = Seen(2, {0: result([0.0]), 1: result([0.3], 2.25), 2: result([0.4], 4.0)}, [], 0)
+    assert Claim(AT_SAME_KL, "more", "less").gap(fast, slow) == pytest.approx(0)
+
+
 # --- from end to end ------------------------------------------------------------------------------
 
 
@@ -311,13 +319,13 @@ def test_all_of_them_share_their_runs(out: Path, capsys):
     findings.main(Config("all", seeds=1, jobs=1, out=str(out)))
     printed = capsys.readouterr().out
     assert all(f"\n{name}: " in printed and (out / f"{name}.md").exists() for name in FINDINGS)
-    homes = [path.parent for path in out.glob("rl/*/seed-0/rl")]
+    homes = [path.parent for path in out.glob("rl/*/seed-3/rl")]
     assert len(homes) == len(
         {run for f in FINDINGS.values() for run, _ in f(TINY).settings.values()}
     )
     known = json.loads((out / "runs.json").read_text())
     assert all(command["done"] for command in known.values())
-    measured = json.loads((out / "rl/base/seed-0/evaluation/results.json").read_text())
+    measured = json.loads((out / "rl/base/seed-3/evaluation/results.json").read_text())
     assert len(measured["models"]) == 2 and all(
         len(model["result"]["kl"]) == TINY.heldout for model in measured["models"].values()
     )
@@ -329,9 +337,9 @@ def test_what_is_seen_is_of_its_step(out: Path):
     the policies on the way and of the last one are told apart by their fingerprints."""
     findings.main(Config("scaling", seeds=1, jobs=1, out=str(out)))
     run = TINY.run(steps=TINY.long)
-    home = out / findings.run_home(run, 0)
-    seen = findings.see(out, run, 1, 0, "evaluation-budgets")
-    models = {0: out / "sft/three-attempts/seed-0/sft", 1: home / "step-1", 2: home / "step-2"}
+    home = out / findings.run_home(run, FIRST_SEED)
+    seen = findings.see(out, run, 1, FIRST_SEED, "evaluation-budgets")
+    models = {0: out / "sft/three-attempts/seed-3/sft", 1: home / "step-1", 2: home / "step-2"}
     models[3] = home / "rl"
     assert list(seen.course) == list(models) and len(seen.metrics) == 3
     for step, model in models.items():
@@ -363,7 +371,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(out, tmp_path, monkeypat
         return run_step(learner, step, train_step)
 
     run = TINY.run(penalty="advantage")
-    task = findings.run_task(TINY, run, 0, ["evaluation"])
+    task = findings.run_task(TINY, run, FIRST_SEED, ["evaluation"])
     monkeypatch.setattr(rl, "run_step", interrupted)
     assert list(Jobs(folder, 1).run([task])) == [task.home]
     assert not Jobs(folder, 1).is_done(task)
@@ -403,10 +411,10 @@ def test_a_failing_run_is_named_and_the_others_are_done(out, tmp_path, monkeypat
         cli.run(findings.main, Config, args)
     assert ended.value.code == 2
     printed = capsys.readouterr()
-    home = f"rl/penalty=none,temperature={findings.HOT}/seed-0"
+    home = f"rl/penalty=none,temperature={findings.HOT}/seed-3"
     assert f"failed: {home}: {folder / home}/rl.log: error: the sampler is on fire" in printed.out
     assert "1 of 7 failed" in printed.err and not (folder / "penalties.md").exists()
-    assert len(list(folder.glob("rl/*/seed-0/evaluation/results.json"))) == 5
+    assert len(list(folder.glob("rl/*/seed-3/evaluation/results.json"))) == 5
 
     monkeypatch.setattr(rl, "main", main)
     InProcess.started.clear()
@@ -445,8 +453,16 @@ def test_real_commands(tmp_path, monkeypatch):
     assert len(cli.read_jsonl(tmp_path / "out" / "a b" / "chains.jsonl")) == 5
     assert work.is_done(tasks[0]) and not work.is_done(tasks[1])
     assert re.fullmatch(
-        r"0 minutes of one core, shared runs included; .+ cores\.", work.cost(tasks)
+        r"0 minutes, processes of one core side by side, .+ cores\.", work.cost(tasks)
     )
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_commands(tmp_path):
+    """Guards against a terminal's Ctrl-C, which goes to a whole group of processes, ending commands
+    in the middle of a checkpoint: only `stop` may, which they let end it."""
+    process = jobs.launch(["cot.py", "--help"], tmp_path, tmp_path / "log")
+    assert os.getpgid(process.pid) != os.getpgid(0)
+    assert process.wait() == 0
 
 
 @pytest.mark.usefixtures("tiny")
