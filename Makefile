@@ -24,7 +24,7 @@ demo: $(READY)
 
 # MODEL: a Hugging Face folder, or a name of its hub.
 demo-lm: $(READY)
-	$(PYTHON) demo_lm.py $(if $(MODEL),--model $(MODEL)) --out runs/demo-lm
+	$(PYTHON) demo_lm.py $(if $(MODEL),--model '$(MODEL)') --out runs/demo-lm
 
 findings: $(READY)
 	$(PYTHON) findings.py all --out runs/findings

@@ -121,7 +121,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         cooldown=config.cooldown,
         checkpoint_every=every,
         keep_every=every,
-        resume=(out / "rl").exists(),
+        resume=not cli.is_new(out / "rl"),
     )
 
 
@@ -168,11 +168,14 @@ def words_of(flags: object) -> list[str]:
     """The words of a command line that say the same: what differs from the defaults."""
     words = []
     for field in dataclasses.fields(flags):
-        value = getattr(flags, field.name)
-        if value == field.default or field.name == "resume":
+        name, value = field.name.replace("_", "-"), getattr(flags, field.name)
+        if value == field.default or name == "resume":
             continue
-        values = value if isinstance(value, list) else [value]
-        words += ["--" + field.name.replace("_", "-"), *map(str, values)]
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{name}", *map(str, values)]
     return words
 
 
@@ -251,8 +254,7 @@ def baselines(config: Config, out: Path, stages: Stages) -> dict[str, Result]:
     flags = evaluate_flags(config, folders, evaluation)
     done = evaluation / "budgets.png"
     stages.run("evaluate baselines", "evaluate.py", done, flags, evaluate.main)
-    measured = evaluate.load_results(evaluation / "results.json")
-    return {folder.name: measured[str(folder)] for folder in folders}
+    return dict(zip(("more_sft", "best_sft"), in_order(evaluation)))
 
 
 # --- what came of it ------------------------------------------------------------------------------
@@ -326,18 +328,24 @@ def run_stages(config: Config, out: Path, stages: Stages) -> None:
 
 def read_results(config: Config, out: Path) -> dict[str, Result]:
     """{"SFT", "30% of RL", "60% of RL", "RL": measured}."""
-    measured = evaluate.load_results(out / "evaluation" / "results.json")
-    curves = evaluate.load_results(out / "curves" / "results.json")
-    results = {"SFT": measured[str(out / "sft")]}
-    for share, folder in checkpoints(config, out).items():
-        results[f"{share:.0%} of RL"] = curves[str(folder)]
-    results["RL"] = measured[str(out / "rl")]
-    return results
+    start, end = in_order(out / "evaluation")
+    results = {"SFT": start}
+    folders = checkpoints(config, out)
+    curves = dict(zip(dict.fromkeys(folders.values()), in_order(out / "curves")))
+    for share, folder in folders.items():
+        results[f"{share:.0%} of RL"] = curves[folder]
+    return results | {"RL": end}
+
+
+def in_order(folder: Path) -> list[Result]:
+    """What evaluate.py measured there, in the order of its command. (Not by the models' names: they
+    are paths, and the whole demo may have been moved.)"""
+    return list(evaluate.load_results(folder / "results.json").values())
 
 
 def summarise(config: Config, out: Path, results: dict[str, Result], shown: dict[str, int]) -> dict:
     """The numbers of summary.json, but for the baselines and the seconds."""
-    probed = evaluate.load_results(out / "probe" / "results.json")
+    probed = in_order(out / "probe")
     summary = {
         "seed": config.seed,
         "problems_heldout": config.heldout,
@@ -348,9 +356,9 @@ def summarise(config: Config, out: Path, results: dict[str, Result], shown: dict
         "rl_curves": {},
         "probe": {"problem": PROBE.question},
     }
-    for name in ("sft", "rl"):
+    for name, probe in zip(("sft", "rl"), probed):
         summary["beyond_shown"][name] = results[name.upper()].right_beyond(shown["attempts"])
-        summary["probe"][name] = sum(probed[str(out / name)].correct[0])
+        summary["probe"][name] = sum(probe.correct[0])
     for share in SHARES:
         curve = results[f"{share:.0%} of RL"].summary()["budget_curve"]
         summary["rl_curves"][str(share)] = curve

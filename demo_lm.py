@@ -10,24 +10,28 @@ Each stage is the very command that a large run would use; a stage that is done 
                 into a chain that fails, notices, tries again and verifies
 2. sft.py       the model learns these few chains: their form, not what they compute
 3. rl.py        T1's reinforcement learning
-4. evaluate.py  held-out problems, which share no pair of numbers with the others: the model as it
-                came, after SFT, after RL
-5. the figure, the closing table, and summary.json
+4. sft.py       instead of RL: what SFT alone would have given, see below
+5. evaluate.py  held-out problems, which share no pair of numbers with the others: the model as it
+                came, after SFT, after the other SFT, after RL
+6. the figure, the closing table, and summary.json
 
 **sums** (the default): "What is 17 + 25?", of the numbers from 2 to 30. As it comes, the model
 writes essays about them, and hardly ever a box. So its gain has two parts, the form and the
-arithmetic, and the table tells them apart: of the model as it comes it also counts answers that
-stand in no box.
+arithmetic. To tell them apart, the model as it comes has four times as many tokens once more, and
+there its answer counts wherever it stands. The other SFT sees the same few chains five times as
+often.
 
-**digits**: "What is 4837 + 2695?" The model can make no right attempt, so a program writes its
-chains: half of them leap to the sum, half work digit by digit. All of them end right, so that SFT
-prefers neither. A leap is short, and mostly wrong. RL pays for right answers only; that they take
-longer thinking it finds out.
+**digits**: "What is 4837 + 2695?" No attempt of the model's is right, so a program writes its
+chains: half of them leap to the sum, half work digit by digit. All of them end right, so imitation
+has no reason to prefer either. A leap is short, and mostly wrong. RL pays for right answers only,
+and has to find out that these take longer thinking: it chooses between two ways that it was shown.
+The other SFT is told: it sees the half that works, and no other.
 """
 
 import dataclasses
 import json
 import random
+import shlex
 import textwrap
 import zlib
 from dataclasses import dataclass
@@ -44,14 +48,16 @@ import rl
 import sft
 import tasks
 from cli import UserError
-from demo import Stages, open_folder
+from demo import Stages, in_order, open_folder
 from evaluate import Result
 from runfolder import read_metrics
 from sample import SamplingParams
 
 LARGEST = 30  # of the numbers of `sums`, from 2
-MAX_TOKENS = 64  # of a response, in RL and in evaluation
-BUDGETS = "8,16,32,64"
+MAX_TOKENS = {"sums": 128, "digits": 64}
+"""Of a response, in RL and in evaluation: most of the chains that are shown are shorter."""
+BUDGETS = {"sums": "16,32,64,128", "digits": "8,16,32,64"}
+OTHER = {"sums": "more SFT", "digits": "SFT, worked chains alone"}
 
 
 @dataclass
@@ -153,7 +159,7 @@ def write_problems(config: Config, out: Path) -> None:
 
 
 def attempt_flags(config: Config, out: Path) -> cot.Config:
-    """Short attempts: the right ones are, and every token has to be learned and paid for."""
+    """Right attempts are short, and every token has to be learned and paid for."""
     return cot.Config(
         str(out / "chains.jsonl"),
         seed=config.seed,
@@ -166,18 +172,18 @@ def attempt_flags(config: Config, out: Path) -> cot.Config:
     )
 
 
-def sft_flags(config: Config, out: Path) -> sft.Config:
+def sft_flags(config: Config, out: Path, chains: Path, epochs: int = 2) -> sft.Config:
     return sft.Config(
-        out=str(out / "sft"),
-        data=str(out / "chains.jsonl"),
+        out=str(out),
+        data=str(chains),
         model=config.model,
         seed=config.seed,
-        epochs=2,
+        epochs=epochs,
         lr=1e-4,
         batch_tokens=2048 if config.task == "sums" else 1024,
         heldout=8,
         dtype=config.dtype,
-        resume=not cli.is_new(out / "sft"),
+        resume=not cli.is_new(out),
     )
 
 
@@ -192,7 +198,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         steps=config.steps,
         prompts=8,
         samples=16,
-        max_tokens=MAX_TOKENS,
+        max_tokens=MAX_TOKENS[config.task],
         lr=2e-5 if config.task == "sums" else 1e-5,
         warmup=2,
         temperature=1.0,
@@ -200,7 +206,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         checkpoint_every=4,
         show_every=4,
         dtype=config.dtype,
-        resume=(out / "rl").exists(),
+        resume=not cli.is_new(out / "rl"),
     )
 
 
@@ -209,7 +215,7 @@ def evaluate_flags(config: Config, models: list[str], out: Path) -> evaluate.Con
         model=models,
         data=str(out.parent / "heldout.jsonl"),
         n=config.samples,
-        max_tokens=MAX_TOKENS,
+        max_tokens=MAX_TOKENS[config.task],
         seed=config.seed,
         dtype=config.dtype,
         out=str(out),
@@ -222,7 +228,12 @@ def evaluate_flags(config: Config, models: list[str], out: Path) -> evaluate.Con
 
 def names(config: Config, out: Path) -> dict[str, str]:
     """{what the figure and the table call it: the model}."""
-    return {"as it comes": config.model, "SFT": str(out / "sft"), "RL": str(out / "rl")}
+    return {
+        "as it comes": config.model,
+        "SFT": str(out / "sft"),
+        OTHER[config.task]: str(out / "other_sft"),
+        "RL": str(out / "rl"),
+    }
 
 
 def run_stages(config: Config, out: Path, stages: Stages) -> None:
@@ -232,16 +243,25 @@ def run_stages(config: Config, out: Path, stages: Stages) -> None:
     if config.task == "sums":
         flags = attempt_flags(config, out)
         stages.run("cot", "cot.py", Path(flags.out), flags, cot.main)
-    stages.run("sft", "sft.py", out / "sft" / "model", sft_flags(config, out), sft.main)
+    chains = out / "chains.jsonl"
+    flags = sft_flags(config, out / "sft", chains)
+    stages.run("sft", "sft.py", out / "sft" / "model", flags, sft.main)
     stages.run("rl", "rl.py", out / "rl" / "model", rl_flags(config, out), rl.main)
+    if config.task == "digits":
+        worked = [chain for chain in cli.read_jsonl(chains) if "=" in chain["response"]]
+        chains = out / "worked.jsonl"
+        cli.write_jsonl(chains, worked)
+    epochs = 10 if config.task == "sums" else 4  # so `digits` has as many steps as its first SFT
+    flags = sft_flags(config, out / "other_sft", chains, epochs)
+    stages.run("other_sft", "sft.py", out / "other_sft" / "model", flags, sft.main)
 
     folder = out / "evaluation"
     flags = evaluate_flags(config, list(names(config, out).values()), folder)
-    flags = dataclasses.replace(flags, budgets=BUDGETS, curve_samples=1)
+    flags = dataclasses.replace(flags, budgets=BUDGETS[config.task], curve_samples=1)
     stages.run("evaluate", "evaluate.py", folder / "budgets.png", flags, evaluate.main)
     folder = out / "unboxed"
     flags = evaluate_flags(config, [config.model], folder)
-    flags = dataclasses.replace(flags, n=min(2, config.samples), lenient=True)
+    flags = dataclasses.replace(flags, n=1, max_tokens=4 * flags.max_tokens, lenient=True)
     stages.run("unboxed", "evaluate.py", folder / "behaviours.png", flags, evaluate.main)
 
 
@@ -267,7 +287,7 @@ def draw(results: dict[str, Result], metrics: list[dict], path: Path) -> None:
 def show_samples(config: Config, out: Path, count: int = 2) -> None:
     """What each model says to the first held-out problems."""
     problems = tasks.load(out / "heldout.jsonl")[:count]
-    params = SamplingParams(MAX_TOKENS, temperature=1.0, seed=config.seed)
+    params = SamplingParams(MAX_TOKENS[config.task], temperature=1.0, seed=config.seed)
     for name, model in names(config, out).items():
         sampler, tokenizer = cot.load_sampler(model, loading=cot.Loading(dtype=config.dtype))
         prompts = [tasks.prompt_ids(problem, tokenizer) for problem in problems]
@@ -278,7 +298,7 @@ def show_samples(config: Config, out: Path, count: int = 2) -> None:
 
 def summarise(config: Config, out: Path, results: dict[str, Result]) -> dict:
     """The numbers of summary.json, but for the seconds."""
-    [unboxed] = evaluate.load_results(out / "unboxed" / "results.json").values()
+    [unboxed] = in_order(out / "unboxed")
     summary = {
         "task": config.task,
         "seed": config.seed,
@@ -308,8 +328,7 @@ def demonstrate(config: Config) -> None:
     seconds = open_folder(flags, out)
     run_stages(config, out, Stages(out, seconds))
 
-    measured = evaluate.load_results(out / "evaluation" / "results.json")
-    results = {name: measured[model] for name, model in names(config, out).items()}
+    results = dict(zip(names(config, out), in_order(out / "evaluation")))
     metrics = read_metrics(out / "rl" / "metrics.jsonl")
     draw(results, metrics, out / "demo_lm.png")
     summary = summarise(config, out, results)
@@ -319,12 +338,23 @@ def demonstrate(config: Config) -> None:
 
     show_samples(config, out)
     print(f"\n{evaluate.table(results)}\n")
+    evaluate.print_gain(results["SFT"], results["RL"])
     loose = evaluate.percent(summary["as it comes, boxed or not"])
-    print(f"as it comes, wherever its answer stands, boxed or not: {loose}")
+    room = 4 * MAX_TOKENS[config.task]
+    print(f"as it comes, in {room} tokens, wherever its answer stands, boxed or not: {loose}")
     print(f"in {summary['seconds']:.0f} s; the figure is {out / 'demo_lm.png'}")
     if config.task == "sums":
         print("Where longer thinking pays:  python demo_lm.py --task digits --out DIR")
-    print(f"Talk to it:  python sample.py --model {out / 'rl'}")
+    words = [
+        "python",
+        "sample.py",
+        "--model",
+        str(out / "rl"),
+        "--verify",
+        "42",
+        "What is 17 + 25?",
+    ]
+    print(f"Ask it:  {shlex.join(words)}")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 
 import demo
+import demo_lm
+import evaluate
 from cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +33,38 @@ def test_long_is_more_rl_from_the_same_sft():
     assert long.steps > 2 * short.steps and 0 < long.cooldown < long.steps
     assert dataclasses.replace(long, steps=short.steps, cooldown=0, long=False) == short
     assert demo.rl_flags(long, Path("out")).cooldown == long.cooldown
+
+
+def test_printed_commands_are_the_flags(tmp_path):
+    """Guards against a command on the terminal that cannot be run, or that does something else: a
+    tuple in brackets, "--lenient True"."""
+    out = tmp_path / "a folder"
+    config = demo.Config(str(out))
+    other = demo_lm.Config(out=str(out))
+    stages = [
+        demo.chain_flags(config, out / "chains.jsonl"),
+        demo.sft_flags(config, out / "sft", out / "chains.jsonl", 5),
+        demo.rl_flags(config, out),
+        demo.evaluate_flags(config, [out / "sft", out / "rl"], out / "evaluation"),
+        demo_lm.attempt_flags(other, out),
+        demo_lm.sft_flags(other, out / "sft", out / "chains.jsonl"),
+        demo_lm.rl_flags(other, out),
+        demo_lm.evaluate_flags(other, ["a", "b"], out / "evaluation"),
+        evaluate.Config(["a"], task="countdown", lenient=True),
+    ]
+    for flags in stages:
+        assert tyro.cli(type(flags), args=demo.words_of(flags)) == flags
+
+
+def test_a_killed_start_of_rl_is_no_run(tmp_path):
+    """Guards against a demo that can never go on: RL was killed while it loaded, its folder holds
+    only a lock, and --resume finds no run."""
+    (tmp_path / "rl").mkdir()
+    (tmp_path / "rl" / ".lock").touch()
+    assert not demo.rl_flags(demo.Config(), tmp_path).resume
+    assert not demo_lm.rl_flags(demo_lm.Config(), tmp_path).resume
+    (tmp_path / "rl" / "config.json").touch()
+    assert demo.rl_flags(demo.Config(), tmp_path).resume
 
 
 def test_the_demo_runs_and_a_second_start_repeats_nothing(tmp_path, monkeypatch, capsys):
@@ -62,6 +97,12 @@ def test_the_demo_runs_and_a_second_start_repeats_nothing(tmp_path, monkeypatch,
     demo.main(config)
     assert capsys.readouterr().out.count("is there already") == 6
     assert json.loads(file.read_text()) == first
+
+    (tmp_path / "demo").rename(tmp_path / "moved")  # whose results name the models by their paths
+    demo.main(dataclasses.replace(config, out=str(tmp_path / "moved")))
+    assert json.loads((tmp_path / "moved" / "summary.json").read_text()) == first
+    (tmp_path / "moved").rename(tmp_path / "demo")
+    capsys.readouterr()
 
     demo.main(dataclasses.replace(config, baselines=True))
     capsys.readouterr()

@@ -79,8 +79,8 @@ def test_the_demo_runs_and_a_second_start_repeats_nothing(
     task, tiny, tmp_path, monkeypatch, capsys
 ):
     """Guards against a stage that breaks the next, and against one that is done twice."""
-    monkeypatch.setattr(demo_lm, "MAX_TOKENS", 12)
-    monkeypatch.setattr(demo_lm, "BUDGETS", "4,12")
+    monkeypatch.setitem(demo_lm.MAX_TOKENS, task, 12)
+    monkeypatch.setitem(demo_lm.BUDGETS, task, "4,12")
 
     def right_and_wrong(path, chats, n, *_):
         said = []
@@ -95,14 +95,14 @@ def test_the_demo_runs_and_a_second_start_repeats_nothing(
     first = capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["task"] == task and summary["chains"] == (4 if task == "sums" else 8)
-    for name in ("as it comes", "SFT", "RL"):
+    for name in ("as it comes", "SFT", demo_lm.OTHER[task], "RL"):
         assert {"4", "12"} == summary[name]["budget_curve"].keys()
         assert f"\n{name}: What is " in first, "each model shows what it says"
     assert (tmp_path / "out" / "demo_lm.png").stat().st_size > 0
 
     demo_lm.main(config)
     again = capsys.readouterr().out
-    assert again.count("is there already") == (5 if task == "sums" else 4)
+    assert again.count("is there already") == (6 if task == "sums" else 5)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
 
