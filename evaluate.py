@@ -895,6 +895,9 @@ def measure(
         if answerer:
             answerer.release()
         results[name] = replace(result, fingerprint=fingerprints[name])
+        # In the order of the flags, by which others read the file; then what it had besides.
+        order = [other for other in (*config.model, *results) if other in results]
+        results = {other: results[other] for other in order}
         if file:
             try:
                 write_results(file, flags, results)

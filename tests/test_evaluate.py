@@ -552,6 +552,16 @@ def test_resuming_with_other_problems_is_refused(measured, monkeypatch, rows):
     assert Path("out/results.json").read_bytes() == before and not Path("kept.jsonl").exists()
 
 
+def test_results_stand_in_the_order_of_the_flags(measured, models):
+    """Guards against one model's numbers under another's name: the demos read the file by its
+    order, and the second of two models may have been measured first."""
+    shutil.copytree(models / "other", "first")
+    evaluate.main(replace(measured, model=["first", "model"]))
+    assert list(evaluate.load_results("out/results.json")) == ["first", "model"]
+    evaluate.main(replace(measured, model=["model"]))
+    assert list(evaluate.load_results("out/results.json")) == ["first", "model"]
+
+
 def test_a_file_that_is_older_than_a_flag_is_still_good(measured, monkeypatch):
     """Guards against measurements of hours that a new flag of evaluate.py makes useless, and
     against those of the flag's other values being taken for them."""
