@@ -4,7 +4,8 @@
     python demo_lm.py --model DIR        # a folder of it, or of another model
     python demo_lm.py --task digits --out runs/demo-lm-digits    # where longer thinking pays
 
-Each stage is the very command that a large run would use; a stage that is done is not repeated:
+It takes 8 GB of memory and 10 GB of disk: checkpoints hold the optimizer, too. Each stage is the
+very command that a large run would use; a stage that is done is not repeated:
 
 1. cot.py       the model attempts the training problems; a wrong attempt and a right one are merged
                 into a chain that fails, notices, tries again and verifies
@@ -182,6 +183,7 @@ def sft_flags(config: Config, out: Path, chains: Path, epochs: int = 2) -> sft.C
         lr=1e-4,
         batch_tokens=2048 if config.task == "sums" else 1024,
         heldout=8,
+        keep=1,
         dtype=config.dtype,
         resume=not cli.is_new(out),
     )
@@ -196,7 +198,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         data=str(out / "train.jsonl"),
         seed=config.seed,
         steps=config.steps,
-        prompts=8,
+        prompts=6,
         samples=16,
         max_tokens=MAX_TOKENS[config.task],
         lr=2e-5 if config.task == "sums" else 1e-5,
