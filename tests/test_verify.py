@@ -1219,8 +1219,9 @@ def test_a_hung_worker_is_killed_and_counted_as_a_timeout():
 
 
 CHECKS = r"""
-import sys, time
+import signal
 import verify
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 pairs = [(r"\boxed{\int_0^1 e^{-x^%d} dx}" % n, "1") for n in range(9)]
 verify.verify_many(pairs[:2], workers=2)
 print("ready", flush=True)
@@ -1246,16 +1247,19 @@ def test_workers_end_in_silence_with_their_parent(ending):
     command = [sys.executable, "-c", CHECKS]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
-    assert process.stdout.readline() == "ready\n"
-    workers = workers_of(process.pid)
-    assert len(workers) == 2
-    if ending == "to each":
-        for worker in workers:
-            os.kill(worker, signal.SIGINT)
-        time.sleep(0.5)
-        assert workers_of(process.pid) == workers  # and they go on
-    os.killpg(process.pid, signal.SIGKILL if ending == "killed" else signal.SIGINT)
-    said = process.communicate(timeout=60)[1]
+    try:
+        assert process.stdout.readline() == "ready\n"
+        workers = workers_of(process.pid)
+        assert len(workers) == 2
+        if ending == "to each":
+            for worker in workers:
+                os.kill(worker, signal.SIGINT)
+            time.sleep(0.5)
+            assert workers_of(process.pid) == workers  # and they go on
+        os.killpg(process.pid, signal.SIGKILL if ending == "killed" else signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()  # of a test that fails nothing goes on computing beside the others
     # The parent, which is no command of ours here, has a traceback; each worker would have its own.
     assert said.count("Traceback (most recent call last)") <= 1 and "serve" not in said
     began = time.monotonic()
