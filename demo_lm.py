@@ -9,7 +9,7 @@ very command that a large run would use; a stage that is done is not repeated:
 
 1. cot.py       the model attempts the training problems; a wrong attempt and a right one are merged
                 into a chain that fails, notices, tries again and verifies
-2. sft.py       the model learns these few chains: their form, not what they compute
+2. sft.py       the model learns these few chains
 3. rl.py        T1's reinforcement learning
 4. sft.py       instead of RL: what SFT alone would have given, see below
 5. evaluate.py  held-out problems, which share no pair of numbers with the others: the model as it
@@ -22,11 +22,11 @@ arithmetic. To tell them apart, the model as it comes has four times as many tok
 there its answer counts wherever it stands. The other SFT sees the same few chains five times as
 often.
 
-**digits**: "What is 4837 + 2695?" No attempt of the model's is right, so a program writes its
-chains: half of them leap to the sum, half work digit by digit. All of them end right, so imitation
-has no reason to prefer either. A leap is short, and mostly wrong. RL pays for right answers only,
-and has to find out that these take longer thinking: it chooses between two ways that it was shown.
-The other SFT is told: it sees the half that works, and no other.
+**digits**: "What is 4837 + 2695?" Of such sums the model gets hardly any right, so a program writes
+its chains: half of them leap to the sum, half work digit by digit. All of them end right, so
+imitation has no reason to prefer either. A leap is short, and more often wrong. RL pays for right
+answers only, and has to find out that these take longer thinking: it chooses between two ways that
+it was shown. The other SFT is told: it sees the half that works, and no other.
 """
 
 import dataclasses
