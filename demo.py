@@ -22,12 +22,13 @@ its own. *The oracle's SFT*: in one go, for the minutes of SFT and RL together, 
 the task ever needs, which the policy never saw.
 """
 
+import contextlib
 import dataclasses
 import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -203,6 +204,17 @@ def check_flags(config: Config) -> None:
     counts = (config.sft_steps, config.steps, config.heldout, config.samples)
     if config.chains < 100 or min(counts) < 1:
         raise UserError("--chains must be at least 100, and all other counts at least 1")
+
+
+@contextlib.contextmanager
+def going_on_in(out: str) -> Iterator[None]:
+    """Hold a demo's folder; whoever interrupts it is told how it goes on."""
+
+    def kept() -> str:
+        return f"finished stages are in {out}; the same command goes on"
+
+    with cli.telling(kept), cli.holding(out, folder=True):
+        yield
 
 
 def open_folder(flags: dict, out: Path) -> dict[str, float]:
@@ -388,10 +400,7 @@ def lengthened(config: Config) -> Config:
 
 
 def main(config: Config) -> None:
-    def kept() -> str:
-        return f"finished stages are in {config.out}; the same command goes on"
-
-    with cli.telling(kept), cli.holding(config.out, folder=True):
+    with going_on_in(config.out):
         demonstrate(config)
 
 

@@ -49,7 +49,7 @@ import rl
 import sft
 import tasks
 from cli import UserError
-from demo import Stages, in_order, open_folder
+from demo import Stages, going_on_in, in_order, open_folder
 from evaluate import Result
 from runfolder import read_metrics
 from sample import SamplingParams
@@ -321,10 +321,7 @@ def summarise(config: Config, out: Path, results: dict[str, Result]) -> dict:
 
 
 def main(config: Config) -> None:
-    def kept() -> str:
-        return f"finished stages are in {config.out}; the same command goes on"
-
-    with cli.telling(kept), cli.holding(config.out, folder=True):
+    with going_on_in(config.out):
         demonstrate(config)
 
 
