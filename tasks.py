@@ -5,7 +5,7 @@ particular to such problems: the judge that compares a response with the problem
 that follows the question, and a few things more that may be left out. There are three of them:
 
     math        any problem file; `verify.py` decides whether the last \\boxed{} equals the answer,
-                `worked_out` whether it is more than the question put into a box
+                `worked.py` whether it is more than the question put into a box
     choice      the same with options to choose from, shuffled; the answer is a letter
     countdown   the demo's: reach a target with all of the given numbers, each used exactly once
                 numbers 3 5 7, target 22      ->  \\boxed{(5*3)+7}
@@ -45,8 +45,8 @@ from typing import Any
 
 import cli
 import hub
-import latex
 import verify
+import worked
 from cli import UserError, read_rows
 from tokenizer import Tokenizer
 from verify import Verdict
@@ -554,40 +554,12 @@ def judge_math(problem: Problem, response: str) -> Verdict:
 
 
 def worked_out(problem: Problem, verdict: Verdict) -> Verdict:
-    """The verdict, or "wrong" where the answer is right only because the judge would do the work.
-
-    `13 + 13` equals 26, and `\\sqrt{242}` equals `11\\sqrt2`. A policy finds out that it is paid
-    for a question put into the box: ours did, within five steps, and in 39 of the 500 problems of
-    MATH500 a formula of the question equals the reference. So where the reference is a whole
-    number, the answer has to show it; and whatever the reference, a formula copied from the
-    question is no answer. What still passes is a formula that was changed a little, for a reference
-    that is no whole number.
-    """
+    """The verdict, or "wrong" where the judge would have to do the work: see worked.py."""
     if not verdict.correct or verdict.decided_by in ("same_choice", "same_words"):
         return verdict
-    answer, gold = verdict.answer_read, verdict.gold_read
-    pieces = re.findall(r"[^\s(),]+", answer)
-    in_other_order = sorted(pieces) == sorted(re.findall(r"[^\s(),]+", gold))
-    if in_other_order or not re.search(r"[+*^]\(|call\(", answer):  # without any operation
-        return verdict
-    if whole := re.fullmatch(of_unit(r"(-?\d+)"), gold):
-        power_of_ten = re.fullmatch(of_unit(r"\*\(-?[\d.]+, \^\(10, -?\d+\)\)"), answer)
-        shown = power_of_ten or (answer.startswith("chain(") and whole[1] in pieces)  # 13 + 13 = 26
-    else:
-        shown = squeezed(verdict.answer) not in squeezed(problem.question)
-    if shown:
+    if not worked.left_to_judge(problem.question, verdict.answer, problem.answer):
         return verdict
     return replace(verdict, outcome="wrong", decided_by="not worked out", score=0.0)
-
-
-def of_unit(pattern: str) -> str:
-    """What matches a tree of this pattern, with a unit or without."""
-    return rf"(?:unit\()?{pattern}(?:, [^()]*\))?"
-
-
-def squeezed(formula: str) -> str:
-    """Its characters, in whatever layout it stands."""
-    return re.sub(r"\s", "", latex.bare(formula))
 
 
 TASKS = {

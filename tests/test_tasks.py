@@ -8,7 +8,6 @@ import gzip
 import io
 import json
 import lzma
-import re
 import sys
 import zipfile
 import zlib
@@ -533,76 +532,6 @@ def test_absent_and_binary_files(tmp_path):
     for path in (tmp_path / "absent.jsonl", tmp_path, tmp_path / "binary"):
         with pytest.raises(UserError, match=r"cannot read|no such file"):
             tasks.load(path)
-
-
-SUM = Problem("What is 13 + 13?", "26")
-
-
-@pytest.mark.parametrize(
-    "problem, answer",
-    [
-        (SUM, "13 + 13"),
-        (SUM, "(13 + 13)"),
-        (SUM, "13 + 12 + 1"),
-        (SUM, "x = 13 + 13"),
-        (SUM, "13 + 13 \\text{ apples}"),
-        (SUM, "2 \\times 13"),
-        (SUM, "52/2"),
-        (Problem("What is $\\dbinom{31}{28}$?", "4495"), "\\dbinom{31}{28}"),
-        (Problem("A book costs $9, and a pen $9. Together?", "\\$18"), "\\$(9 + 9)"),
-        (Problem("Simplify $\\sqrt{242}$.", "11\\sqrt2"), "\\sqrt{242}"),
-        (Problem("Evaluate $(1+2i)6-3i$.", "6+9i"), "(1 + 2i) 6 - 3i"),
-        (Problem("Factor $ab+5b+2a+10$.", "(a+5)(b+2)"), "ab + 5b + 2a + 10"),
-        (Problem("Write $\\frac{3}{20}$ as a decimal.", "0.15"), "\\frac{3}{20}"),
-        (Problem("Find $\\left(x+1\\right)^2$.", "x^2+2x+1"), "(x+1)^2"),
-    ],
-)
-def test_the_question_in_the_box_is_no_answer(problem, answer):
-    """Bug: RL of sums ended at 100 % with `\\boxed{13 + 13}`: equal to 26, and no work of the
-    policy's."""
-    response = f"\\boxed{{{answer}}}"
-    assert verify.verify(response, problem.answer).correct, "it is equal"
-    alone = tasks.judge_math(problem, response)
-    assert (alone.outcome, alone.score) == ("wrong", 0.0)
-    assert tasks.judge_all([problem], [response]) == [alone]
-
-
-@pytest.mark.parametrize(
-    "problem, answer",
-    [
-        (SUM, "26"),
-        (SUM, "26.0"),
-        (SUM, "x = 26"),
-        (SUM, "13 + 13 = 26"),
-        (SUM, "26 \\text{ apples}"),
-        (Problem("How fast is light, in m/s, to one digit?", "300000000"), "3 \\times 10^8"),
-        (Problem("Which is larger, 2/3 or 3/4?", "\\frac{3}{4}"), "3/4"),
-        (Problem("Simplify $\\frac{(x+1)(x-2)}{x-2}$.", "1+x"), "x+1"),
-        (Problem("What is $2^{100}$?", "2^{100}"), "2^{100}"),
-        (Problem("Which is it? A. 3+4 B. 3+5", "B", "choice"), "B. 3+5"),
-        (Problem("Find the line through (0,1) and (1,3).", "y = 2x + 1"), "y = 1 + 2x"),
-        (Problem("Half of 13?", "6.5"), "13/2"),
-        (Problem("Find $\\sqrt[3]{16}$.", "2\\sqrt[3]{2}"), "2 \\cdot 2^{1/3}"),
-    ],
-)
-def test_what_is_worked_out_is_an_answer(problem, answer):
-    """Guards against a rule so strict that right answers lose: other spellings, another order of
-    terms, a label, a power of ten, a choice that repeats its option."""
-    response = f"\\boxed{{{answer}}}"
-    assert tasks.judge_math(problem, response).correct
-    assert tasks.judge_all([problem], [response])[0].correct
-
-
-def test_references_of_real_problems_are_worked_out(shared):
-    """Guards against a reference that the rule refuses. MATH500: of its 500 problems 42 have a
-    formula in the question that equals the reference, and in 3 of them it is the reference."""
-    copied = 0
-    for problem in tasks.load(shared / "data" / "math500.jsonl"):
-        assert tasks.judge_math(problem, f"\\boxed{{{problem.answer}}}").correct, problem
-        formulas = re.findall(r"\$([^$]+)\$|\\\[(.+?)\\\]", problem.question, re.DOTALL)
-        boxes = {(inline or displayed).strip(" .,?") for inline, displayed in formulas}
-        copied += any(tasks.judge_math(problem, f"\\boxed{{{box}}}").correct for box in boxes)
-    assert copied == 3
 
 
 def test_the_benchmarks_load(shared):
