@@ -14,7 +14,16 @@ import pytest
 import torch
 
 import cli
-from benchmarks import fill_results, kernels_bench, ready, rl_bench, rows, sample_bench, train_bench
+from benchmarks import (
+    fill_results,
+    kernels_bench,
+    ready,
+    rl_bench,
+    rows,
+    sample_bench,
+    small_tasks,
+    train_bench,
+)
 from benchmarks.fill_results import fill
 from cli import UserError
 
@@ -239,3 +248,21 @@ def test_rows_go_nowhere_unless_asked(tmp_path):
     file.add("decode", "x", ms=1.0)
     (line,) = cli.read_jsonl(tmp_path / "x.jsonl")
     assert line["table"] == "decode" and line["ms"] == 1.0 and set(MACHINE) < set(line)
+
+
+# --- tasks for a small model ----------------------------------------------------------------------
+
+
+def test_small_tasks_have_right_answers(tmp_path):
+    """Guards against a wrong reference answer, and against one problem that stands forty times."""
+    small_tasks.write(tmp_path)
+    for name in small_tasks.TASKS:
+        rows = cli.read_jsonl(tmp_path / f"{name}.jsonl")
+        assert len({row["problem"] for row in rows}) == small_tasks.COUNT
+        for row in rows:
+            if "-step" in name:
+                numbers = [int(number) for number in re.findall(r"\d+", row["problem"])]
+                expected = numbers[0] + numbers[1] - sum(numbers[2:])
+            else:
+                expected = eval(row["problem"].removeprefix("What is ").rstrip("?"))
+            assert int(row["answer"]) == expected >= 0
