@@ -338,6 +338,26 @@ def test_entropy_and_kl_from_the_start():
     assert "KL from --kl-from" in evaluate.table({"m": result})
 
 
+def test_kl_in_bfloat16_is_that_of_float32():
+    """Guards against a KL that is rounding: in bfloat16 the policy's own log-probs and those of the
+    model it began with are rounded in different programs."""
+    tokenizer = demo_tokenizer(cot.WORDS)
+    prompts = [tokenizer.encode("numbers 3 5 7")] * 8
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        start, policy = (random_init(sft.small_shape(tokenizer), seed) for seed in (0, 1))
+        start, policy = start.to(dtype), policy.to(dtype)
+        drawn = Sampler(policy, tokenizer).generate(prompts, 1, SamplingParams(max_tokens=64))
+        chains = [row[0] for row in drawn]
+        found[dtype] = [
+            evaluate.kl_from(start, prompts, chains, 1.0),
+            evaluate.kl_from(policy, prompts, chains, 1.0),
+        ]
+    exact, rounded = found.values()
+    assert abs(sum(rounded[1])) < 0.05 * sum(exact[0]), "of the policy itself"
+    assert sum(rounded[0]) == pytest.approx(sum(exact[0]), rel=0.3), "other samples, much the same"
+
+
 def test_an_answer_model_writes_the_forced_answers():
     """Guards against --answer-model being ignored: T1 lets the SFT model answer from the RL model's
     chain."""
