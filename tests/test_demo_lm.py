@@ -1,7 +1,11 @@
 """The demo on a language model: its problems, its chains, and all of it from end to end at toy size."""
 
+import dataclasses
 import json
 import random
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,15 +99,34 @@ def test_the_demo_runs_and_a_second_start_repeats_nothing(
     first = capsys.readouterr().out
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["task"] == task and summary["chains"] == (4 if task == "sums" else 8)
-    for name in ("as it comes", "SFT", demo_lm.OTHER[task], "RL"):
+    for name in ("as it comes", "SFT", "RL"):
         assert {"4", "12"} == summary[name]["budget_curve"].keys()
         assert f"\n{name}: What is " in first, "each model shows what it says"
     assert (tmp_path / "out" / "demo_lm.png").stat().st_size > 0
 
     demo_lm.main(config)
     again = capsys.readouterr().out
-    assert again.count("is there already") == (6 if task == "sums" else 5)
+    assert again.count("is there already") == (5 if task == "sums" else 4)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+
+    asked = dataclasses.replace(config, baseline=True)
+    demo_lm.main(asked)
+    more = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert {"4", "12"} == more.pop(demo_lm.BASELINE[task])["budget_curve"].keys()
+    assert more == summary, "the baseline changes nothing of the demo, its seconds included"
+    if task == "digits":
+        told = read_jsonl(tmp_path / "out" / "worked.jsonl")
+        assert len(told) == 4 and all("=" in chain["response"] for chain in told)
+    capsys.readouterr()
+
+    # the table of several seeds: every model is a column
+    benchmarks = Path(demo_lm.__file__).parent / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    monkeypatch.setattr(sys, "argv", ["demo_lm_seeds.py", config.out, config.out])
+    runpy.run_path(str(benchmarks / "demo_lm_seeds.py"), run_name="__main__")
+    table = capsys.readouterr().out
+    assert f"| | as it comes | SFT | RL | {demo_lm.BASELINE[task]} |" in table
+    assert "| thought cut at 12 tokens, % |" in table
 
 
 def test_chains_and_problems_of_digits_are_apart(tiny, tmp_path):
