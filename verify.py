@@ -164,6 +164,17 @@ def is_word(gold: str) -> bool:
     return re.fullmatch("[A-Z]{2,}|[A-Z]?[a-z]{2,}", word) is not None and not product
 
 
+def without_stars(answer: str) -> str:
+    """**26** is 26 in Markdown."""
+    return re.sub(r"^\s*\*\*(.*)\*\*\s*$", r"\1", answer)
+
+
+def without_letter(answer: str) -> str:
+    """(C) 26 is 26, where the reference is no letter."""
+    letter = re.fullmatch(r"\(?[A-J]\)([^A-Za-z()]+)", bare(answer))
+    return letter[1].lstrip(" \t\n.:") if letter else answer
+
+
 # ---------------------------------------------------------------------------- verdicts
 
 
@@ -171,15 +182,14 @@ def judge(answer: str, gold: str, deadline: float, tolerance: float, algebra=Non
     """The verdict on an answer; its outcome is "undecided" where sympy may know more."""
     if max(len(answer), len(gold)) > MAX_CHARS:  # before any regular expression meets it
         return Verdict("unparsed", answer, "too long")
-    text = re.sub(r"^\s*\*\*(.*)\*\*\s*$", r"\1", answer)  # Markdown
+    text = without_stars(answer)
     choice = same_choice(gold, text)
     if choice is not None:
         outcome = "correct" if choice else "wrong"
         return Verdict(outcome, answer, bare(text), bare(gold), "same_choice")
     if same_words(gold, text):
         return Verdict("correct", answer, bare(text), bare(gold), "same_words")
-    if letter := re.fullmatch(r"\(?[A-J]\)([^A-Za-z()]+)", bare(text)):  # (C) 26
-        text = letter[1].lstrip(" \t\n.:")
+    text = without_letter(text)
     try:
         gold_tokens = latex.trimmed(latex.tokenise(gold))
         tokens = latex.trimmed(latex.tokenise(text))
