@@ -50,8 +50,9 @@ def left_to_judge(question: str, answer: str, reference: str) -> bool:
             return True
         if whole:
             return False
+    answered, expected = show(found), show(wanted)
     copied = formulas(question, reference)
-    return any(body in show(found) and body not in show(wanted) for body in copied)
+    return any(body in answered and body not in expected for body in copied)
 
 
 def tree(text: str) -> Node:
