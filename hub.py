@@ -48,13 +48,13 @@ class Known:
 KNOWN = {
     "gsm8k": Known("openai/gsm8k:main/test"),
     "gsm8k-train": Known("openai/gsm8k:main/train"),
-    "math": Known("DigitalLearningGmbH/MATH-lighteval/train"),
+    "math": Known("DigitalLearningGmbH/MATH-lighteval:data/train"),  # beside a folder a subject
     "math500": Known("HuggingFaceH4/MATH-500/test"),
     "aime24": Known("HuggingFaceH4/aime_2024/train"),
     "aime25": Known("math-ai/aime25/test"),
     "amc23": Known("math-ai/amc23/test"),
     "omni-math": Known("KbsdJames/Omni-MATH/test"),
-    "olympiadbench": Known("Hothan/OlympiadBench:OE_TO_maths_en_COMP/train"),
+    "olympiadbench": Known("Hothan/OlympiadBench:OE_TO_maths_en_COMP"),
     "gpqa-diamond": Known(
         "Idavidrein/gpqa:gpqa_diamond",
         fields={"problem": "Question", "answer": "Correct Answer"},
@@ -155,17 +155,22 @@ def choose_files(files: list[str], config: str | None, split: str | None) -> lis
 
     Both must stand in the path as words: main/test-00000-of-00001.parquet is of main and of test,
     and not of `est`. Where no configuration is asked for, a split that lies in several folders is
-    refused, since that would be a mixture. A file that is alone, and names no split, is all there
-    is.
+    refused, since that would be a mixture. A file that is alone, or alone in its configuration, and
+    names no split, is all there is.
     """
 
     def has(file: str, word: str | None) -> bool:
         whole = rf"(?<![a-zA-Z0-9]){re.escape(word or '')}(?![a-zA-Z0-9])"
         return word is None or bool(re.search(whole, file))
 
+    def is_all(data: list[str]) -> bool:
+        return len(data) == 1 and not any(has(data[0], name) for name in SPLITS)
+
     data = [file for file in files if file.endswith(DATA_FILES)]
-    if len(data) != 1 or any(has(data[0], name) for name in SPLITS):
-        data = [file for file in data if has(file, config) and has(file, split)]
+    if not is_all(data):
+        data = [file for file in data if has(file, config)]
+    if not is_all(data):
+        data = [file for file in data if has(file, split)]
     folders = sorted({str(Path(file).parent) for file in data})
     if len(folders) > 1:
         raise UserError(
@@ -195,7 +200,8 @@ def asked(what: str, fetch: Callable[[], Any]) -> Any:
         raise UserError(f"{what} it has no such revision") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         raise UserError(f"{what} it cannot be fetched: the hub does not answer") from None
-    except (errors.HfHubHTTPError, http_error, errors.HFValidationError) as error:
+    except (errors.HfHubHTTPError, http_error, errors.HFValidationError, RuntimeError) as error:
+        # RuntimeError: of hf_xet, which fetches large files.
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"{what} it cannot be fetched: {reason}") from None
     except OSError as error:  # no room, no right to write

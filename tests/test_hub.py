@@ -4,6 +4,7 @@ Each fetch runs in a process of its own, because huggingface_hub reads HF_ENDPOI
 it is imported. No test needs the network.
 """
 
+import errno
 import hashlib
 import http.server
 import json
@@ -17,6 +18,7 @@ import pytest
 
 import cli
 import cot
+import evaluate
 import hub
 import tasks
 from cli import UserError
@@ -239,6 +241,38 @@ def test_no_network_is_one_line(server, tmp_path):
     assert code == 2 and "the hub does not answer" in line
 
 
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot be kept: No space left"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be kept: Permission denied"),
+        (RuntimeError("xet: connection closed\nand more"), "cannot be fetched: xet: connection"),
+    ],
+)
+def test_no_room_on_the_disk_is_one_line(error, message):
+    """Bug: after an hour of fetching, a traceback."""
+
+    def fail():
+        raise error
+
+    with pytest.raises(UserError, match=f"^no such folder: m, and as a model it {message}") as said:
+        hub.asked("no such folder: m, and as a model", fail)
+    assert "\n" not in str(said.value)
+
+
+def test_a_model_without_its_files(server, tmp_path):
+    """Bug: a repository that holds weights alone ends in a traceback, after they were fetched."""
+    done = subprocess.run(
+        [sys.executable, "sample.py", "--model", "org/large", "1+1?"],
+        cwd=ROOT,
+        env=environment(server, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert hub.re.search("error: .*(tokenizer|config).json", done.stderr), done.stderr[-500:]
+
+
 def test_a_data_set_by_configuration_and_split(server, tmp_path):
     """Bug: the test split is trained on, or two configurations are mixed."""
     code, out, _ = fetch(server, tmp_path, "org/sums:hard/test", "data")
@@ -300,6 +334,9 @@ def test_a_file_that_is_alone():
     assert hub.choose_files(["data.parquet", "README.md"], None, "test") == ["data.parquet"]
     assert hub.choose_files(["train.parquet", "README.md"], None, "test") == []
     assert hub.choose_files(["train.parquet"], None, "train") == ["train.parquet"]
+    of_kinds = ["easy/easy.parquet", "hard/hard.parquet"]  # each alone in its configuration
+    assert hub.choose_files(of_kinds, "hard", "train") == ["hard/hard.parquet"]
+    assert hub.choose_files([*of_kinds, "hard/more.parquet"], "hard", "train") == []
 
 
 def test_a_path_that_exists_wins(tmp_path, monkeypatch):
@@ -315,6 +352,36 @@ def test_known_names_are_well_formed():
     for name, known in hub.KNOWN.items():
         assert hub.DATA.fullmatch(known.source), name
         assert not hub.DATA.fullmatch(name), f"{name} would be taken for the hub's"
+
+
+@pytest.mark.parametrize(
+    "name, files, chosen",
+    [
+        ("gsm8k", ["main/test-0.parquet", "main/train-0.parquet", "socratic/test-0.parquet"], 0),
+        ("math", ["data/train-0.parquet", "data/test-0.parquet", "algebra/train-0.parquet"], 0),
+        ("math500", ["test.jsonl"], 0),
+        ("aime24", ["data/train-00000-of-00001.parquet"], 0),
+        ("omni-math", ["test.jsonl"], 0),
+        (
+            "olympiadbench",
+            [
+                "OlympiadBench/OE_TO_maths_en_COMP/OE_TO_maths_en_COMP.parquet",
+                "OlympiadBench/OE_TO_maths_zh_COMP/OE_TO_maths_zh_COMP.parquet",
+                "OlympiadBench/TP_TO_maths_en_COMP/TP_TO_maths_en_COMP.parquet",
+            ],
+            0,
+        ),
+        ("gpqa-diamond", ["gpqa_diamond.csv", "gpqa_extended.csv", "gpqa_main.csv"], 0),
+        ("t1-sft", ["sft.jsonl", "rl-data.jsonl"], 0),
+        ("t1-rl", ["sft.jsonl", "rl-data.jsonl"], 1),
+    ],
+)
+def test_known_names_find_their_file(name, files, chosen):
+    """Bug: a split is asked for that no path names (OlympiadBench), or one lies in the folder of
+    each subject, too (MATH). The paths are the hub's, as other projects cite them; others' files
+    were left out."""
+    _, config, split, _ = hub.DATA.fullmatch(hub.KNOWN[name].source).groups()
+    assert hub.choose_files(files, config, split) == [files[chosen]]
 
 
 # --- fields and options ---------------------------------------------------------------------------
@@ -370,6 +437,16 @@ def test_options_are_shuffled_and_the_letter_follows(tmp_path):
     assert [problem.answer for problem in again] != letters
     judged = tasks.judge_all([again[0]], [f"so \\boxed{{{again[0].answer}}}"])
     assert judged[0].correct
+
+
+def test_several_orders_of_the_options(tmp_path):
+    """Bug: --shuffles asks in one order, or names another number of problems."""
+    rows = [{"question": f"{i}?", "options": [*"wxyz"], "correct": "C"} for i in range(3)]
+    config = evaluate.Config([], data=str(write(tmp_path, *rows)), shuffles=4)
+    problems, lines = evaluate.read_problems(config)
+    firsts = [problem.question.split("\n")[0] for problem in problems]
+    assert firsts == ["0?", "1?", "2?"] * 4 and len(lines) == 12
+    assert len({problem.answer for problem in problems[::3]}) > 1
 
 
 @pytest.mark.parametrize("answer", ["C", "(C)", 2, "nine", "C) nine"])
