@@ -27,9 +27,9 @@ import signal
 import socket
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
@@ -52,13 +52,23 @@ class WriteError(UserError):
     """The system refuses to write: a full disk, no permission."""
 
 
-def run(main: Callable[[Flags], None], flags: type[Flags], args: list[str] | None = None) -> None:
+def run(
+    main: Callable[[Flags], None],
+    flags: type[Flags],
+    args: list[str] | None = None,
+    refused: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Read the dataclass `flags` from the command line (or from `args`) and call `main` with it.
 
+    refused: {a flag that one would look for: why there is none}.
     Exit codes: 0, 2 (bad input, or nowhere to write), 130 (Ctrl-C, or a scheduler's SIGTERM).
     """
     before = {stop: signal.signal(stop, interrupt) for stop in STOPS}
     try:
+        for word in sys.argv[1:] if args is None else args:
+            name = word.partition("=")[0].replace("_", "-")
+            if name in refused:
+                raise UserError(f"there is no {name}: {refused[name]}")
         read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
         main(expand_home(read))
         sys.stdout.flush()  # a full disk behind `> file` shows here, and not after us

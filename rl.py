@@ -1126,12 +1126,18 @@ def main(
             train(config, world, make_learner, train_step)
 
 
+WHOLE = (
+    "training samples from the whole distribution, for with some tokens left out pi / pi_old is not"
+    " the ratio of what was sampled (GUIDE.md, part 8)"
+)
+
+
 def command(config_class: type[Config] = Config, main: Callable[[Config], None] = main) -> None:
     """Read the flags and run: what a fork's file ends with.
 
     config_class: a subclass of Config, for flags of one's own.
     """
-    cli.run(main, config_class)
+    cli.run(main, config_class, refused={"--top-p": WHOLE, "--min-p": WHOLE})
 
 
 if __name__ == "__main__":

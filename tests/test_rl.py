@@ -13,6 +13,7 @@ import math
 import random
 import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,12 @@ def test_a_response_that_the_policy_finds_unlikely():
     assert rollout.unexpected_pattern(likely, "", "", least_logprob=-4.0) is None
     assert rollout.unexpected_pattern(unlikely, "", "", least_logprob=-4.0) == "perplexity"
     assert rollout.unexpected_pattern(unlikely, "", "", least_logprob=-4.75) is None
+    asked = Problem("1+1?", "2")
+    said = Completion([*TOKENIZER.encode("2"), STOP], [-9.0, -0.5], "stop")
+    for least, pattern in ((None, None), (-4.0, "perplexity")):  # the flag reaches the judging
+        config = rl.Config("", "", least_logprob=least)
+        [found] = rollout.judge([asked], [[1]], [said], TOKENIZER, config, ALONE)
+        assert found.pattern == pattern
 
 
 def test_centred_kl_by_hand():
@@ -1071,6 +1078,15 @@ def test_kl_to_the_start_by_hand():
     )
 
 
+def test_the_kl_to_the_start_needs_no_penalty():
+    """Bug: --kl-coef 0 loads no anchor, and then --start-kl logs nothing."""
+    learner = make_learner()
+    learner.anchor = None
+    learner.start = parallel.shard(random_init(SHAPE, 5, torch.float64), ALONE)
+    _, metrics, _ = train_once(learner, make_responses(learner), recipe="t1", kl_coef=0.0)
+    assert metrics["kl_start"] != 0 and "kl" not in metrics
+
+
 def test_metrics_by_hand():
     """Bug: a share taken of the kept responses instead of all, or accuracy after the penalties."""
     learner = make_learner()
@@ -1312,6 +1328,19 @@ def test_bad_flags(command, flags, complaint):
     """Bug: a mistake that shows after the first rollout, an hour later, as a traceback."""
     line = command(*flags)
     assert complaint in line and line.startswith("error: ") and "\n" not in line
+
+
+@pytest.mark.parametrize("flag", ["--top-p", "--top_p=0.95", "--min-p"])
+def test_a_truncated_distribution_is_refused_with_the_reason(monkeypatch, capsys, flag):
+    """Bug: the flag that everybody sets is just unknown, and one puts it into a fork, where it biases
+    every ratio."""
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--model", "m", "--out", "o", flag, "0.95"])
+    with pytest.raises(SystemExit) as stopped:
+        rl.command()
+    assert stopped.value.code == 2
+    name = flag.partition("=")[0].replace("_", "-")
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: there is no {name}: training samples from the whole")
 
 
 def test_unknown_flag(command):
