@@ -61,7 +61,7 @@ def k3_kl(logprob: Tensor, anchor_logprob: Tensor) -> Tensor:
 
 
 def every_token(lengths: Tensor, max_tokens: int) -> Tensor:
-    """T1, DAPO: every token weighs the same. [N] -> [N]."""
+    """DAPO: every token weighs the same. [N] -> [N]. (And ours of T1, which does not say.)"""
     return torch.ones_like(lengths, dtype=torch.float32)
 
 

@@ -25,8 +25,10 @@ Its 8B script takes rollouts of 512 and updates of 128 (--prompts 512 --samples 
 rates of 2e-7 for the policy and 2e-6 for the critic (here always 10 times the policy's), beta 0.05.
 
 What we do differently: advantages are brought to mean 0 and deviation 1, its code does that to
-rewards. The KL's coefficient stays as it is. A right answer is what verify.py finds equal, not what
-is equal as text.
+rewards. The KL's coefficient stays as it is. A right answer is one that the task's judge accepts,
+not one that is equal as text. The length's cost is taken from the reward as a whole, not from the
+0.8 of it. The judge's prompt and its scale from 0 to 10 are ours. Left out, --prompts, --samples
+and --minibatches are rl.py's, 32 x 64 in one update.
 """
 
 import re

@@ -63,6 +63,9 @@ def test_exploration_reward_by_hand():
     config = rlsp.Config(model="", out="")
     same(rlsp.exploration(responses, config), 1 - 2, 0 - 1, -0.5 - 0.5, 0 - 0.25)
     same(rlsp.correctness(responses), 1, 0, -0.5, 0)
+    boxes = responses_of(("correct", 500))  # what stands between two boxes is no thought
+    boxes[0].text += "abcd" * 500 + "\\boxed{2}"
+    same(rlsp.exploration(boxes, config), 1 - 2)
     empty = responses_of(("wrong", 0))  # a box and no thought: as dear as can be, and finite
     same(rlsp.exploration(empty, config), -1000)
 
@@ -88,6 +91,19 @@ def test_value_clip_by_hand():
     loss.backward()
     same(loss.detach(), 0.5 * (0.9**2 + 0.8**2 + 1.5**2) / 3)
     same(values.grad, -0.9 / 3, 0, -1.5 / 3)
+
+
+def test_the_papers_numbers():
+    """Bug: a default of T1's where RLSP's code has its own; a clip that no step uses."""
+    config = rlsp.Config(model="", out="")
+    recipe = rlsp.rl.RECIPES["rlsp"]
+    assert (config.length_cost, config.critic_first, config.value_clip) == (1000, 4, 0.2)
+    assert (recipe.lr, recipe.kl_coef, recipe.temperature, config.trace) == (2e-7, 0.05, 0.7, 1)
+    losses = []
+    for clip in (1e9, 1e-3):  # a second update, when values have moved
+        learner = make_learner(value_clip=clip, epochs=2)
+        losses.append(rlsp.train_step(learner, make_responses(learner), 1)["value_loss"])
+    assert losses[0] < losses[1]
 
 
 def test_at_first_only_the_critic_learns():
