@@ -157,6 +157,7 @@ def first_equal(answers: list[str]) -> dict[str, str]:
 # --- the curve ------------------------------------------------------------------------------------
 
 ANSWER_TOKENS = 48  # a forced answer's most tokens
+AT_FIRST = 8  # of these: enough for most answers
 
 
 def shorten(completion: Completion, budget: int) -> Completion:
@@ -276,17 +277,43 @@ def answered_cuts(
                 cuts.append(cut_chain(chain, budget, number, problem, opening, tokenizer))
 
     open_ended = [cut for cut in cuts if cut.written is not None]
-    if open_ended:
-        greedy = SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0)
-        begun = [prompts[cut.problem] + cut.written for cut in open_ended]
-        answers = sampler.generate(begun, 1, greedy, progress=True)
-        for cut, [answer] in zip(open_ended, answers):
-            cut.text = close_box(cut.text, answer.text(tokenizer))
+    begun = [prompts[cut.problem] + cut.written for cut in open_ended]
+    texts = [cut.text for cut in open_ended]
+    for cut, text in zip(open_ended, with_answers(sampler, tokenizer, begun, texts)):
+        cut.text = text
 
     verdicts = tasks.judge_all([problems[cut.problem] for cut in cuts], [cut.text for cut in cuts])
     for cut, verdict in zip(cuts, verdicts):
         cut.correct = verdict.correct
     return cuts
+
+
+def with_answers(
+    sampler: Sampler, tokenizer: Tokenizer, begun: list[list[int]], texts: list[str]
+) -> list[str]:
+    """The texts, each of which ends in an opened box, with the greedy answer that closes it.
+
+    begun: what the sampler continues, prompt and text. An answer has at most `ANSWER_TOKENS`. What
+    would follow its brace is not wanted: so all get a few tokens at first, and only those whose box
+    is still open get the rest.
+    """
+    tokens: list[list[int]] = [[] for _ in begun]
+    closed = list(texts)
+    unfinished = list(range(len(begun)))
+    for most in (AT_FIRST, ANSWER_TOKENS - AT_FIRST):
+        if not unfinished:
+            break
+        greedy = SamplingParams(max_tokens=most, temperature=0.0)
+        prompts = [begun[i] + tokens[i] for i in unfinished]
+        answers = sampler.generate(prompts, 1, greedy, progress=True)
+        going_on = []
+        for i, [answer] in zip(unfinished, answers):
+            tokens[i] += answer.tokens
+            closed[i] = close_box(texts[i], replace(answer, tokens=tokens[i]).text(tokenizer))
+            if answer.finish_reason == "length" and verify.last_boxed(closed[i]) is None:
+                going_on.append(i)
+        unfinished = going_on
+    return closed
 
 
 # --- how far from where it began ------------------------------------------------------------------

@@ -358,6 +358,44 @@ def test_kl_in_bfloat16_is_that_of_float32():
     assert sum(rounded[0]) == pytest.approx(sum(exact[0]), rel=0.3), "other samples, much the same"
 
 
+def test_forced_answers_in_two_rounds_are_those_of_one(monkeypatch):
+    """Guards against an answer that is cut where the first round ends, begins again there, or goes on
+    from another text than its own; and against one round too many where all boxes are closed."""
+    tokenizer = demo_tokenizer(cot.WORDS)
+    sampler = Sampler(random_init(sft.small_shape(tokenizer), 4), tokenizer)
+    texts = [f"numbers {i} 5\n" + r"\boxed{\frac{1" for i in range(12)]
+    begun = [tokenizer.encode(text) for text in texts]
+    monkeypatch.setattr(evaluate, "ANSWER_TOKENS", 12)
+    greedy = SamplingParams(max_tokens=12, temperature=0.0)
+    wanted = []
+    for text, [answer] in zip(texts, sampler.generate(begun, 1, greedy)):
+        wanted.append(evaluate.close_box(text, answer.text(tokenizer)))
+    for at_first in (1, 5, 8):
+        monkeypatch.setattr(evaluate, "AT_FIRST", at_first)
+        assert evaluate.with_answers(sampler, tokenizer, begun, texts) == wanted
+    rounds = []
+    monkeypatch.setattr(sampler, "generate", lambda *flags, **_: rounds.append(flags) or [])
+    assert evaluate.with_answers(sampler, tokenizer, [], []) == [] and not rounds
+
+
+def test_a_long_answer_gets_a_second_round():
+    """Guards against a box that counts as closed by a brace of the fraction in it."""
+
+    class TwoRounds(Script):
+        def generate(self, prompts, n, params, progress=False):
+            self.forced += [
+                (Letters().decode(prompt)[-9:], params.max_tokens) for prompt in prompts
+            ]
+            said = {8: "}{2} + 3", 40: "} and so on"}[params.max_tokens]
+            return [[completion(said, params.max_tokens)] for _ in prompts]
+
+    sampler = TwoRounds([])
+    begun = [[ord(character) for character in r"\boxed{\frac{1"]]
+    found = evaluate.with_answers(sampler, Letters(), begun, [r"\boxed{\frac{1"])
+    assert found == [r"\boxed{\frac{1}{2} + 3}"]
+    assert sampler.forced == [("d{\\frac{1", 8), ("1}{2} + 3", 40)]
+
+
 def test_an_answer_model_writes_the_forced_answers():
     """Guards against --answer-model being ignored: T1 lets the SFT model answer from the RL model's
     chain."""
