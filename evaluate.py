@@ -13,9 +13,9 @@ What is measured, for n samples of each problem:
   (see `interval`): 0 of 20 is not 0 for certain, but up to 16 %.
 - **maj@k**: the answer most frequent among k samples; the n samples give n // k votes.
 - **accuracy against budget**, T1's inference scaling: a chain that is not finished after B tokens
-  is cut there, a box is opened behind it, and the model under test (or `--answer-model`, T1's SFT
-  model) completes the answer greedily. Chains are sampled once, at the largest budget. The few
-  tokens of the answer itself are not counted.
+  is cut there, a box is opened behind it, and the model under test (or `--answer-model`; in T1 the
+  base or SFT model) completes the answer greedily. Chains are sampled once, at the largest budget.
+  The few tokens of the answer itself are not counted.
 - **entropy** of the policy, in nats per token, and with `--kl-from` its KL from another model (the
   one that RL began with, say), in nats per response: means of -log pi and of log pi / start over
   what was sampled. In metrics.jsonl both are of RL's temperature, and the KL of the responses that
@@ -34,7 +34,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import combinations, islice, pairwise
 from pathlib import Path
@@ -90,7 +90,9 @@ def maj_at_k(answers: list[str | None], correct: list[bool], k: int) -> float:
     return sum(wins) / len(wins)
 
 
-def interval(values: list[float], least: float = 0.0, resamples: int = 2000) -> tuple[float, float]:
+def interval(
+    values: Sequence[float], least: float = 0.0, resamples: int = 2000
+) -> tuple[float, float]:
     """95 % interval of the mean of per-problem values from `least` to 1.
 
     A bootstrap, with a fixed seed of its own: the same values give the same interval. Of equal
@@ -120,6 +122,14 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     low, high = (center - width) / (1 + z**2 / count), (center + width) / (1 + z**2 / count)
     # Rounding could leave a share of 0 or 1 itself outside, or the ends outside of 0 to 1.
     return min(share, max(0.0, float(low))), max(share, min(1.0, float(high)))
+
+
+def over_orders(values: Sequence[float], orders: int) -> np.ndarray:
+    """The mean over the orders of its options, of each problem: [orders * P] -> [P].
+
+    For intervals: the same problem asked again is no further problem.
+    """
+    return np.reshape(values, (orders, -1)).mean(axis=0)
 
 
 # --- answers --------------------------------------------------------------------------------------
@@ -405,6 +415,7 @@ class Result:
     entropy: float = 0.0  # nats per token, of what was sampled
     kl: list[float] = field(default_factory=list)  # --kl-from: of each problem, nats per response
     fingerprint: str = ""  # of the model: another one may stand under its name by now
+    orders: int = 1  # --shuffles: the problems stand here so many times, all of them in each order
 
     def rates(self) -> list[float]:
         """The pass rate of each problem."""
@@ -434,7 +445,7 @@ class Result:
         scores = {}
         for name, values in self.per_problem().items():
             scores[name] = float(np.mean(values))
-            scores[f"{name}_ci"] = interval(values)
+            scores[f"{name}_ci"] = interval(over_orders(values, self.orders))
         curve = {budget: float(np.mean(values)) for budget, values in self.curve.items()}
         if self.kl:
             scores["kl"] = float(np.mean(self.kl))
@@ -450,7 +461,7 @@ class Result:
             "behaviours": self.behaviours,
             "by_attempts": self.by_attempts(),
             "turning_words": self.turning_words,
-            "problems": len(self.correct),
+            "problems": len(self.correct) // self.orders,
             "samples": len(self.correct[0]),
         }
 
@@ -602,7 +613,9 @@ def draw_budgets(axes: Axes, results: dict[str, Result]) -> None:
     for name, result in results.items():
         budgets = sorted(result.curve)
         means = [np.mean(result.curve[budget]) for budget in budgets]
-        intervals = [interval(result.curve[budget]) for budget in budgets]
+        intervals = [
+            interval(over_orders(result.curve[budget], result.orders)) for budget in budgets
+        ]
         low, high = zip(*intervals)
         axes.plot(budgets, means, marker="o", label=name)
         axes.fill_between(budgets, low, high, alpha=0.2)
@@ -771,8 +784,8 @@ class Config:
     seed: int = 0
     """Of the problems and the samples: the same seed gives the same numbers."""
     answer_model: str | None = None
-    """Who writes the forced answer of a cut chain: T1 uses the SFT model. None: the model under
-    test."""
+    """Who writes the forced answer of a cut chain (T1: the base or SFT model). None: the model
+    under test."""
     kl_from: str | None = None
     """Also measure every model's KL from this one, such as the SFT model that RL began with."""
     lenient: bool = False
@@ -842,6 +855,8 @@ def read_settings(config: Config) -> Settings:
             raise UserError(
                 "--curate needs one --model, --n of at least 2, and a file that does not exist yet"
             )
+        if config.shuffles > 1:
+            raise UserError("--curate would write each problem --shuffles times: leave that out")
         cli.check_parent(config.curate)
     plain = config.temperature > 0 and config.top_p == 1 and config.min_p == 0
     if config.kl_from and not plain:
@@ -921,7 +936,7 @@ def measure(
         del sampler  # its weights and its cache, before the next model is loaded
         if answerer:
             answerer.release()
-        results[name] = replace(result, fingerprint=fingerprints[name])
+        results[name] = replace(result, fingerprint=fingerprints[name], orders=config.shuffles)
         # In the order of the flags, by which others read the file; then what it had besides.
         order = [other for other in (*config.model, *results) if other in results]
         results = {other: results[other] for other in order}
@@ -963,7 +978,7 @@ def load_others(config: Config) -> tuple[Sampler | None, Transformer | None]:
 
 def print_gain(before: Result, after: Result) -> None:
     """The gain of pass@1, by problem: their difficulty cancels, so the interval is narrow."""
-    gain = np.array(after.rates()) - np.array(before.rates())
+    gain = over_orders(np.array(after.rates()) - np.array(before.rates()), after.orders)
     low, high = interval(gain, least=-1.0)
     print(f"pass@1 gained: {100 * np.mean(gain):+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]")
 
@@ -1010,13 +1025,16 @@ def compare_suite(config: Config) -> None:
         raise UserError("--suite names its own problems: no --data, --task or --curate beside it")
     if config.budgets or config.greedy or config.k != "1" or config.n != Config([]).n:
         raise UserError("--suite shows pass@1 alone: no --n, --k, --greedy or --budgets beside it")
-    ours: dict[str, list[str]] = {model: [] for model in config.model}
+    parts = []  # all are fetched before the first is measured: one of them is gated
     for name, samples in SUITE.items():
         out = str(Path(config.out) / name) if config.out else None
         part = replace(config, suite="", data=name, n=samples, out=out)
         settings = read_settings(part)
         problems, _ = read_problems(part)
-        file = Path(out) / "results.json" if out else None
+        parts.append((part, settings, problems))
+    ours: dict[str, list[str]] = {model: [] for model in config.model}
+    for part, settings, problems in parts:
+        file = Path(part.out) / "results.json" if part.out else None
         for model, result in measure(part, settings, problems, file).items():
             ours[model].append(cells_of(result.summary())["pass@1"])
     rows = {"": list(SUITE)} | ours

@@ -72,10 +72,16 @@ def test_steps_are_between_budgets_of_one_chain():
 
 
 def test_the_papers_suite(tmp_path, monkeypatch, capsys):
-    """Guards against AIME measured by one sample, and against our numbers under another set."""
-    measured = []
+    """Guards against AIME measured by one sample, against our numbers under another set, and against
+    a set that cannot be had (GPQA is gated) and is asked for only when the others are measured."""
+    measured, read = [], []
+
+    def read_problems(config):
+        read.append(config.data)
+        return [MATHS], [{}]
 
     def measure(config, settings, problems, file):
+        assert read == list(evaluate.SUITE)
         measured.append((config.data, config.n, str(file)))
         right = len(measured) / 10
         rows = [[True] * round(10 * right) + [False] * round(10 - 10 * right)]
@@ -83,7 +89,7 @@ def test_the_papers_suite(tmp_path, monkeypatch, capsys):
         return {"m": found}
 
     monkeypatch.setattr(evaluate, "measure", measure)
-    monkeypatch.setattr(evaluate, "read_problems", lambda config: ([MATHS], [{}]))
+    monkeypatch.setattr(evaluate, "read_problems", read_problems)
     evaluate.main(evaluate.Config(["m"], suite="t1", out=str(tmp_path)))
     assert [row[:2] for row in measured] == list(evaluate.SUITE.items())
     assert measured[1] == ("aime24", 32, str(tmp_path / "aime24" / "results.json"))

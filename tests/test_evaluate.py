@@ -151,6 +151,19 @@ def test_no_interval_is_a_point(capsys):
     assert low == -16.1 and high == 16.1 and "+0.0 points" in gained  # 3.84 / (20 + 3.84)
 
 
+def test_more_orders_of_the_options_are_no_more_problems(capsys):
+    """Guards against --shuffles 4 that halves the intervals: the same questions, asked again."""
+    rates = [0.0, 0.25, 0.5, 1.0] * 5
+    once, again = result_of(rates), replace(result_of(rates * 4), orders=4)
+    assert again.summary() == once.summary() | {"problems": 20}
+    other = replace(result_of([1 - rate for rate in rates] + rates), orders=2)
+    assert other.summary()["pass@1_ci"] == pytest.approx(evaluate.interval([0.5] * 20))
+    evaluate.print_gain(result_of([0] * 20), once)
+    evaluate.print_gain(replace(result_of([0] * 80), orders=4), again)
+    first, second = capsys.readouterr().out.strip().split("\n")
+    assert first == second
+
+
 # --- maj@k ----------------------------------------------------------------------------------------
 
 
@@ -731,6 +744,7 @@ def test_pass_at_1_is_the_mean_rate(counts):
         ),
         ({"task": "countdown", "curate": "kept.jsonl", "model": ["a", "b"]}, "--curate"),
         ({"task": "countdown", "curate": "new", "out": "new"}, "--curate new is where --out"),
+        ({"data": "x.jsonl", "curate": "kept.jsonl", "shuffles": 2}, "--shuffles times"),
         (
             {"task": "countdown", "curate": "new/results.json", "out": "./new"},
             "is where --out writes",
