@@ -544,6 +544,21 @@ def test_the_benchmarks_load(shared):
         )
 
 
+def test_three_problems_are_shown(tmp_path, capsys):
+    """Guards against `tasks.py --show` that shows other than what a model is given, or fails where
+    there are fewer than three."""
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?", "answer": "4"}\n')
+    tasks.main(tasks.Config(str(path)))
+    shown = capsys.readouterr().out
+    assert f"{path}: 2 problems" in shown
+    assert "--- 1, task math" in shown and "--- 2, task math" in shown
+    for problem in tasks.load(path):
+        for message in tasks.messages(problem):
+            assert f"{message['role']}: {message['content']}" in shown
+        assert f"reference: {problem.answer}" in shown
+
+
 @pytest.mark.parametrize(
     "response, expected",
     [
