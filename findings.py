@@ -496,7 +496,7 @@ def scaling(scale: Scale) -> Finding:
 
 
 def oversampled(scale: Scale) -> dict[str, tuple[Run, int]]:
-    """With 24 x 64 responses a step, two thirds of the steps have as many as the base has in all.
+    """24 x 64 responses a step are half as many again as the base has: so two thirds of its steps.
 
     The anchor stays where RL began: so the KL in the reward and the KL that `exchange` measures are
     to the same model.
@@ -569,7 +569,6 @@ def temperature(scale: Scale) -> Finding:
             Claim("greedy accuracy, %", "1.2", "1.0"),
             Claim("greedy accuracy, %", "1.2", "1.3"),
             Claim("greedy accuracy, %", "1.2", "0.8", in_paper=False),
-            Claim("entropy", "1.2", "1.0", in_paper=False),
         ),
         measure="evaluation-greedy",
         limits=(
@@ -627,7 +626,6 @@ def regularisers(scale: Scale) -> Finding:
             Claim("entropy", "T1", "entropy bonus 0", in_paper=False),
             Claim("entropy", "entropy bonus 0.01", "T1", in_paper=False),
             Claim("pass@16, %", "T1", "entropy bonus 0", in_paper=False),
-            Claim("KL from SFT", "T1", "anchor decay 1", in_paper=False),
             Claim("KL from SFT", "KL 0", "KL 0.02", in_paper=False),
         ),
         measure="evaluation-16",
