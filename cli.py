@@ -60,14 +60,15 @@ def run(
 ) -> None:
     """Read the dataclass `flags` from the command line (or from `args`) and call `main` with it.
 
-    refused: {a flag that one would look for: why there is none}.
+    refused: {a flag that one would look for: why there is none}, unless `flags` has it.
     Exit codes: 0, 2 (bad input, or nowhere to write), 130 (Ctrl-C, or a scheduler's SIGTERM).
     """
     before = {stop: signal.signal(stop, interrupt) for stop in STOPS}
     try:
+        own = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(flags)}
         for word in sys.argv[1:] if args is None else args:
             name = word.partition("=")[0].replace("_", "-")
-            if name in refused:
+            if name in refused and name not in own:
                 raise UserError(f"there is no {name}: {refused[name]}")
         read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
         main(expand_home(read))

@@ -1343,6 +1343,19 @@ def test_a_truncated_distribution_is_refused_with_the_reason(monkeypatch, capsys
     assert line.startswith(f"error: there is no {name}: training samples from the whole")
 
 
+def test_a_fork_may_have_the_flag(monkeypatch):
+    """Bug: a fork that corrects for top-p, and has the flag, cannot be given it."""
+
+    @dataclasses.dataclass
+    class Config(rl.Config):
+        top_p: float = 1.0
+
+    monkeypatch.setattr(sys, "argv", ["mine.py", "--model", "m", "--out", "o", "--top-p", "0.9"])
+    taken = []
+    rl.command(Config, lambda config: taken.append(config))
+    assert taken[0].top_p == 0.9
+
+
 def test_unknown_flag(command):
     """Bug: a misspelt flag is ignored, and the run trains with the default."""
     assert "--tempreature" in command(*COUNTDOWN, "--tempreature", "1.0")
