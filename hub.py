@@ -156,7 +156,7 @@ def choose_files(files: list[str], config: str | None, split: str | None) -> lis
     Both must stand in the path as words: main/test-00000-of-00001.parquet is of main and of test,
     and not of `est`. Where no configuration is asked for, a split that lies in several folders is
     refused, since that would be a mixture. A file that is alone, or alone in its configuration, and
-    names no split, is all there is.
+    names none of the usual splits, is whichever of them is asked for.
     """
 
     def has(file: str, word: str | None) -> bool:
@@ -164,7 +164,8 @@ def choose_files(files: list[str], config: str | None, split: str | None) -> lis
         return word is None or bool(re.search(whole, file))
 
     def is_all(data: list[str]) -> bool:
-        return len(data) == 1 and not any(has(data[0], name) for name in SPLITS)
+        named = any(has(data[0], name) for name in SPLITS) if data else True
+        return len(data) == 1 and not named and split in (None, *SPLITS)
 
     data = [file for file in files if file.endswith(DATA_FILES)]
     if not is_all(data):

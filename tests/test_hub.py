@@ -249,7 +249,7 @@ def test_no_network_is_one_line(server, tmp_path):
         (RuntimeError("xet: connection closed\nand more"), "cannot be fetched: xet: connection"),
     ],
 )
-def test_no_room_on_the_disk_is_one_line(error, message):
+def test_what_breaks_a_download_is_one_line(error, message):
     """Bug: after an hour of fetching, a traceback."""
 
     def fail():
@@ -337,6 +337,7 @@ def test_a_file_that_is_alone():
     of_kinds = ["easy/easy.parquet", "hard/hard.parquet"]  # each alone in its configuration
     assert hub.choose_files(of_kinds, "hard", "train") == ["hard/hard.parquet"]
     assert hub.choose_files([*of_kinds, "hard/more.parquet"], "hard", "train") == []
+    assert hub.choose_files(["hard/silver.parquet"], "hard", "gold") == []
 
 
 def test_a_path_that_exists_wins(tmp_path, monkeypatch):
@@ -440,7 +441,7 @@ def test_options_are_shuffled_and_the_letter_follows(tmp_path):
 
 
 def test_several_orders_of_the_options(tmp_path):
-    """Bug: --shuffles asks in one order, or names another number of problems."""
+    """Bug: --shuffles asks in one order, or problem by problem instead of order by order."""
     rows = [{"question": f"{i}?", "options": [*"wxyz"], "correct": "C"} for i in range(3)]
     config = evaluate.Config([], data=str(write(tmp_path, *rows)), shuffles=4)
     problems, lines = evaluate.read_problems(config)
