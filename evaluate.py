@@ -1087,6 +1087,8 @@ def load_results(path: str | Path, flags: dict | None = None) -> dict[str, Resul
         results = {name: read_result(model) for name, model in found["models"].items()}
         before = usual_flags() | found["flags"]
         changed = [name for name in flags if before[name] != flags[name]]
+        for result in results.values():
+            result.orders = before["shuffles"]  # as old files do not say
     except (UserError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError):
         raise UserError(f"{path} is not a results file of evaluate.py") from None
     if changed:

@@ -373,7 +373,7 @@ def test_kl_in_bfloat16_is_that_of_float32():
 
 def test_forced_answers_in_two_rounds_are_those_of_one(monkeypatch):
     """Guards against an answer that is cut where the first round ends, begins again there, or goes on
-    from another text than its own; and against one round too many where all boxes are closed."""
+    from another text than its own."""
     tokenizer = demo_tokenizer(cot.WORDS)
     sampler = Sampler(random_init(sft.small_shape(tokenizer), 4), tokenizer)
     texts = [f"numbers {i} 5\n" + r"\boxed{\frac{1" for i in range(12)]
@@ -392,21 +392,27 @@ def test_forced_answers_in_two_rounds_are_those_of_one(monkeypatch):
 
 
 def test_a_long_answer_gets_a_second_round():
-    """Guards against a box that counts as closed by a brace of the fraction in it."""
+    """Guards against a box that counts as closed by a brace of the fraction in it, and against a
+    second round for a box that is closed."""
 
-    class TwoRounds(Script):
+    fraction = r"\boxed{\frac{1"
+    answers = {r"\boxed{": "7} and more", fraction: "}{2} + 3} so", fraction + "}{2} + 3": "} so"}
+
+    class Scripted(Script):
         def generate(self, prompts, n, params, progress=False):
-            self.forced += [
-                (Letters().decode(prompt)[-9:], params.max_tokens) for prompt in prompts
-            ]
-            said = {8: "}{2} + 3", 40: "} and so on"}[params.max_tokens]
-            return [[completion(said, params.max_tokens)] for _ in prompts]
+            rows = []
+            for prompt in prompts:
+                text = Letters().decode(prompt)
+                self.forced.append((text, params.max_tokens))
+                rows.append([completion(answers[text], params.max_tokens)])
+            return rows
 
-    sampler = TwoRounds([])
-    begun = [[ord(character) for character in r"\boxed{\frac{1"]]
-    found = evaluate.with_answers(sampler, Letters(), begun, [r"\boxed{\frac{1"])
-    assert found == [r"\boxed{\frac{1}{2} + 3}"]
-    assert sampler.forced == [("d{\\frac{1", 8), ("1}{2} + 3", 40)]
+    sampler, texts = Scripted([]), [r"\boxed{", fraction]
+    begun = [[ord(character) for character in text] for text in texts]
+    found = evaluate.with_answers(sampler, Letters(), begun, texts)
+    assert found == [r"\boxed{7}", r"\boxed{\frac{1}{2} + 3}"]
+    asked = [(r"\boxed{", 8), (fraction, 8), (fraction + "}{2} + 3", 40)]
+    assert sampler.forced == asked
 
 
 def test_an_answer_model_writes_the_forced_answers():
