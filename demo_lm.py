@@ -17,8 +17,8 @@ very command that a large run would use; a stage that is done is not repeated:
 
 **sums** (the default): "What is 17 + 25?", of the numbers from 2 to 30. As it comes, the model
 writes essays about them, and hardly ever a box. So its gain has two parts, the form and the
-arithmetic. To tell them apart, the model as it comes has twice as many tokens once more, and there
-its answer counts wherever it stands.
+arithmetic. The curve against the thinking budget tells them apart: behind every cut a box is opened
+for the model, and it has only to fill it.
 
 **digits**: "What is 4837 + 2695?" Of such sums the model gets hardly any right, so a program writes
 its chains: half of them leap to the sum, half work digit by digit. All of them end right, so
@@ -78,17 +78,18 @@ class Config:
     """sums: how many problems the model attempts, four times each."""
     chains: int = 400
     """digits: how many chains are written."""
-    steps: int = 24
+    steps: int = 16
     """Steps of RL; after the first few of them the rate falls."""
     heldout: int = 150
     """Held-out problems."""
     samples: int = 1
     """Responses to each held-out problem."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16: a third faster, on a CPU that multiplies it (AVX512-BF16 or AMX), much slower on
-    others. auto: bfloat16 on a GPU that has it, else float32."""
+    """bfloat16: on a CPU that multiplies it (AVX512-BF16 or AMX) it samples twice as fast, and RL's
+    training is no faster; on others all is slower. auto: bfloat16 on a GPU that has it, else
+    float32."""
     baseline: bool = False
-    """Also train and measure SFT that is to do without RL: some five minutes."""
+    """Also train and measure SFT that is to do without RL: some five minutes for sums."""
 
 
 # --- the problems ---------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def rl_flags(config: Config, out: Path) -> rl.Config:
         max_tokens=MAX_TOKENS[config.task],
         lr=LR[config.task],
         warmup=2,
-        cooldown=5 * config.steps // 6,
+        cooldown=3 * config.steps // 4,
         temperature=1.0,
         kl_coef=0.005,
         checkpoint_every=4,
@@ -268,11 +269,6 @@ def run_stages(config: Config, out: Path, stages: Stages) -> None:
     folder = out / "evaluation"
     flags = evaluate_flags(config, list(names(config, out).values()), folder)
     stages.run("evaluate", "evaluate.py", folder / "budgets.png", flags, evaluate.main)
-    folder = out / "unboxed"
-    flags = evaluate_flags(config, [config.model], folder)
-    room = 2 * flags.max_tokens
-    flags = dataclasses.replace(flags, n=1, max_tokens=room, budgets="", lenient=True)
-    stages.run("unboxed", "evaluate.py", folder / "behaviours.png", flags, evaluate.main)
 
 
 def baseline(config: Config, out: Path, stages: Stages) -> Result:
@@ -280,7 +276,7 @@ def baseline(config: Config, out: Path, stages: Stages) -> Result:
     chains, epochs = out / "chains.jsonl", 5
     if config.task == "digits":
         worked = [chain for chain in cli.read_jsonl(chains) if "=" in chain["response"]]
-        chains, epochs = out / "worked.jsonl", 4  # half the chains: as many steps as the first SFT
+        chains, epochs = out / "worked.jsonl", 4  # half the chains: each is seen twice as often
         cli.write_jsonl(chains, worked)
     flags = sft_flags(config, out / "baseline", chains, epochs)
     stages.run("baseline", "sft.py", out / "baseline" / "model", flags, sft.main)
@@ -325,13 +321,11 @@ def show_samples(config: Config, out: Path, count: int = 2) -> None:
 
 def summarise(config: Config, out: Path, results: dict[str, Result]) -> dict:
     """The numbers of summary.json, but for the seconds."""
-    [unboxed] = in_order(out / "unboxed")
     summary = {
         "task": config.task,
         "seed": config.seed,
         "model": config.model,
         "chains": len(cli.read_jsonl(out / "chains.jsonl")),
-        "as it comes, boxed or not": unboxed.summary()["pass@1"],
     }
     return summary | {name: result.summary() for name, result in results.items()}
 
@@ -369,24 +363,15 @@ def demonstrate(config: Config) -> None:
     show_samples(config, out)
     print(f"\n{evaluate.table(results)}\n")
     evaluate.print_gain(results["SFT"], results["RL"])
-    loose = evaluate.percent(summary["as it comes, boxed or not"])
-    room = 2 * MAX_TOKENS[config.task]
-    print(f"as it comes, in {room} tokens, wherever its answer stands, boxed or not: {loose}")
     print(f"in {summary['seconds']:.0f} s; the figure is {out / 'demo_lm.png'}")
     if BASELINE[config.task] not in results:
         again = shlex.join(["python", "demo_lm.py", *words_of(config), "--baseline"])
         print(f"What would SFT alone have given?  {again}")
     if config.task == "sums":
         print("Where longer thinking pays:  python demo_lm.py --task digits --out DIR")
-    words = [
-        "python",
-        "sample.py",
-        "--model",
-        str(out / "rl"),
-        "--verify",
-        "42",
-        "What is 17 + 25?",
-    ]
+    asked = cli.read_jsonl(out / "heldout.jsonl")[0]
+    words = ["python", "sample.py", "--model", str(out / "rl")]
+    words += ["--verify", asked["answer"], asked["problem"]]
     print(f"Ask it:  {shlex.join(words)}")
 
 

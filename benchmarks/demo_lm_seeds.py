@@ -20,7 +20,6 @@ ROWS = {
     "never ends, %": ("truncated", 100),
 }
 """{row: the name in a model's summary, the unit}."""
-UNBOXED = "as it comes, boxed or not"
 
 
 def models_of(summary: dict) -> dict[str, dict]:
@@ -55,7 +54,6 @@ if __name__ == "__main__":
     )
     print(f"minutes: {cell([summary['seconds'] / 60 for summary in summaries])}")
     print(f"chains shown: {[summary['chains'] for summary in summaries]}")
-    print(f"{UNBOXED}, %: {cell([100 * summary[UNBOXED] for summary in summaries])}")
     print_table(list(runs[0]), scores(runs))
     print()
     for start in ("SFT", "as it comes"):

@@ -106,7 +106,7 @@ def test_the_demo_runs_and_a_second_start_repeats_nothing(
 
     demo_lm.main(config)
     again = capsys.readouterr().out
-    assert again.count("is there already") == (5 if task == "sums" else 4)
+    assert again.count("is there already") == (4 if task == "sums" else 3)
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
 
     asked = dataclasses.replace(config, baseline=True)
