@@ -17,8 +17,9 @@ very command that a large run would use; a stage that is done is not repeated:
 
 **sums** (the default): "What is 17 + 25?", of the numbers from 2 to 30. As it comes, the model
 writes essays about them, and hardly ever a box. So its gain has two parts, the form and the
-arithmetic. The curve against the thinking budget tells them apart: behind every cut a box is opened
-for the model, and it has only to fill it.
+arithmetic. The curve against the thinking budget tells them apart: where a budget cuts a response
+off, a box is opened for the model, and it has only to fill it.
+
 
 **digits**: "What is 4837 + 2695?" Of such sums the model gets hardly any right, so a program writes
 its chains: half of them leap to the sum, half work digit by digit. All of them end right, so
