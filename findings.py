@@ -51,7 +51,7 @@ from runfolder import read_metrics
 
 # --- what is run ----------------------------------------------------------------------------------
 
-HOT = 1.4  # of `penalties`: a temperature at which responses run away
+HOT = 1.4  # the highest temperature
 CHAINS = {
     "three-attempts": {},  # the demo's
     "one-attempt": {"attempts": 1},  # as if the way had been known from the start
@@ -598,9 +598,9 @@ def penalties(scale: Scale) -> Finding:
         panels=((metric, "truncated"), (metric, "length"), (course, "accuracy, %")),
         claims=tuple(claims),
         limits=(
-            "At 1.2 hardly a response of the demo runs away, so there is little to hold off: "
-            f"hence {HOT}. That `advantage` pushes back a group which runs away as a whole is of"
-            " later code, not of the paper."
+            "Hardly a response of this task runs away, at 1.2 or hotter: little is held off. "
+            "That `advantage` pushes back a group which runs away as a whole is of later code, "
+            "not of the paper."
         ),
     )
 
