@@ -164,8 +164,9 @@ def choose_files(files: list[str], config: str | None, split: str | None) -> lis
         return word is None or bool(re.search(whole, file))
 
     def is_all(data: list[str]) -> bool:
-        named = any(has(data[0], name) for name in SPLITS) if data else True
-        return len(data) == 1 and not named and split in (None, *SPLITS)
+        if len(data) != 1 or split not in (None, *SPLITS):
+            return False
+        return not any(has(data[0], name) for name in SPLITS)
 
     data = [file for file in files if file.endswith(DATA_FILES)]
     if not is_all(data):
