@@ -20,7 +20,6 @@ writes essays about them, and hardly ever a box. So its gain has two parts, the 
 arithmetic. The curve against the thinking budget tells them apart: where a budget cuts a response
 off, a box is opened for the model, and it has only to fill it.
 
-
 **digits**: "What is 4837 + 2695?" Of such sums the model gets hardly any right, so a program writes
 its chains: half of them leap to the sum, half work digit by digit. All of them end right, so
 imitation has no reason to prefer either. A leap is short, and more often wrong. RL pays for right

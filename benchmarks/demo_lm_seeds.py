@@ -4,7 +4,7 @@ The README's tables are made by
 
     for seed in 0 1 2; do python demo_lm.py --seed $seed --out runs/demo-lm-$seed; done
     python benchmarks/demo_lm_seeds.py runs/demo-lm-?
-    for seed in 0 1 2; do python demo_lm.py --task digits --seed $seed --out runs/digits-$seed; done
+    for seed in 0 1 2; do python demo_lm.py --task digits --steps 12 --seed $seed --out runs/digits-$seed; done
     python benchmarks/demo_lm_seeds.py runs/digits-?
 """
 
