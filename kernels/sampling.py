@@ -53,9 +53,9 @@ from .jit import (
     constexpr,
     exp2,
     jit,
-    launch_shape,
     log2,
     tl,
+    triton,
     use_triton,
     wide,
 )
@@ -101,7 +101,9 @@ def sample_token(
     rows, vocabulary = logits.shape
     token = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprob = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    lanes, _, warps = launch_shape(vocabulary)
+    # A step draws for few rows: each gets as many threads as a program can have.
+    lanes = min(4096, max(128, triton.next_power_of_2(vocabulary)))
+    warps = max(1, lanes // 128)
     sample_kernel[(rows,)](
         logits, seeds, positions, token, logprob, logits.stride(0), vocabulary,
         LOG2_E / temperature, min_p, CUT=min_p > 0, LANES=lanes, num_warps=warps,
