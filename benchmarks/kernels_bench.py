@@ -6,7 +6,8 @@
     python benchmarks/kernels_bench.py --resources  # compile for six kinds of GPU, sm_80 to sm_120 (no GPU needed)
     python benchmarks/kernels_bench.py --memory     # the CPU's peak in one step at N 4,096, V 151,936, D 896 (minutes)
 
-Prints Markdown. Times are medians after a warm-up, by CUDA events, of contenders that take turns within one run. "of
+Prints Markdown. Times are medians after a warm-up, by CUDA events, of contenders that take turns within one run; before
+each turn a GPU clears a large buffer, which empties its cache and gives the CPU the time to start the kernels. "of
 limit" is the share of what the chip could do at best: for 1, 2 and 4 the bytes that must move (each input and output
 once) at the bandwidth of a copy measured in the same run; for 3, the 6 N V D operations of a plain step at the rate of
 a large matrix product measured in the same run (ours does 8: it computes the logits twice). A peer that is not
@@ -80,10 +81,10 @@ def compile_kernels(capability: int, dtypes: list[str]):
             _compile(gradient_kernel, capability, dtype, {"BLOCK": 4096}, 8),
         )
         for cut in (False, True):
-            constants = {"CUT": cut, "LANES": 2048}
+            constants = {"CUT": cut, "LANES": 4096}
             yield (
                 f"sampling, min-p {cut} ({dtype})",
-                _compile(sample_kernel, capability, dtype, constants, 8),
+                _compile(sample_kernel, capability, dtype, constants, 32),
             )
         for name, kernel, constants, warps in (
             ("decoding: add, norm", add_norm_kernel, {"LANES": 8192}, 16),
@@ -198,6 +199,7 @@ def median_ms(functions: dict, repeats: int) -> dict[str, float]:
             if isinstance(times[name], str):
                 continue
             try:
+                _busy()
                 begin = _now()
                 function()
                 end = _now()
@@ -209,6 +211,12 @@ def median_ms(functions: dict, repeats: int) -> dict[str, float]:
         name: value if isinstance(value, str) else statistics.median(value)
         for name, value in times.items()
     }
+
+
+def _busy() -> None:
+    """Occupy the GPU for about 0.7 ms, as training does: kernels wait for it, not for their launch."""
+    if CUDA:
+        torch.empty(2**31, dtype=torch.uint8, device=DEVICE).zero_()
 
 
 def _now():
@@ -226,10 +234,12 @@ def _elapsed(begin, end):
     return begin.elapsed_time(end)
 
 
-def extra_bytes(function) -> int:
-    """Peak device memory above the start of the call, gradients included."""
+def extra_bytes(function, inputs: tuple) -> int:
+    """Peak device memory above the start of the call, the gradients of the inputs included."""
     if not CUDA:
         return 0
+    for tensor in inputs:
+        tensor.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -255,8 +265,9 @@ def limits(smoke: bool) -> tuple[float, float]:
 
 
 def print_rows(
-    title: str, functions: dict, limit_ms: float, repeats: int, file: RowFile, memory: bool = False
+    title: str, functions: dict, limit_ms: float, repeats: int, file: RowFile, memory: tuple = ()
 ):
+    """Time and print contenders. memory: the inputs that get gradients, if memory is measured, too."""
     times = median_ms(functions, repeats)
     ours = times["ours"]
     for name, value in times.items():
@@ -269,7 +280,7 @@ def print_rows(
             numbers["time / ours"] = value / ours
             ratio = f"{value / ours:.2f}x"
         if memory:
-            numbers["extra MiB"] = extra_bytes(functions[name]) / 2**20
+            numbers["extra MiB"] = extra_bytes(functions[name], memory) / 2**20
             extra = f"{numbers['extra MiB']:,.0f} MiB"
         print(
             f"| {title} | {name} | {value:.3f} | {ratio} | {limit_ms / value:.0%} | {extra} |",
@@ -414,7 +425,8 @@ def print_linear(smoke: bool, rate: float, width: int, others: dict | None, file
     forward, both = linear_contenders(hidden, weight, targets, others)
     limit = 2 * rows * vocabulary * width / rate
     print_rows(f"3 D {width}: forward", forward, limit, repeats, file)
-    print_rows(f"3 D {width}: forward + backward", both, 3 * limit, repeats, file, memory=True)
+    title = f"3 D {width}: forward + backward"
+    print_rows(title, both, 3 * limit, repeats, file, memory=(hidden, weight))
     gradients = 2 * (hidden.numel() + weight.numel())
     print(f"(D {width}: the gradients are {gradients / 2**20:,.0f} MiB of each extra memory, the logits would take "
           f"{4 * rows * vocabulary / 2**20:,.0f} MiB in fp32)")  # fmt: skip
