@@ -156,6 +156,8 @@ class Transformer(nn.Module):
         self.checkpoint_blocks = False
         # True: packed rows are trained on by `varlen_attention`, where `can_use_varlen`
         self.varlen = False
+        # The dtype that `parallel.forward` computes products in; None: that of the weights
+        self.autocast: torch.dtype | None = None
         self.embed = nn.Embedding(config.vocab_size, config.dim, **factory)
         blocks = [Block(config, layer, **factory) for layer in range(config.layers)]
         self.blocks = nn.ModuleList(blocks)

@@ -98,14 +98,19 @@ def start(device: str = "auto") -> World:
     if not ranked:
         return World(0, 1, torch.device(device))
     try:
-        if on_gpu:
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device(device))
-        else:
-            dist.init_process_group("gloo")
+        place = torch.device(device)
+        dist.init_process_group(backends(place), device_id=place if on_gpu else None)
     except (ValueError, RuntimeError) as error:  # an address that nobody answers at, say
         reason = str(error).split("\n")[0]
         raise UserError(f"cannot join the ranks that torchrun has started: {reason}") from None
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def backends(device: torch.device) -> str:
+    """Who carries messages between ranks. Left to itself, torch would take NCCL alone on a GPU
+    machine, and what is summed on the CPU (losses, metrics) would find nobody.
+    """
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def let_segments_grow() -> None:
@@ -295,17 +300,23 @@ def shard(
     checkpoint_activations: recompute them. offload: masters, gradients and AdamW's moments stay in
     the host's memory.
 
+    `dtype` (bf16) is what the matrix products run in; the masters, the gradients' sum and AdamW
+    stay fp32, because an Adam step of 1e-5 vanishes in a bf16 weight.
+
     More than one rank: FSDP2, one group of parameters per block and one for the rest; parameters
-    become DTensors, and gradients come out as the SUM over ranks, sharded alike. `dtype` (bf16) is
-    what the matrix products run in; the masters, the gradients' sum and AdamW stay fp32, because an
-    Adam step of 1e-5 vanishes in a bf16 weight.
+    become DTensors, and gradients come out as the SUM over ranks, sharded alike. One rank: autocast
+    (see `forward`). It rounds what products take, where FSDP rounds every weight, so norms and
+    embeddings stay fp32. FSDP would do here as well, but its bookkeeping takes a CPU longer than a
+    small model takes an H100: a step of Qwen2.5-0.5B waited for it more than half of its time.
     """
     scorer = wrap(model)
     model.checkpoint_blocks = checkpoint_activations
     held = model.embed.weight.dtype
     mixed = dtype is not None and dtype != held
     model.varlen = can_use_varlen(model.config, dtype or held, world.device)
-    plain = world.size == 1 and not mixed and not offload
+    plain = world.size == 1 and not offload
+    if plain and mixed:
+        model.autocast = dtype
     if not plain:
         apply_fsdp(scorer, world, dtype if mixed else None, offload)
     home = torch.device("cpu") if offload else world.device
@@ -317,7 +328,9 @@ def shard(
 def apply_fsdp(scorer: nn.Module, world: World, dtype: torch.dtype | None, offload: bool) -> None:
     """FSDP2 with the rules of `shard`. dtype: of the matrix products; None: the masters'."""
     if not dist.is_initialized():  # a process alone is a group of one
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(
+            backends(world.device), store=dist.HashStore(), rank=0, world_size=1
+        )
     mesh = init_device_mesh(world.device.type, (world.size,))
     # cast_forward_inputs=False: the stream between blocks stays fp32, and so do the rotary angles
     precision = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -371,8 +384,11 @@ def log_probs(scorer: Scorer, packed: Packed, temperature: float = 1.0) -> tuple
 
 
 def forward(module: nn.Module, packed: Packed, *more: Any) -> Any:
-    """`module(packed, *more)` on the module's device."""
-    result = module(packed.to(device_of(module)), *more)
+    """`module(packed, *more)` on the module's device, its products in the dtype of `shard`."""
+    device = device_of(module)
+    dtype = module.model.autocast
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        result = module(packed.to(device), *more)
     if isinstance(module, FSDPModule) and not torch.is_grad_enabled():
         module.reshard()  # FSDP keeps the root whole for a backward that will not come
     return result

@@ -48,7 +48,7 @@ ADAMW = "AdamW, two moments"
 ANCHOR = "anchor, fp32"
 START = "first policy, fp32"
 GRADIENTS = "gradients, fp32"
-GATHERED = "gathered by FSDP"
+GATHERED = "weights to compute with"
 ACTIVATIONS = "activations"
 COPY = "sampler's copy"
 CACHE = "KV cache"
@@ -226,9 +226,14 @@ def position_bytes(shape: ModelConfig, config: Config) -> int:
 
 
 def gathered_bytes(shape: ModelConfig, config: Config) -> int:
-    """Weights and fp32 gradients, whole, of the block at work, the next one, and the root group."""
+    """Weights and fp32 gradients, whole, of the block at work, the next one, and the root group.
+
+    On one GPU: copies of the weights in bf16, and the gradients of the block at work.
+    """
     if config.alone:
         return 0
+    if config.gpus == 1 and not config.offload:  # autocast: all weights, rounded, are kept
+        return config.width * (counts(shape).all + counts(shape).block)
     numbers = 2 * counts(shape).block + counts(shape).outside
     on_their_way = 0
     if config.offload:  # fp32 shards, which come from the host

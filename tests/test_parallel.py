@@ -502,6 +502,50 @@ def test_norms_do_not_decay():
         torch.testing.assert_close(parameter.detach(), factor * before[name])
 
 
+# --- the dtype of the products --------------------------------------------------------------------
+
+
+def bfloat16_errors(truth: dict, **flags) -> dict[str, float]:
+    """How far the gradients of a step in bf16 are from the truth, as shares of their lengths."""
+    scorer = parallel.shard(random_init(SHAPE, seed=0), ALONE, torch.bfloat16, **flags)
+    gradients = whole(loss_and_gradients(scorer, examples(), 64, ALONE)[1])
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    return {
+        name: ((gradients[name].double() - wanted).norm() / wanted.norm()).item()
+        for name, wanted in truth.items()
+    }
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_one_process_computes_in_bfloat16_as_fsdp_does(recompute):
+    """Bug: one process, which needs no FSDP, computes in float32 whatever --dtype says, or in its
+    recomputation alone; or rounds more than FSDP does, a gradient's sum for one."""
+    _, truth = loss_and_gradients(make_scorer(ALONE), examples(), 64, ALONE)
+    alone = bfloat16_errors(truth, checkpoint_activations=recompute)
+    under_fsdp = bfloat16_errors(truth, offload=True)  # which asks for FSDP
+    torch.distributed.destroy_process_group()
+    for name in truth:
+        assert 1e-4 < alone[name] < 1.5 * under_fsdp[name] + 2e-3, name
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_messages_on_the_cpu_have_a_backend(monkeypatch, device):
+    """Bug: on a GPU machine torch makes a group for the GPU alone, and the first sum of a loss,
+    which is done on the CPU, ends the run."""
+    asked = []
+
+    def refuse(backend, **options):
+        asked.append(backend)
+        raise InterruptedError
+
+    monkeypatch.setattr(parallel.dist, "init_process_group", refuse)
+    monkeypatch.setattr(parallel, "can_use_varlen", lambda *place: False)
+    with pytest.raises(InterruptedError):
+        world = World(0, 1, torch.device(device))
+        parallel.shard(random_init(SHAPE, seed=0), world, torch.bfloat16, offload=True)
+    assert asked == ["gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"]
+
+
 # --- checkpoints ----------------------------------------------------------------------------------
 
 

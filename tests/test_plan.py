@@ -71,7 +71,7 @@ def test_7b_by_hand():
     shard = 4 * 7_615_616_512 // 8
     assert parts["fp32 masters"] == parts["anchor, fp32"] == parts["gradients, fp32"] == shard
     assert parts["AdamW, two moments"] == 2 * shard
-    assert parts["gathered by FSDP"] == (2 + 4) * (2 * block + outside)
+    assert parts["weights to compute with"] == (2 + 4) * (2 * block + outside)
     assert parts["sampler's copy"] == 2 * 7_615_616_512
     assert parts["KV cache"] == 10 * 8192 * 28 * 2 * 4 * 128 * 2
     # A block keeps, per token: of two norms the input and its quotient in fp32 and the result in
@@ -81,7 +81,7 @@ def test_7b_by_hand():
     stream = 4 * 3584
     activations = 8192 * (kept + (28 + 4) * stream)
     assert parts["activations"] == pytest.approx(activations, rel=0.002)
-    training = 4 * shard + parts["gradients, fp32"] + parts["gathered by FSDP"]
+    training = 4 * shard + parts["gradients, fp32"] + parts["weights to compute with"]
     assert (
         parts["in training"]
         == training
@@ -126,7 +126,7 @@ def test_training_and_sampling_take_turns():
     policy is trained. A small one keeps them, and a plan that forgot it would promise too much."""
     run = rl_run(64, 1024, recompute=True)
     always = ("fp32 masters", "AdamW, two moments", "anchor, fp32")
-    training = (*always, "gradients, fp32", "gathered by FSDP", "activations")
+    training = (*always, "gradients, fp32", "weights to compute with", "activations")
     sampling = (*always, "sampler's copy", "KV cache")
     for shape, at_once, stays in ((QWEN_32B, 1, False), (QWEN_7B, 10, True), (QWEN_7B, 200, False)):
         parts = plan(shape, run, at_once)
@@ -169,7 +169,7 @@ def test_float32_holds_more_and_alone_needs_no_copy():
     activations = 8192 * (block + (28 + 4) * 4 * 1536) + mask  # the mask is a twentieth
     assert two["activations"] == pytest.approx(activations, rel=0.005)
     alone = plan(QWEN_1_5B, rl_run(1, 4096, dtype="float32"))
-    assert alone["sampler's copy"] == alone["gathered by FSDP"] == 0 < alone["KV cache"]
+    assert alone["sampler's copy"] == alone["weights to compute with"] == 0 < alone["KV cache"]
     offloaded = plan(QWEN_1_5B, rl_run(1, 4096, dtype="float32", offload=True))
     assert offloaded["sampler's copy"] == 4 * 1_543_714_304  # it cannot sample from the host
 
@@ -187,8 +187,11 @@ def test_offload_leaves_what_computes():
     assert host["loading"] == 4 * 1_543_714_304 + 4 * 151936 * 1536  # the largest tensor
     there = plan(QWEN_1_5B, dataclasses.replace(run, offload=False))
     assert parts["activations"] == there["activations"]
-    # The fp32 shards of what is gathered, which come from the host.
-    assert parts["gathered by FSDP"] > there["gathered by FSDP"]
+    # FSDP gathers two blocks and the root group; their fp32 shards come from the host. Without it,
+    # autocast rounds all of the weights.
+    block, outside = planning.counts(QWEN_1_5B).block, planning.counts(QWEN_1_5B).outside
+    assert parts["weights to compute with"] == (2 + 4 + 4) * (2 * block + outside)
+    assert there["weights to compute with"] == 2 * (1_543_714_304 + block)
     elsewhere = planning.on_host(QWEN_1_5B, rl_run(4, 2048))
     assert elsewhere["offloaded"] == 0 and elsewhere["loading"] == 4 * 151936 * 1536
 
