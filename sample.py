@@ -327,7 +327,7 @@ class Batch:
         done |= stopped | (following + 1 >= self.end[:rows])
 
     def replay(self) -> None:
-        """The decode step as a CUDA graph, one for each shape. (Not yet measured on a GPU.)
+        """The decode step as a CUDA graph, one for each shape.
 
         The first step of a shape runs without one, which warms up what a capture needs. The second
         is captured; from then on the graph is replayed.

@@ -12,8 +12,8 @@ wrong maximum, and one factor repairs it:
 The same rule merges two *parts* of a row. So a GPU program gives each of its lanes every LANES-th
 logit of the row and an (m, s) of its own, and merges the lanes at the end. While it streams through
 the row, no lane waits for another. Softmax then costs two reads and a write for a row of any
-length, and the second read mostly finds the row in the L2 cache: a row of 150k bf16 logits is
-0.3 MB, and an H200 works on a few per multiprocessor at once.
+length. (On an H100 the second read of a row of 150k bf16 logits comes from memory, too: each of its
+132 multiprocessors works on a few such rows of 0.3 MB, and the L2 cache holds 50 MB.)
 """
 
 import torch

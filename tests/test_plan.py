@@ -363,9 +363,9 @@ def test_time_by_hand():
         assert f"training {training / 60:.1f};" in text
         if recipe == "t1":
             assert f"sampling {sampling / 60:.1f}," in text
-    assert "not measured" in text
+    assert "our targets" in text
     for flags in ({"gpu_gb": 64}, {"offload": True}, {"dtype": "float32", "gpu_gb": 141}):
-        assert "not measured" not in table(QWEN_14B, rl_run(32, 10_240, recompute=True, **flags))
+        assert "our targets" not in table(QWEN_14B, rl_run(32, 10_240, recompute=True, **flags))
 
 
 def test_table_counts_what_a_forward_pass_holds():
