@@ -20,7 +20,8 @@ to the same numbers. (How: jobs.py.)
 A verdict is computed, not written. The paper says that one setting has more of something than
 another. With each seed both answer the same held-out problems and, but in `initialisation`, began
 with the same SFT model. Does the difference have the paper's sign with every seed, with none, or
-only with some? (Seeds begin at 3, for the demo's settings were chosen on 0 to 2.)
+only with some? One seed decides nothing. (Seeds begin at 3, for the demo's settings were chosen on
+0 to 2.)
 
 Read the nine findings first, each a function; then, in the file's order, what is run, measured and
 claimed, how it is drawn, and what comes of it.
@@ -340,12 +341,14 @@ def at_same_kl(more: Seen, less: Seen) -> float:
 
 
 def verdict(gaps: Sequence[float]) -> str:
-    """gaps: what `more` has more than `less`, with each seed."""
+    """gaps: what `more` has more than `less`, with each seed. One seed alone decides nothing."""
+    if len(gaps) == 1:
+        return "undecided by 1 seed"
     if all(gap > 0 for gap in gaps):
         return "agrees"
     if all(gap < 0 for gap in gaps):
         return "contradicts"
-    return f"undecided by {len(gaps)} seed{'s' if len(gaps) > 1 else ''}"
+    return f"undecided by {len(gaps)} seeds"
 
 
 @dataclass(frozen=True)
@@ -784,7 +787,7 @@ def report(config: "Config", name: str, cost: str) -> str:
             what += " (our question)"
             word = {"agrees": "yes", "contradicts": "no"}.get(word, word)
         claims.append(f"- {what}: **{word}**, by {spread(row)}")
-    if claims:
+    if claims and config.seeds > 1:
         chance = 2**config.seeds
         claims.append(
             f"\nBy chance alone all seeds agree once in {chance}, and contradict as often. "
