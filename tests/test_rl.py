@@ -913,7 +913,7 @@ class Counting(nn.Module):
 
     def __init__(self, scorer):
         super().__init__()
-        self.scorer, self.tokens = scorer, 0
+        self.scorer, self.model, self.tokens = scorer, scorer.model, 0
 
     def forward(self, packed, temperature):
         self.tokens += len(packed.index)
