@@ -67,7 +67,8 @@ PREFILL_TOKENS = 4096
 # Name, bf16 operations and bytes a second of the GPU that has so many GB.
 CARDS = {80: ("H100", 989e12, 3.35e12), 141: ("H200", 989e12, 4.8e12)}
 # Our targets: the share of those operations in training, and how many times longer a step of decoding
-# takes than reading the weights and the cache. (One H100, with 7B's layers: 0.46 to 0.49, and 1.3.)
+# takes than reading the weights and the cache. (One H100 reached 0.46 to 0.49 with 12 of 7B's layers,
+# where recomputation counts as work, and 1.3.)
 MATRIX_SHARE = 0.4
 DECODE_FACTOR = 1.4
 
@@ -228,7 +229,8 @@ def position_bytes(shape: ModelConfig, config: Config) -> int:
 def gathered_bytes(shape: ModelConfig, config: Config) -> int:
     """Weights and fp32 gradients, whole, of the block at work, the next one, and the root group.
 
-    On one GPU: copies of the weights in bf16, and the gradients of the block at work.
+    On one GPU without --offload: copies of the weights in bf16, and the gradients of the block at
+    work.
     """
     if config.alone:
         return 0

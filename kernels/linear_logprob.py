@@ -20,7 +20,7 @@ product loses more than that to cuBLAS, and this way the kernels are those of lo
 **How large a tile?** A tile of 2^23 logits is 32 MB and would stay in the L2 cache. But each tile
 is a dozen kernels to start, and reads and writes all of dhidden. On an H100, forward and backward
 of 8,192 rows took 61 ms with such tiles and D = 896, 22 ms with tiles of 2^25 (D = 3,584: 77 and
-65), and 2^26 gained little more.
+65), and 2^26 gained little more (a sweep, before dW's first product was written without zeros).
 
 **Why recompute, when Liger does not?** The entropy's gradient depends on the entropy, and PPO's on
 the log-prob. Both are known only after the whole vocabulary. So the work is 8 N V D operations: 2
@@ -134,7 +134,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
                 if need_hidden:
                     add_product(grad_hidden[rows], grad, w)
             if need_weight:
-                grad_weight[columns] = grad_w
+                grad_weight[columns] = 0.0 if grad_w is None else grad_w  # None: there are no rows
         if need_hidden:
             grad_hidden = grad_hidden.to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None

@@ -67,13 +67,17 @@ def examples_of(seed: int = 0) -> list[Example]:
 
 
 def scored(
-    shape: ModelConfig, world: World, dtype: torch.dtype, recompute: bool = False
+    shape: ModelConfig,
+    world: World,
+    dtype: torch.dtype,
+    recompute: bool = False,
+    offload: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Log-prob, entropy and every gradient, in float64 on the CPU. dtype: of the products."""
     model = random_init(shape, 0)
     if dtype == torch.float64:
         model = model.double()
-    scorer: Scorer = parallel.shard(model, world, dtype, recompute)
+    scorer: Scorer = parallel.shard(model, world, dtype, recompute, offload)
     examples = examples_of()
     count = sum(example.targets for example in examples)
     weights = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(world.device)
@@ -105,7 +109,7 @@ def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> d
 @pytest.mark.parametrize("recompute", [False, True])
 def test_training_in_bfloat16_is_as_near_as_bfloat16_can_be(name, recompute):
     """Bug: what only bfloat16 on CUDA runs (attention without a mask over packed rows with shared
-    stems, the head's Triton kernels, FSDP's casts) computes something else: a response that does
+    stems, the head's Triton kernels, autocast) computes something else: a response that does
     not see its stem, or sees its neighbour; a gradient that is lost or added up in bfloat16."""
     shape = SHAPES[name]
     truth = scored(shape, ON_CPU, torch.float64)
@@ -113,6 +117,16 @@ def test_training_in_bfloat16_is_as_near_as_bfloat16_can_be(name, recompute):
     for part, error in errors(scored(shape, ON_GPU, torch.bfloat16, recompute), truth).items():
         assert error < 2 * rounding[part] + 1e-3, (part, error, rounding[part])
         assert error < 0.1, part
+
+
+def test_fsdp_and_sums_on_the_cpu():
+    """Bug: FSDP's casts, which one process has only with --offload; or a process group for NCCL
+    alone, in which a number that lies on the CPU cannot be summed."""
+    truth = scored(QWEN2, ON_CPU, torch.float64)
+    rounding = errors(scored(QWEN2, ON_CPU, torch.bfloat16), truth)
+    for part, error in errors(scored(QWEN2, ON_GPU, torch.bfloat16, offload=True), truth).items():
+        assert error < 2 * rounding[part] + 1e-3, (part, error, rounding[part])
+    assert torch.distributed.is_initialized() and parallel.sum_over_ranks(1.5) == 1.5
 
 
 @pytest.mark.parametrize("name", SHAPES)

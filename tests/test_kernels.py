@@ -260,6 +260,18 @@ def test_impossible_tokens_give_no_nan():
 
 
 @on_cpu
+@on_cpu
+def test_no_rows_have_a_gradient_of_zero():
+    """Bug: a micro-batch without a trained token ends in a gradient that was never made."""
+    hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    logprob, entropy = linear_logprob._LinearLogprobEntropy.apply(
+        hidden, weight, none, 1.0, torch.float32
+    )
+    (logprob.sum() + entropy.sum()).backward()
+    assert hidden.grad.shape == (0, 8) and torch.equal(weight.grad, torch.zeros(5, 8))
+
+
 def test_ignored_rows_count_for_nothing():
     """Guards against padding that leaks into the weight's gradient."""
     check_ignored_rows()

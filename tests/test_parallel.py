@@ -522,8 +522,10 @@ def test_one_process_computes_in_bfloat16_as_fsdp_does(recompute):
     recomputation alone; or rounds more than FSDP does, a gradient's sum for one."""
     _, truth = loss_and_gradients(make_scorer(ALONE), examples(), 64, ALONE)
     alone = bfloat16_errors(truth, checkpoint_activations=recompute)
-    under_fsdp = bfloat16_errors(truth, offload=True)  # which asks for FSDP
-    torch.distributed.destroy_process_group()
+    try:
+        under_fsdp = bfloat16_errors(truth, offload=True)  # which asks for FSDP
+    finally:
+        torch.distributed.destroy_process_group()
     for name in truth:
         assert 1e-4 < alone[name] < 1.5 * under_fsdp[name] + 2e-3, name
 
