@@ -260,7 +260,6 @@ def test_impossible_tokens_give_no_nan():
 
 
 @on_cpu
-@on_cpu
 def test_no_rows_have_a_gradient_of_zero():
     """Bug: a micro-batch without a trained token ends in a gradient that was never made."""
     hidden, weight = torch.zeros(0, 8, requires_grad=True), torch.ones(5, 8, requires_grad=True)
@@ -272,6 +271,7 @@ def test_no_rows_have_a_gradient_of_zero():
     assert hidden.grad.shape == (0, 8) and torch.equal(weight.grad, torch.zeros(5, 8))
 
 
+@on_cpu
 def test_ignored_rows_count_for_nothing():
     """Guards against padding that leaks into the weight's gradient."""
     check_ignored_rows()
