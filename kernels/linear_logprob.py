@@ -57,6 +57,7 @@ from .logprob import (
 
 TILE = 1 << 25  # about so many logits in a tile: 128 MiB of fp32
 TILE_ROWS = 16384  # of a tile, at most
+KEPT = 1 << 23  # so many logits, 32 MiB of fp32, are kept for the backward pass
 CPU_TILE_ROWS = 512
 # A BLAS may add up a row of dZ @ W term by term: longer rows lose digits.
 CPU_TILE_COLUMNS = 8192
@@ -81,7 +82,7 @@ def linear_logprob_entropy(
     elif torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     with torch.autocast(kind, enabled=False):
-        if len(hidden) * len(weight) <= TILE and dtype == wide(dtype):
+        if len(hidden) * len(weight) <= KEPT and dtype == wide(dtype):
             # One tile. It is kept: then it need not be made twice.
             logits = hidden.to(dtype) @ weight.to(dtype).T
             return logprob_entropy(logits, targets, temperature, inplace=True)

@@ -43,7 +43,8 @@ on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 
 @pytest.fixture(autouse=True)
 def many_tiles(monkeypatch):
-    """The tests' problems would all fit into one tile, which takes a shorter way: forbid it."""
+    """The tests' problems would all be kept, or fit into one tile: forbid both."""
+    monkeypatch.setattr(linear_logprob, "KEPT", 0)
     monkeypatch.setattr(linear_logprob, "TILE", 0)
 
 
@@ -278,11 +279,11 @@ def test_ignored_rows_count_for_nothing():
 
 
 @on_cpu
-@pytest.mark.parametrize("tile", [0, 1 << 23])
-def test_targets_beyond_the_vocabulary_are_refused(tile, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 1 << 23])
+def test_targets_beyond_the_vocabulary_are_refused(kept, monkeypatch):
     """Guards against another tokenizer's ids: a target that no tile holds had a log-prob all the
     same, of nothing."""
-    monkeypatch.setattr(linear_logprob, "TILE", tile)
+    monkeypatch.setattr(linear_logprob, "KEPT", kept)
     hidden, weight, targets = torch.randn(3, 8), torch.randn(300, 8), torch.tensor([299, -1, 300])
     with pytest.raises(IndexError, match="target 300 is outside the vocabulary of 300"):
         kernels.linear_logprob_entropy(hidden, weight, targets)
@@ -314,15 +315,15 @@ def test_frozen_halves_and_autocast():
 
 
 @on_cpu
-@pytest.mark.parametrize("tile", [0, 1 << 23])
-def test_the_rl_loss_is_the_same_fused_and_plain(tile, monkeypatch):
+@pytest.mark.parametrize("kept", [0, 1 << 23])
+def test_the_rl_loss_is_the_same_fused_and_plain(kept, monkeypatch):
     """Guards against a fused path that trains another objective.
 
     (TRL drops the entropy bonus with its fused loss.)
 
     Once in tiles, once kept as a whole.
     """
-    monkeypatch.setattr(linear_logprob, "TILE", tile)
+    monkeypatch.setattr(linear_logprob, "KEPT", kept)
     torch.manual_seed(1)
     hidden, weight, targets = (
         torch.randn(300, 32),
