@@ -97,13 +97,13 @@ def start(device: str = "auto") -> World:
         torch.cuda.set_device(number)  # FSDP computes on the current device
     if not ranked:
         return World(0, 1, torch.device(device))
+    place = torch.device(device)
     try:
-        place = torch.device(device)
         dist.init_process_group(backends(place), device_id=place if on_gpu else None)
     except (ValueError, RuntimeError) as error:  # an address that nobody answers at, say
         reason = str(error).split("\n")[0]
         raise UserError(f"cannot join the ranks that torchrun has started: {reason}") from None
-    return World(dist.get_rank(), dist.get_world_size(), torch.device(device))
+    return World(dist.get_rank(), dist.get_world_size(), place)
 
 
 def backends(device: torch.device) -> str:
@@ -315,9 +315,9 @@ def shard(
     mixed = dtype is not None and dtype != held
     model.varlen = can_use_varlen(model.config, dtype or held, world.device)
     plain = world.size == 1 and not offload
-    if plain and mixed:
-        model.autocast = dtype
-    if not plain:
+    if plain:
+        model.autocast = dtype if mixed else None
+    else:
         apply_fsdp(scorer, world, dtype if mixed else None, offload)
     home = torch.device("cpu") if offload else world.device
     if model.embed.weight.is_meta:

@@ -38,7 +38,7 @@ class Config:
 
 def keeps(file: Path) -> bool:
     """Whether a file of the runs is kept: what was measured, and how to count tokens."""
-    if "checkpoints" in file.parts or (file.name == "metrics.jsonl" and file.parent.name == "sft"):
+    if file.name == "metrics.jsonl" and file.parent.name == "sft":
         return False
     return file.name in KEPT or "tokenizer" in file.name
 
@@ -59,12 +59,14 @@ def main(config: Config) -> None:
     with cli.whole_file(Path(config.out)) as partial, tarfile.open(partial, "w:xz") as archive:
         for path in sorted(root.rglob("*")):
             name = str(path.relative_to(root))
+            if "checkpoints" in Path(name).parts:
+                continue
             if path.name == "chains.jsonl":
                 text = longest(path)
                 entry = tarfile.TarInfo(name)
                 entry.size = len(text)
                 archive.addfile(entry, io.BytesIO(text))
-            elif (path.is_dir() and "checkpoints" not in path.parts) or keeps(path):
+            elif path.is_dir() or keeps(path):
                 archive.add(path, name, recursive=False, filter=anonymous)
     size = Path(config.out).stat().st_size
     print(f"kept {root} in {config.out}: {size / 1e6:.1f} MB")

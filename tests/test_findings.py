@@ -200,6 +200,7 @@ def test_equal_responses_are_equal():
         ([5.0, 0.0], "undecided by 2 seeds"),
         ([-5.0, 0.0], "undecided by 2 seeds"),
         ([math.nan, 1.0], "undecided by 2 seeds"),
+        ([0.0], "undecided by 1 seed"),
         ([3.0], "undecided by 1 seed"),
     ],
 )

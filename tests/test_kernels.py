@@ -126,10 +126,9 @@ def check_linear(rows, vocabulary, dtype, temperature, upstream, width=48, devic
     truth = outputs_and_gradients(
         by_textbook(torch.float64), [hidden.double(), weight.double()], upstream
     )
-    rounding = ROUNDING[dtype]
-    if device == "cuda":  # a GPU's fast exponentials, as in `check_logprob`
-        rounding = max(rounding, 2.0**-20)
-    assert_no_worse(ours, outputs_and_gradients(plain, [hidden, weight], upstream), truth, rounding)
+    assert_no_worse(
+        ours, outputs_and_gradients(plain, [hidden, weight], upstream), truth, ROUNDING[dtype]
+    )
 
 
 # --- log-prob and entropy -------------------------------------------------------------------------
