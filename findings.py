@@ -258,6 +258,11 @@ def rise(seen: Seen) -> float:
     return 100 * float(np.mean(seen.result.rates()) - np.mean(seen.course[0].rates()))
 
 
+def made_more(seen: Seen) -> np.ndarray:
+    """[problems, samples]: did a response make more attempts than any of the demo's chains?"""
+    return np.array(seen.result.attempts) > demo.ATTEMPTS
+
+
 def late(seen: Seen, name: str) -> float:
     """Mean of a metric of RL's own samples over the last third of its steps; NaN without any."""
     rows = seen.metrics[: seen.step]
@@ -288,13 +293,15 @@ COLUMNS: dict[str, Callable[[Seen], float]] = {
     "at the largest, %": lambda seen: at_budget(seen, max(seen.result.curve)),
     "gain, points": gain,
     "attempts": lambda seen: float(np.mean(seen.result.attempts)),
+    "with more than were shown, %": lambda seen: 100 * float(np.mean(made_more(seen))),
+    "right, with more, %": lambda seen: 100 * seen.result.right_beyond(demo.ATTEMPTS),
     "failures noticed": lambda seen: seen.result.behaviours["reflects"],
     "checks": lambda seen: seen.result.behaviours["verifies"],
     "attempts that repeat, %": lambda seen: 100 * seen.result.repeats,
     "false claims, %": lambda seen: 100 * seen.result.failures.get("false claim", 0.0),
     # of RL's own samples, at its own temperature
     "overlong in RL, %": lambda seen: 100 * late(seen, "truncated"),
-    "penalised in RL, %": lambda seen: 100 * late(seen, "unexpected"),  # or what would be
+    "unexpected in RL, %": lambda seen: 100 * late(seen, "unexpected"),  # whether penalised or not
     "tokens in RL": lambda seen: late(seen, "length"),
     "responses drawn, thousands": thousands_drawn,
 }
@@ -404,7 +411,11 @@ def ends(axes: Axes, table: Table, name: str) -> None:
         mean = float(np.mean(values))
         axes.errorbar(place, mean, [[mean - min(values)], [max(values) - mean]], fmt="o", capsize=4)
     axes.set_xticks(range(len(table)), list(table), rotation=30, ha="right")
-    axes.set(title=name)
+    # Else a tenth of a point would fill the picture.
+    low, high = axes.get_ylim()
+    least = 10 if name.endswith(("%", "points")) else 0.5 * max(abs(low), abs(high))
+    more = max(0.0, least - (high - low)) / 2
+    axes.set(title=name, ylim=(low - more, high + more))
 
 
 def budgets(axes: Axes, table: Table, name: str) -> None:
@@ -449,10 +460,18 @@ def by_attempts(axes: Axes, table: Table, name: str) -> None:
     axes.set(xlabel="attempts made (the last: or more)", title=name)
 
 
+MOST_BESIDE = 3  # panels
+
+
 def draw(finding: Finding, table: Table, path: Path) -> None:
     count = len(finding.panels)
-    figure = Figure(figsize=(4.6 * count, 4), layout="constrained")
-    for axes, (panel, name) in zip(figure.subplots(1, count, squeeze=False)[0], finding.panels):
+    lines = math.ceil(count / MOST_BESIDE)
+    columns = math.ceil(count / lines)
+    figure = Figure(figsize=(4.6 * columns, 4 * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in places[count:]:
+        axes.remove()
+    for axes, (panel, name) in zip(places, finding.panels):
         panel(axes, table, name)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
@@ -566,8 +585,8 @@ def temperature(scale: Scale) -> Finding:
             "above 1.2 accuracy falls."
         ),
         settings=at_end({str(degree): scale.run(temperature=degree) for degree in degrees}),
-        columns=("greedy accuracy, %", "accuracy, %", "entropy", "tokens", "penalised in RL, %"),
-        panels=((ends, "greedy accuracy, %"), (ends, "entropy"), (ends, "penalised in RL, %")),
+        columns=("greedy accuracy, %", "accuracy, %", "entropy", "tokens", "unexpected in RL, %"),
+        panels=((ends, "greedy accuracy, %"), (ends, "tokens"), (ends, "unexpected in RL, %")),
         claims=(
             Claim("greedy accuracy, %", "1.2", "1.0"),
             Claim("greedy accuracy, %", "1.2", "1.3"),
@@ -597,7 +616,7 @@ def penalties(scale: Scale) -> Finding:
         question="What do the penalties for overlong, repeated and garbled responses hold off?",
         paper="Without them accuracy rises, and then falls, as length and garbage run away.",
         settings=at_end(runs),
-        columns=("accuracy, %", "tokens in RL", "overlong in RL, %", "penalised in RL, %"),
+        columns=("accuracy, %", "tokens in RL", "overlong in RL, %", "unexpected in RL, %"),
         panels=((metric, "truncated"), (metric, "length"), (course, "accuracy, %")),
         claims=tuple(claims),
         limits=(
@@ -644,14 +663,16 @@ def behaviours(scale: Scale) -> Finding:
     settings = scaled(scale)
     end = list(settings)[-1]
     counted = ("attempts", "failures noticed", "checks")
+    more = ("with more than were shown, %", "right, with more, %")
     return Finding(
         question="What do chains do more often, the further RL has run?",
         paper="Reflecting, trying another way and verifying all grow with RL.",
         settings=settings,
-        columns=("accuracy, %", *counted, "attempts that repeat, %", "false claims, %"),
+        columns=("accuracy, %", *counted, *more, "attempts that repeat, %", "false claims, %"),
         panels=(
             (ends, "attempts"),
             (ends, "checks"),
+            (ends, "right, with more, %"),
             (ends, "attempts that repeat, %"),
             (ends, "false claims, %"),
             (by_attempts, "accuracy by attempts made, %"),
@@ -706,7 +727,7 @@ def relatives(scale: Scale) -> Finding:
         settings=at_end(runs),
         columns=(
             *("accuracy, %", "tokens", "entropy", "KL from SFT"),
-            *("penalised in RL, %", "responses drawn, thousands"),
+            *("unexpected in RL, %", "responses drawn, thousands"),
         ),
         panels=((course, "accuracy, %"), (course, "tokens"), (course, "KL from SFT")),
         limits=(
@@ -731,9 +752,17 @@ SCALE = Scale()
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean of the seeds [the lowest, the highest], to three digits."""
-    low, high = min(values), max(values)
-    return f"{np.mean(values):.3g} [{low:.3g}, {high:.3g}]"
+    """The mean of the seeds [the lowest, the highest]; of one seed, its value."""
+    mean = rounded(float(np.mean(values)))
+    if len(values) == 1:
+        return mean
+    return f"{mean} [{rounded(min(values))}, {rounded(max(values))}]"
+
+
+def rounded(value: float) -> str:
+    """One digit behind the point from 10 on, two from 0.1 on, else three; and no -0."""
+    digits = 1 if abs(value) >= 10 else 2 if abs(value) >= 0.1 else 3
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def markdown(finding: Finding, table: Table) -> str:

@@ -225,6 +225,13 @@ def test_the_sentence_counts_what_the_paper_says():
         assert "says nothing" in findings.sentence(nothing, 2)
 
 
+def test_numbers_are_rounded_alike():
+    """Guards against 1.2e-05 and -0.000 in a table, and an interval of one seed."""
+    assert findings.spread([77.14, 79.06]) == "78.1 [77.1, 79.1]"
+    assert findings.spread([-0.00001, 0.25]) == "0.12 [0.000, 0.25]"
+    assert findings.spread([-4.567]) == "-4.57"
+
+
 def result(right: list[float], kl: float = 0.0, **more) -> Result:
     """Of problems with these pass rates, of ten samples each."""
     correct = [[n < round(10 * rate) for n in range(10)] for rate in right]
@@ -262,6 +269,10 @@ def test_columns_by_hand():
     assert COLUMNS["KL from SFT"](replace(seen, step=0)) == 0.0
     assert COLUMNS["overlong in RL, %"](seen) == pytest.approx(55)  # steps 5 and 6
     assert COLUMNS["attempts that repeat, %"](seen) == 25
+    # Of ten samples the first four are right: with 5, 3, 4 and 1 attempts.
+    tried = result([0.4], attempts=[[5, 3, 4, 1, 6, 2, 2, 2, 2, 2]])
+    assert COLUMNS["with more than were shown, %"](replace(seen, course={6: tried})) == 30
+    assert COLUMNS["right, with more, %"](replace(seen, course={6: tried})) == 20
     assert COLUMNS["responses drawn, thousands"](seen) == pytest.approx(6 * 10 / 1000)
     assert math.isnan(COLUMNS["overlong in RL, %"](replace(seen, step=0)))
     assert [point.step for point in seen.on_the_way()] == [0, 6]
