@@ -5,6 +5,7 @@ NANOT1_SHARED), and a Hugging Face folder of SmolLM2-135M-Instruct in `.cache/Sm
 """
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(1)  # the tests' tensors are small: a second thread only spins
+# A shell's background job ignores Ctrl-C, and so would the processes that the tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def present(variable: str, default: Path, needed: str) -> Path:
