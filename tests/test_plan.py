@@ -423,7 +423,7 @@ def test_the_command_reads_a_folder(tmp_path):
 
 
 def test_the_papers_32b_fits_80_gb(tmp_path):
-    """Guards against the promise of the README: T1's largest run, as the command has it there."""
+    """Guards against the promise of the guide: T1's largest run, as the command has it there."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_32B))
     size = ["--gpus", "64", "--gpu-gb", "80", "--max-tokens", "16384"]
     command = [sys.executable, str(FILE), "--model", str(tmp_path), *size]
@@ -433,12 +433,12 @@ def test_the_papers_32b_fits_80_gb(tmp_path):
     assert re.search(r"^fits 80 GB \(90%\) +yes$", done.stdout, re.MULTILINE)
 
 
-def test_the_readme_quotes_the_plan():
-    """Guards against figures in the README's table that the code has left behind."""
-    readme = (FILE.parent.parent / "README.md").read_text()
+def test_the_guide_quotes_the_plan():
+    """Guards against figures in the guide's table that the code has left behind."""
+    guide = (FILE.parent.parent / "GUIDE.md").read_text()
     rows = re.findall(
         r"^\| (\d+B) on (\d+) GPUs \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| yes \| `(.+)` \|$",
-        readme,
+        guide,
         re.MULTILINE,
     )
     assert len(rows) == 2

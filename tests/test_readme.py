@@ -88,13 +88,16 @@ def test_no_figure_is_left_to_fill_in():
     )
 
 
+GUIDE = (ROOT / "GUIDE.md").read_text()
+ON_GPUS = (
+    README.split("### On GPUs")[1].split("## ")[0]
+    + GUIDE.split("### Larger models and several nodes")[1].split("## ")[0]
+)
 RECIPES = [
     line
-    for block in re.findall(
-        r"```bash\n(.*?)```", README.split("### On GPUs")[1].split("### ")[0], flags=re.S
-    )
+    for block in re.findall(r"```bash\n(.*?)```", ON_GPUS, flags=re.S)
     for line in block.strip().split("\n")
-    if "benchmarks/plan.py" not in line and not line.startswith("#")
+    if not line.startswith("#")
 ]
 
 
@@ -129,7 +132,7 @@ ON_GPU = [
 @pytest.mark.parametrize("number", range(len(RECIPES)))
 def test_recipes_for_gpus_run(tiny: Path, number: int, device: str):
     """Guards against recipes that nobody has tried: a flag that is gone, FSDP that refuses bf16, a missing rendezvous.
-    As in the README but for sizes, the number of processes and the device; RL starts from the SFT run before it."""
+    As in README and guide, but for sizes, processes and the device; RL starts from the SFT run before it."""
     words = shlex.split(RECIPES[number])
     script = next(word for word in words if word.endswith(".py"))
     port = socket.create_server(("localhost", 0)).getsockname()[1]
