@@ -339,7 +339,10 @@ def test_sigterm_says_what_is_kept(half):
     line = f"interrupted: checkpoint of step {newest(out)} in {out}; go on with --resume"
     assert said.splitlines()[-1] == line
     assert "Traceback" not in said
-    assert not list(out.glob("checkpoints/*.partial")) and not (out / ".lock").exists()
+    # The signal may come while a next checkpoint is being begun: --resume removes that.
+    begun = [int(path.stem.removeprefix("step-")) for path in out.glob("checkpoints/*.partial")]
+    assert begun in ([], [newest(out) + 1])
+    assert not (out / ".lock").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(half, tmp_path):
