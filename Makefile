@@ -9,7 +9,7 @@ help:
 	@echo "make t1      all of T1 in one file of 300 lines: chains, SFT, RL, accuracy against thinking budget"
 	@echo "make demo    T1 in miniature on a CPU: chains of thought, SFT, RL, evaluation, figures in runs/demo"
 	@echo "make demo-lm a real language model taught by its own attempts and RL, on a CPU; MODEL=DIR for a folder"
-	@echo "make findings   the paper's findings in miniature, on a CPU: some four hours, tables and figures in runs/findings"
+	@echo "make findings   the paper's findings in miniature, on a CPU: four to seven hours, tables and figures in runs/findings"
 	@echo "make test    the whole suite"
 	@echo "make lint    ruff"
 	@echo "make bench   speed beside the peers, on this machine's CPU"

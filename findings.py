@@ -2,7 +2,7 @@
 
     python findings.py scaling        # does longer thinking gain more, the further RL has run?
     python findings.py temperature --seeds 5
-    python findings.py all            # `make findings`: about four hours on 2 cores
+    python findings.py all            # `make findings`: four to seven hours on 2 cores
 
 It needs a CPU of two cores and 3 GB of disk. A *run* is the demo's RL, shortened, from the demo's
 SFT model of the same seed, and what its checkpoints do on held-out problems. It is named by the
@@ -72,7 +72,7 @@ MEASURES = {
 @dataclass(frozen=True)
 class Scale:
     """How much of everything, and what it costs: minutes of one core. A seed of all findings: 3 SFT
-    models and 29 runs, some 143 minutes."""
+    models and 29 runs, 143 to 220 minutes."""
 
     chains: int = demo.Config.chains
     sft_steps: int = demo.Config.sft_steps  # 9 minutes for each kind of chains
