@@ -299,6 +299,8 @@ COLUMNS: dict[str, Callable[[Seen], float]] = {
     "checks": lambda seen: seen.result.behaviours["verifies"],
     "attempts that repeat, %": lambda seen: 100 * seen.result.repeats,
     "false claims, %": lambda seen: 100 * seen.result.failures.get("false claim", 0.0),
+    "wrong sums, %": lambda seen: 100 * seen.result.failures.get("wrong arithmetic", 0.0),
+    "no answer, %": lambda seen: 100 * seen.result.failures.get("no answer", 0.0),
     # of RL's own samples, at its own temperature
     "overlong in RL, %": lambda seen: 100 * late(seen, "truncated"),
     "unexpected in RL, %": lambda seen: 100 * late(seen, "unexpected"),  # whether penalised or not
@@ -652,9 +654,8 @@ def regularisers(scale: Scale) -> Finding:
         ),
         measure="evaluation-16",
         limits=(
-            "A coefficient of 2e-4 on ten nats is 0.002 of a reward of 1, far below what one "
-            "response more or less moves: neither it nor where its anchor stands can show in so "
-            "few steps. 2e-2 can."
+            "A coefficient of 2e-4 on four nats is 0.0008 of a reward of 1, far below what one "
+            "response more or less moves: it cannot show in so few steps. 2e-2 can."
         ),
     )
 
@@ -696,7 +697,10 @@ def initialisation(scale: Scale) -> Finding:
         question="Does it matter to RL what chains SFT was shown?",
         paper="Chains that try, fail and verify widen what RL can reach; imitation alone does not.",
         settings=settings,
-        columns=("accuracy, %", "gain by RL, points", "tokens", "attempts", "false claims, %"),
+        columns=(
+            *("accuracy, %", "gain by RL, points", "tokens", "attempts"),
+            *("wrong sums, %", "false claims, %", "no answer, %"),
+        ),
         panels=((course, "accuracy, %"), (course, "tokens"), (course, "attempts")),
         claims=(
             Claim("gain by RL, points", "three, RL", "one attempt, RL"),
