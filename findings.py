@@ -258,9 +258,9 @@ def rise(seen: Seen) -> float:
     return 100 * float(np.mean(seen.result.rates()) - np.mean(seen.course[0].rates()))
 
 
-def made_more(seen: Seen) -> np.ndarray:
-    """[problems, samples]: did a response make more attempts than any of the demo's chains?"""
-    return np.array(seen.result.attempts) > demo.ATTEMPTS
+def made_more(seen: Seen) -> float:
+    """Percent of responses with more attempts than any of the demo's chains has."""
+    return 100 * float(np.mean(np.array(seen.result.attempts) > demo.ATTEMPTS))
 
 
 def late(seen: Seen, name: str) -> float:
@@ -293,7 +293,7 @@ COLUMNS: dict[str, Callable[[Seen], float]] = {
     "at the largest, %": lambda seen: at_budget(seen, max(seen.result.curve)),
     "gain, points": gain,
     "attempts": lambda seen: float(np.mean(seen.result.attempts)),
-    "with more than were shown, %": lambda seen: 100 * float(np.mean(made_more(seen))),
+    "with more than were shown, %": made_more,
     "right, with more, %": lambda seen: 100 * seen.result.right_beyond(demo.ATTEMPTS),
     "failures noticed": lambda seen: seen.result.behaviours["reflects"],
     "checks": lambda seen: seen.result.behaviours["verifies"],
@@ -471,8 +471,6 @@ def draw(finding: Finding, table: Table, path: Path) -> None:
     columns = math.ceil(count / lines)
     figure = Figure(figsize=(4.6 * columns, 4 * lines), layout="constrained")
     places = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axes in places[count:]:
-        axes.remove()
     for axes, (panel, name) in zip(places, finding.panels):
         panel(axes, table, name)
         axes.grid(alpha=0.3)

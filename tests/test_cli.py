@@ -340,7 +340,7 @@ def test_sigterm_says_what_is_kept(half):
     assert said.splitlines()[-1] == line
     assert "Traceback" not in said
     # The signal may come while a next checkpoint is being begun: --resume removes that.
-    begun = [int(path.stem.removeprefix("step-")) for path in out.glob("checkpoints/*.partial")]
+    begun = [parallel.step_of(path.with_suffix("")) for path in out.glob("checkpoints/*.partial")]
     assert begun in ([], [newest(out) + 1])
     assert not (out / ".lock").exists()
 
