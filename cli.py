@@ -26,6 +26,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -98,6 +99,27 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     for stop in STOPS:
         signal.signal(stop, again)
     raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait until the block has ended: for what must not be left half begun."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python interrupts the main thread alone
+        return
+    came = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+
+    before = {stop: signal.signal(stop, hold) for stop in STOPS}
+    try:
+        yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler or signal.SIG_DFL)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def leave(line: str, code: int) -> NoReturn:

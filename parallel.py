@@ -46,7 +46,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 import pretrained
-from cli import UserError, WriteError, sync_folder, write_text, writing
+from cli import UserError, WriteError, sync_folder, uninterrupted, write_text, writing
 from devices import pick_device
 from kernels import linear_logprob_entropy
 from model import (
@@ -638,18 +638,19 @@ class Checkpoints:
         self.finish()
         final = self.folder / f"step-{step:06d}"
         partial = final.with_suffix(".partial")
-        if self.world.main:
-            with writing(final):
-                partial.mkdir(parents=True)
-        barrier()
-        written = dcp.async_save(
-            named_tensors(parts) | random_state(self.world),
-            process_group=self.group,
-            no_dist=self.group is None,
-            storage_writer=FileSystemWriter(partial),  # flushes every file to the disk (sync_files)
-        )
         text = json.dumps({"step": step, "ranks": self.world.size} | state)
-        self.written = self.thread.submit(self.publish, written, partial, final, text)
+        with uninterrupted():  # a checkpoint that has been begun is one that `finish` knows of
+            if self.world.main:
+                with writing(final):
+                    partial.mkdir(parents=True)
+            barrier()
+            written = dcp.async_save(
+                named_tensors(parts) | random_state(self.world),
+                process_group=self.group,
+                no_dist=self.group is None,
+                storage_writer=FileSystemWriter(partial),  # flushes every file to the disk
+            )
+            self.written = self.thread.submit(self.publish, written, partial, final, text)
 
     def publish(self, written: Future, partial: Path, final: Path, state: str) -> None:
         """Rename what is whole. On rank 0 `written` ends when all ranks' parts are written."""
@@ -668,12 +669,11 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait until the last checkpoint is complete; what went wrong with it is raised here."""
-        written = self.written
-        self.written = None
         try:
-            if written:
-                written.result()
+            if self.written:
+                self.written.result()  # interrupted here, it is still to be waited for
         except (CheckpointException, OSError) as error:  # a full disk, most likely
+            self.written = None
             free = shutil.disk_usage(self.folder).free
             raise WriteError(
                 f"cannot write a checkpoint into {self.folder}, where {free / 1e9:.1f} GB are "

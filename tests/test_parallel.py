@@ -12,6 +12,7 @@ import json
 import math
 import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -609,6 +610,53 @@ def test_checkpoints_that_are_kept_for_good(tmp_path):
         checkpoints.save(step, {"policy": scorer}, {})
     checkpoints.finish()
     assert [parallel.step_of(path) for path in parallel.complete_checkpoints(tmp_path)] == [2, 4, 5]
+
+
+@contextmanager
+def signals_interrupt():
+    """As in a command that `cli.run` started."""
+    before = {stop: signal.signal(stop, cli.interrupt) for stop in cli.STOPS}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        for stop, handler in before.items():
+            signal.signal(stop, handler)
+
+
+def test_a_checkpoint_is_begun_wholly_or_not_at_all(tmp_path, monkeypatch):
+    """Bug: SIGTERM while a checkpoint is begun leaves half of it, which nobody completes."""
+    begin, checkpoints = parallel.dcp.async_save, parallel.Checkpoints(tmp_path, ALONE)
+
+    def interrupted(*args, **more):
+        signal.raise_signal(signal.SIGTERM)
+        return begin(*args, **more)
+
+    monkeypatch.setattr(parallel.dcp, "async_save", interrupted)
+    with signals_interrupt():
+        checkpoints.save(1, {"policy": make_scorer(ALONE)}, {})
+    checkpoints.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+
+
+def test_a_checkpoint_is_waited_for_once_more(tmp_path, monkeypatch):
+    """Bug: SIGTERM while the next checkpoint waits for this one, and nobody waits any longer."""
+    go_on, write = threading.Event(), FileSystemWriter.write_data
+
+    def slowly(self, *args):
+        assert go_on.wait(60)
+        return write(self, *args)
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", slowly)
+    checkpoints = parallel.Checkpoints(tmp_path, ALONE)
+    parts = {"policy": make_scorer(ALONE)}
+    checkpoints.save(1, parts, {})
+    with signals_interrupt():
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        checkpoints.save(2, parts, {})
+    go_on.set()
+    checkpoints.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
