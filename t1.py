@@ -41,8 +41,8 @@ def problems(heldout: bool) -> list[str]:
     """All prompts with numbers up to 9. A fifth of the sets of numbers is held out."""
     sets = itertools.combinations_with_replacement(map(str, range(1, 10)), 4)
     texts = random.Random("held out").sample(list(map(" ".join, sets)), 495)
-    part = texts[:99] if heldout else texts[99:]
-    return [f"{numbers} target {target}" for numbers in part for target in ways(numbers)]
+    chosen = texts[:99] if heldout else texts[99:]
+    return [f"{numbers} target {target}" for numbers in chosen for target in ways(numbers)]
 
 
 def chain(prompt: str, rng: random.Random) -> str | None:
@@ -80,9 +80,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Tensor, cache: Tensor | None, start: int) -> Tensor:
         """x [B, T, D]. cache [2, B, length, H, Dh]: keys and values of the words before `start`."""
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))
-        turned = torch.view_as_complex(qkv[:, :, :2].unflatten(-1, (-1, 2))) * rotation
-        (q, k), v = torch.view_as_real(turned).flatten(-2).unbind(2), qkv[:, :, 2]
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1))  # [B, T, 3, H, Dh]
+        pairs = torch.view_as_complex(qkv[:, :, :2].unflatten(-1, (-1, 2)))  # of q and k
+        (q, k), v = torch.view_as_real(pairs * rotation).flatten(-2).unbind(2), qkv[:, :, 2]
         if cache is not None:
             end = start + x.shape[1]
             cache[0, :, start:end], cache[1, :, start:end] = k, v
@@ -135,16 +135,17 @@ def sample(policy: Transformer, prompts: list[str], most: int, temperature=1.0) 
     count, start = tokens.shape
     cache = torch.zeros(LAYERS, 2, count, start + most, HEADS, DIM // HEADS)
     written = torch.full((count, most), ID["<end>"])
-    alive, going = torch.arange(count), torch.ones(count, dtype=torch.bool)
+    rows = torch.arange(count)  # the responses that are still in the batch
+    unended = torch.ones(count, dtype=torch.bool)  # which of these have no <end> yet
     logits = policy(tokens, torch.arange(start)[None], cache)
     for place in range(start, start + most):
         words = torch.multinomial((logits[:, -1] / temperature).softmax(dim=1), 1)
-        written[alive, place - start] = words[:, 0]
-        going &= words[:, 0] != ID["<end>"]  # alive: in the batch. going: of these, without <end>
-        if going.float().mean() < 0.8:  # take those that have ended out of the batch
-            alive, words, cache = alive[going], words[going], cache[:, :, going]
-            going = going[going]
-        if len(alive) == 0:
+        written[rows, place - start] = words[:, 0]
+        unended &= words[:, 0] != ID["<end>"]
+        if unended.float().mean() < 0.8:  # take those that have ended out of the batch
+            rows, words, cache = rows[unended], words[unended], cache[:, :, unended]
+            unended = unended[unended]
+        if len(rows) == 0:
             break
         logits = policy(words, torch.tensor([[place]]), cache, place)
     texts = [" ".join(WORDS[i] for i in response) for response in written.tolist()]
@@ -160,8 +161,7 @@ def train_sft(policy: Transformer, prompts: list[str], rng: random.Random) -> No
     texts = [f"{p} {found}" for p in prompts for _ in range(30) if (found := chain(p, rng))]
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in range(SFT_STEPS):
-        # 70 % of the batches stand at 72 of all 240 positions, in order. With 0, 1, 2, ... alone,
-        # those behind the longest chain (71 words) are never trained: longer thoughts are garbled.
+        # 70 % of the batches spread over all 240 positions: else those behind 71 are never trained.
         positions = None
         if rng.random() < 0.7:
             positions = torch.rand(SFT_BATCH, CONTEXT).argsort(dim=1)[:, :72].sort(dim=1).values
@@ -191,9 +191,9 @@ def penalise(rewards: Tensor, responses: list[str]) -> Tensor:
     return torch.where(torch.tensor(endless), -1.0, rewards)
 
 
-def centred_kl(old: Tensor, anchor: Tensor, lengths: list[int]) -> Tensor:
+def centred_kl(old: Tensor, ref: Tensor, lengths: list[int]) -> Tensor:
     """k_i - mean k of the group, k_i = sum_t log pi_old(y_it) / ref(y_it), in nats. [W] -> [K]."""
-    kl = torch.stack([log_ratios.sum() for log_ratios in (old - anchor).split(lengths)])
+    kl = torch.stack([log_ratios.sum() for log_ratios in (old - ref).split(lengths)])
     return kl - kl.mean()
 
 
@@ -219,18 +219,18 @@ def entropy_bonus(entropy: Tensor, count: int) -> Tensor:
 @torch.no_grad()
 def update_anchor(anchor: Transformer, policy: Transformer) -> None:
     """ref <- a ref + (1 - a) pi."""
-    for ref, weight in zip(anchor.parameters(), policy.parameters()):
-        ref.lerp_(weight, 1 - ANCHOR_DECAY)
+    for slow, fast in zip(anchor.parameters(), policy.parameters()):
+        slow.lerp_(fast, 1 - ANCHOR_DECAY)
 
 
 def train_step(policy, anchor, optimizer, asked: list[str], responses: list[str], rate: float):
     """One step of T1 on K responses to each prompt, prompt after prompt."""
     groups = []
     for i in range(0, len(asked), K):
-        prompt, mine = asked[i], responses[i : i + K]
-        texts = [f"{prompt} {response}" for response in mine]
-        lengths = [len(response.split()) for response in mine]
-        rewards = penalise(torch.tensor([outcome(prompt, response) for response in mine]), mine)
+        prompt, group = asked[i], responses[i : i + K]
+        texts = [f"{prompt} {response}" for response in group]
+        lengths = [len(response.split()) for response in group]
+        rewards = penalise(torch.tensor([outcome(prompt, response) for response in group]), group)
         if rewards.unique().numel() > 1:  # else all advantages are 0 (but for the KL: thousandths)
             with torch.no_grad():  # log-probs before the first update, and the anchor's
                 old, _ = log_probs(policy, texts, TEMPERATURE)
@@ -238,14 +238,13 @@ def train_step(policy, anchor, optimizer, asked: list[str], responses: list[str]
             rewards = rewards - KL_COEF * centred_kl(old, ref, lengths)
             [advantages] = leave_one_out(rewards[None])  # a batch of one group, [1, K]
             groups.append((texts, old, advantages.repeat_interleave(torch.tensor(lengths))))
-    for part in range(MINIBATCHES):  # every second group; by the second update pi is not pi_old
-        minibatch = groups[part::MINIBATCHES]
+    for turn in range(MINIBATCHES):  # every second group; by the second update pi is not pi_old
+        minibatch = groups[turn::MINIBATCHES]
         count = sum(len(old) for _, old, _ in minibatch)
         for texts, old, advantage in minibatch:
             logprob, entropy = log_probs(policy, texts, TEMPERATURE)
             loss = ppo_clip_loss(logprob, old, advantage, count)
-            loss = loss - ENTROPY_COEF * entropy_bonus(entropy, count)
-            loss.backward()
+            (loss - ENTROPY_COEF * entropy_bonus(entropy, count)).backward()
         update(policy, optimizer, rate)
     update_anchor(anchor, policy)
 
@@ -255,14 +254,15 @@ BUDGETS = (32, 48, 64, 96, 128, 160)  # words; an attempt has 16
 
 
 def budget_curve(policy: Transformer, prompts: list[str]) -> list[float]:
-    """Thoughts written anew for each budget. Behind a cut one, "check" asks for the answer."""
+    """Thoughts written anew for each budget. Where one is cut, "check" asks for the answer."""
     curve = []
     for budget in BUDGETS:
         thoughts = sample(policy, prompts, budget)
-        begun = {i: f"{t} check" for i, t in enumerate(thoughts) if not t.endswith("<end>")}
-        asked = [f"{prompts[i]} {thought}" for i, thought in begun.items()]
-        for i, answer in zip(begun, sample(policy, asked, WAY + 1) if asked else []):
-            thoughts[i] = f"{begun[i]} {answer}"
+        words = [thought.split() for thought in thoughts]
+        cut = [i for i, w in enumerate(words) if w[-1] != "<end>" and w[-1 - WAY] != "check"]
+        begun = [f"{prompts[i]} {thoughts[i]} check" for i in cut]
+        for i, answer in zip(cut, sample(policy, begun, WAY + 1) if begun else []):
+            thoughts[i] += f" check {answer}"
         curve.append(sum(map(outcome, prompts, thoughts)) / len(prompts))
     for prompt, thought in list(zip(prompts, thoughts))[::200]:  # of the largest budget
         print(f"  {prompt} : " + thought.replace(" no ", " no\n      "))

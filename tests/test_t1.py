@@ -135,6 +135,28 @@ def test_the_sampler_is_the_model():
         assert logits[0].argmax(dim=1).tolist()[t1.PROMPT - 1 :] == ids(response)
 
 
+def test_a_budget_that_ends_behind_an_answer_keeps_it(monkeypatch):
+    """Bug: a chain that lacks nothing but its <end> is cut, and asked for another answer: the curve
+    had dips where budgets end between a chain's last word and its <end>.
+    """
+    prompt = t1.problems(heldout=True)[0]
+    numbers, target = prompt.split(" target ")
+    right = t1.ways(numbers)[target][0]
+    wrong = next(ways[0] for value, ways in t1.ways(numbers).items() if value != target)
+    texts = [f"{right} yes check {right} <end>", f"{wrong} no {right} yes check {right} <end>"]
+
+    def written(policy, prompts, most, temperature=1.0):
+        if most == t1.WAY + 1:
+            assert all(prompt.endswith(" check") for prompt in prompts)
+            return [f"{wrong} <end>" for _ in prompts]
+        return [" ".join(text.split()[:most]) for text in texts]
+
+    monkeypatch.setattr(t1, "sample", written)
+    assert len(texts[0].split()) == 33 and len(texts[1].split()) == 49
+    curve = dict(zip(t1.BUDGETS, t1.budget_curve(None, [prompt, prompt])))
+    assert [curve[budget] for budget in (32, 48, 64)] == [0.5, 1.0, 1.0]
+
+
 def test_the_models_agree():
     """Bug: t1.py's transformer is another than model.py's, and every comparison below is idle."""
     policy = policy_of(1)
