@@ -45,6 +45,9 @@ What we do differently from the paper (GUIDE.md says why, in the part named):
 7. The learning rate may rise at the start (--warmup) and fall at the end (--cooldown). Neither is
    the default; the demo warms up, and its --long cools down, too. With a cool-down the number of
    steps is part of the run: --resume then refuses another.
+8. An answer has to be worked out: a formula of the question in the box earns nothing (17).
+9. Patterns are found by rule. The perplexity, by which T1 filters too, is off (7).
+10. Where the sampler computes in bf16, tokens have truncated importance weights (8).
 
 Other algorithms are the same loop with other pieces, see `RECIPES` and relatives.py. To add one,
 write a file of your own: README.md, "Fork it". rlsp.py goes further: flags, models and a
@@ -61,7 +64,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +110,8 @@ def unexpected(patterns: list[str | None]) -> Tensor:
 
 
 def centred_kl(logprob: Tensor, anchor_logprob: Tensor, lengths: Tensor) -> Tensor:
-    """On-policy KL of each response to the anchor, in nats, less its mean. [M], [M], [N] -> [N].
+    """On-policy KL of each response to the anchor, in nats, less the mean of the batch.
+    [M], [M], [N] -> [N].
 
     Centred, it cannot push all responses up or down at once; it only prefers those nearer to the
     anchor. Leave-one-out would cancel the mean anyway: what counts in the end is k_i less the mean
@@ -177,30 +181,28 @@ def train_step(learner: "Learner", responses: list[Response], step: int) -> dict
     config, recipe = learner.config, learner.recipe
 
     # What each response is worth, and which groups leave before any forward pass.
-    set_reward_to, _ = PENALTIES[recipe.penalty]
-    rewards = rewards_of(responses, config, recipe)
-    rewards = penalise(rewards, patterns_of(responses), set_reward_to)
+    outcomes = rewards_of(responses, config, recipe)
+    rewards = penalise(outcomes, patterns_of(responses), PENALTIES[recipe.penalty].reward)
     for response, reward in zip(responses, rewards.tolist()):
         response.reward = reward
     metrics = describe(responses, rewards, config.samples) | {"loss": 0.0}
     teaching = teaching_groups(responses, rewards, config, recipe)
     groups = torch.arange(len(responses)).view(-1, config.samples)  # numbers of the responses
     # A recipe with `resample` may have drawn more than are wanted.
-    kept = groups[teaching][: config.prompts]
+    kept = groups[teaching][: config.prompts].flatten()
     if drops_groups(recipe, config.samples):
-        metrics["dropped"] = 1 - len(kept) / len(groups)
-    kept = kept.flatten()
+        metrics["dropped"] = 1 - len(kept) / len(responses)
     batch = [responses[i] for i in kept.tolist()]
 
     if batch:
         # From rewards to advantages, which all tokens of a response share.
         metrics |= give_log_probs(learner, batch)  # .old, .anchor and .weight of each response
         sizes = lengths(batch)
-        rewards = rewards[kept]
+        less_kl = rewards[kept]
         if learner.anchor and not recipe.kl_loss:
             kl = centred_kl(flat(batch, "old"), flat(batch, "anchor"), sizes)
-            rewards = rewards - recipe.kl_coef * kl
-        advantages = advantages_of(rewards, patterns_of(batch), config, recipe)
+            less_kl = less_kl - recipe.kl_coef * kl
+        advantages = advantages_of(less_kl, patterns_of(batch), config, recipe)
         give(batch, "advantage", advantages.repeat_interleave(sizes))
 
         # The PPO loop: one update for each minibatch.
@@ -220,30 +222,42 @@ def policy_gradient(learner: "Learner", responses: list[Response], tally: "Tally
     recipe = learner.recipe
     device = learner.world.device
     dtype = next(learner.policy.parameters()).dtype
-    old = flat(responses, "old").to(device, dtype)
-    anchor = flat(responses, "anchor").to(device, dtype)
+    old_logprob = flat(responses, "old").to(device, dtype)
+    anchor_logprob = flat(responses, "anchor").to(device, dtype)
     advantage = flat(responses, "advantage").to(device, dtype)
     weight = flat(responses, "weight").to(device, dtype)
-    count = len(old)
+    token_count = len(old_logprob)
     for at, packed in learner.micro_batches(responses):
         logprob, entropy = parallel.log_probs(learner.policy, packed, recipe.temperature)
+        old = old_logprob[at]
         loss = ppo_clip_loss(
-            logprob, old[at], advantage[at], weight[at], recipe.clip_low, recipe.clip_high, count
+            logprob, old, advantage[at], weight[at], recipe.clip_low, recipe.clip_high, token_count
         )
-        loss = loss - recipe.entropy_coef * entropy_bonus(entropy, weight[at], count)
+        loss = loss - recipe.entropy_coef * entropy_bonus(entropy, weight[at], token_count)
         if recipe.kl_loss and learner.anchor:
-            kl = recipe.kl_loss(logprob, anchor[at])
-            loss = loss + recipe.kl_coef * (kl * weight[at]).sum() / count
+            kl = recipe.kl_loss(logprob, anchor_logprob[at])
+            loss = loss + recipe.kl_coef * (kl * weight[at]).sum() / token_count
         loss.backward()
-        tally.add(loss, logprob, entropy, old[at], recipe)
+        tally.add(loss, logprob, entropy, old, recipe)
 
 
 # --- recipes --------------------------------------------------------------------------------------
 
-PENALTIES = {"set": (-1.0, None), "advantage": (0.0, -1.0), "none": (None, None)}
-"""By --penalty: what an unexpected pattern sets the reward to, and the advantage; None: neither.
-`set` is T1's. `advantage` is of later code of the same lab: a group that runs away as a whole is
-pushed back, too."""
+
+class Penalty(NamedTuple):
+    """What an unexpected pattern sets the reward to, and the advantage. None: it leaves it."""
+
+    reward: float | None = None
+    advantage: float | None = None
+
+
+PENALTIES = {
+    "set": Penalty(reward=-1.0),
+    "advantage": Penalty(reward=0.0, advantage=-1.0),
+    "none": Penalty(),
+}
+"""By --penalty. `set` is T1's. `advantage` is of later code of the same lab: a group that runs away
+as a whole is pushed back, too."""
 
 
 @dataclass(frozen=True)
@@ -392,8 +406,7 @@ def advantages_of(
             f"recipe {config.recipe}: its advantage must be of the rewards' shape "
             f"{list(groups.shape)}, and not of {list(advantages.shape)}"
         )
-    _, set_advantage_to = PENALTIES[recipe.penalty]
-    return penalise(advantages.flatten(), patterns, set_advantage_to)
+    return penalise(advantages.flatten(), patterns, PENALTIES[recipe.penalty].advantage)
 
 
 def teaching_groups(
@@ -516,7 +529,8 @@ class Tally:
         outside = (ratio < 1 - recipe.clip_low) | (ratio > 1 + recipe.clip_high)
         tokens = torch.ones_like(gap)
         found = {"tokens": tokens, "entropy": entropy, "clipped": outside}
-        if not self.losses:  # the policy is still the one that has sampled
+        first_update = not self.losses
+        if first_update:  # the policy is still the one that has sampled
             found |= {"gap": gap.abs(), "gap_tokens": tokens}
             if len(gap):
                 self.widest_gap = gap.abs().max().clamp(min=self.widest_gap)

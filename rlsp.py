@@ -243,7 +243,7 @@ def train_step(learner: RLSPLearner, responses: list[Response], step: int) -> di
         if rl.is_large(judge):
             judge.release()  # training needs the room
         rewards = 0.8 * correctness(responses) + 0.2 * opinion - length_cost(responses, config)
-    penalty, _ = rl.PENALTIES[recipe.penalty]
+    penalty = rl.PENALTIES[recipe.penalty].reward
     rewards = rl.penalise(rewards, rl.patterns_of(responses), penalty)
     for response, reward in zip(responses, rewards.tolist()):
         response.reward = reward

@@ -1180,7 +1180,7 @@ def test_a_punished_group_teaches_under_dynamic_sampling(penalty, kept):
         response.verdict = Verdict("wrong")
         response.pattern = "overlong" if number < 5 else None
     rewards = rl.rewards_of(responses, config, rl.RECIPES["reinforce"])
-    to, _ = rl.PENALTIES[penalty]
+    to = rl.PENALTIES[penalty].reward
     rewards = rl.penalise(rewards, rl.patterns_of(responses), to)
     assert rl.teaching_groups(responses, rewards, config, recipe).tolist() == kept
 
