@@ -351,6 +351,16 @@ def test_entropy_and_kl_from_the_start():
     assert "KL from --kl-from" in evaluate.table({"m": result})
 
 
+@pytest.mark.parametrize("cut", [{"temperature": 0.0}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_no_entropy_where_tokens_are_left_out(cut):
+    """Guards against -log p of the likeliest token, or of a cut distribution, called entropy."""
+    tokenizer = demo_tokenizer(cot.WORDS)
+    sampler = Sampler(random_init(sft.small_shape(tokenizer), 0), tokenizer)
+    params = SamplingParams(**({"max_tokens": 8, "temperature": 1.0} | cut))
+    result = evaluate.evaluate(sampler, tokenizer, [COUNTDOWN], params, Settings(2))
+    assert "entropy" not in evaluate.table({"m": result})
+
+
 def test_kl_in_bfloat16_is_that_of_float32():
     """Guards against a KL that is rounding: in bfloat16 the policy's own log-probs and those of the
     model it began with are rounded in different programs."""
