@@ -25,7 +25,8 @@ That it pays to look, and to think on, is left for RL to find.
 
 1. `sample_attempts` from one or several checkpoints, and verify them.
 2. `criticise` the wrong ones (where they fail) and the right one (why it holds) with a critic.
-   Where there is no critic, or it says nothing usable, a plain template says it.
+   Where there is no critic, or it says nothing usable, a plain template says it, or a second
+   right attempt stands there as the check.
 3. `merge` them into one response that tries, notices, tries again, verifies and ends in the box.
 4. `rewrite`, with `--rewrite DIR`: a model makes one fluent text of it, kept only where its answer
    is still right.
@@ -445,7 +446,8 @@ class Config:
     failures: int = 3
     """From attempts: at most so many failed attempts in one chain."""
     critic: str | None = None
-    """From attempts: checkpoint that writes the critiques; a plain template without it."""
+    """From attempts: checkpoint that writes the critiques. Without it a plain template, and a
+    second right attempt as the check, where there is one."""
     rewrite: str | None = None
     """From attempts: checkpoint that rewrites the merged chains; they stay as merged without it."""
     rewrite_tokens: int = 1024

@@ -68,7 +68,7 @@ class Config:
     steps: int = 90
     """Steps of RL."""
     cooldown: int = 0
-    """The last so many steps of RL, over which the learning rate falls to 0."""
+    """The last so many steps of RL, over which the learning rate falls to nearly 0."""
     heldout: int = 1024
     """Held-out problems; no set of numbers among them is ever trained on."""
     samples: int = 16

@@ -3,6 +3,10 @@
 One pure function for each piece: baselines, rewards, terms and averages of the loss. `rl.RECIPES`
 says which of them make up which algorithm. (RLSP, which has a critic, is a file of its own:
 rlsp.py.)
+
+Different from their papers: a group whose advantages are all zero is dropped, as T1's are, before
+the loss is averaged. In GRPO such a group would still have a KL term; and the mean, or Dr. GRPO's
+constant, would count its responses.
 """
 
 from typing import Any

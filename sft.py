@@ -139,7 +139,8 @@ class Config:
     """Share of the sequences that stand at random positions, so that chains can outgrow the longest
     one shown. None: 0 with --model, 0.7 without."""
     heldout: int = 256
-    """Sequences kept out of training to measure the loss on (at most a tenth of the data)."""
+    """Sequences kept out of training to measure the loss on (at most a tenth of the data). Where
+    the data repeats a sequence, or a problem, training still sees the other ones."""
     eval_every: int = 50
     """Steps between measurements of the held-out loss."""
     checkpoint_every: int = 50

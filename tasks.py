@@ -629,7 +629,11 @@ PATTERNS = ("overlong", "repeated", "garbled")
 
 
 def repeats(tokens: list[int], ngram: int = 20, times: int = 4) -> bool:
-    """Unexpected pattern: some n-gram of tokens stands `times` times or more in the response."""
+    """Unexpected pattern: some n-gram of tokens stands `times` times or more in the response.
+
+    They may overlap: a loop of p tokens counts once it is ngram + (times - 1) * p long, and a rule
+    of 23 dashes, one token each, does.
+    """
     counts: dict[tuple[int, ...], int] = {}
     for i in range(len(tokens) - ngram + 1):
         key = tuple(tokens[i : i + ngram])
