@@ -4,6 +4,7 @@ Each says True (equal), False (different) or None (does not know), and knows one
 
     identical       the same tree
     restated        an answer that still has to be solved: it may be the question
+    renamed         x^2 + c is x^2 + C; n pi for whole n is k pi for whole k
     named_values    x = 1, y = 2 in any order; (x, y) = (1, 2)
     labels          x = 3 is 3
     coordinates     A(1, 2) is (1, 2)
@@ -25,7 +26,7 @@ from fractions import Fraction
 
 from equality import Equality
 from latex import ORDERED
-from maths import CONSTANTS, MINUS_ONE, Node, members, minus, names, substitute, walk
+from maths import CONSTANTS, MINUS_ONE, Node, members, minus, names, substitute, times, walk
 from values import Budget, Undecided, Undefined
 
 FLOAT_DIGITS = range(15, 18)  # that a computer prints of a number; others are somebody's rounding
@@ -57,11 +58,97 @@ def is_label(node: Node) -> bool:
             return name.isupper() and power == MINUS_ONE  # of a matrix
         case ("*", ("name", "m"), ("call", "mark", "angle", _)):
             return True
+        case ("*", ("name", "P" | "Pr"), ("text", _)):
+            return True  # P(at least one)
         case ("*", ("name", first), *parts):  # AB, AB/CD, s/r
             below = [part[0] == "^" and part[2] == MINUS_ONE for part in parts]
             parts = [part[1] if inverse else part for part, inverse in zip(parts, below)]
             return (first.isupper() or all(below)) and all(map(is_label, parts))
     return False
+
+
+FREE = {"max", "min", "gcd", "lcm", "sum", "prod", "lim", "int", "big sum", "apply", "index"}
+
+
+def is_quantity(node: Node) -> bool:
+    """May a question ask for it: m + n, xy, |A ∩ B|, the limit of f(x)? Numbers make an equation.
+
+    Of a single name nothing that can be solved for it.
+    """
+    if node[0] == "call" and node[1] in FREE:
+        return True
+    parts = list(walk(without_powers(node)))
+    if any(part[0] in ("num", "chain", "tuple", "list", "or") for part in parts):
+        return False
+    words = [part for part in parts if part[0] == "text"]
+    area_of = node[0] == "*" and words
+    return all(map(is_label, words)) and bool(area_of or len(names(node)) > 1)
+
+
+def without_powers(node: Node | str) -> Node | str:
+    """The tree with x for x^2, 1/x and -x: these hold numbers that are none of a question's."""
+    if isinstance(node, str):
+        return node
+    if node[0] == "^" and node[2][0] == "num":
+        return without_powers(node[1])
+    if node[:2] == ("*", MINUS_ONE):
+        node = ("*", *node[2:])
+    return tuple(map(without_powers, node))
+
+
+def asked_value(node: Node) -> Node | None:
+    """5 of m + n = 5, and of AB = CD = 5: the value of what a question may ask for."""
+    if node[0] != "chain" or set(node[1].split()) != {"="} or names(node[-1]):
+        return None
+    labels = [part for part in node[2:-1] if part[0] != "tuple"]  # (x, y) is no number
+    if len(labels) < len(node) - 3 or not all(is_label(x) or is_quantity(x) for x in labels):
+        return None
+    return node[-1]
+
+
+def free_name(node: Node) -> Node | None:
+    """k of "k pi, k in ℤ"; the constant of integration."""
+    for part in members(node):
+        if part[:2] == ("chain", "∈") and part[2][0] == "name" and part[3] == ("name", "ℤ"):
+            return part[2]
+    for part in walk(node):
+        for letter in ("C", "c"):
+            if part[0] == "+" and ("name", letter) in part[1:]:
+                return ("name", letter)
+    return None
+
+
+def roots_of_one_name(node: Node) -> Node:
+    """x_1 = 1, x_2 = 4 as x = 1, x = 4: whose indices only count."""
+    if node[0] not in ("list", "or"):
+        return node
+    letters, found = set(), []
+    for part in node[1:]:
+        if part[:2] != ("chain", "=") or part[2][0] != "name":
+            return node
+        letter, _, index = part[2][1].partition("_")
+        if len(letter) != 1 or not index.isdigit():
+            return node
+        letters.add(letter)
+        found.append(("chain", "=", ("name", letter), part[3]))
+    return (node[0], *found) if len(letters) == 1 else node
+
+
+def without_infinity(node: Node | str) -> Node | str:
+    """0 <= x < infinity as 0 <= x; a condition that always holds as all reals."""
+    if isinstance(node, str):
+        return node
+    if node[0] != "chain" or not set(node[1].split()) <= {"<", "<="}:
+        return tuple(map(without_infinity, node))
+    signs, parts = node[1].split(), node[2:]
+    endless = ("name", "infty")
+    if parts[-1] == endless:
+        signs, parts = signs[:-1], parts[:-1]
+    if parts[0] in (times(MINUS_ONE, endless), ("num", "-infty")):
+        signs, parts = signs[1:], parts[1:]
+    if not signs:
+        return ("name", "ℝ") if names(*parts) else node
+    return ("chain", " ".join(signs), *parts)
 
 
 def are_neighbours(labels: Iterable[Node]) -> bool:
@@ -208,12 +295,29 @@ class Judges:
 
     def restated(self, gold: Node, answer: Node) -> Opinion:
         """2x + 1 > 5 is no answer to "solve 2x + 1 > 5", unless the reference is of that form."""
+        if names(gold) == set() and asked_value(answer):
+            return None
         if unsolved(answer, True) and not unsolved(gold, False):
             return False
         return None
 
+    def renamed(self, gold: Node, answer: Node) -> Opinion:
+        """What stands for any number may have any name."""
+        name, other = free_name(gold), free_name(answer)
+        if not name or not other or name == other:
+            return None
+        if name[1] in names(answer) or other[1] in names(gold):
+            return None
+        return self.match(gold, substitute(answer, other, name))
+
     def named_values(self, gold: Node, answer: Node) -> Opinion:
-        """By name; against a plain (1, 2) or 1, 2 in the order of the alphabet."""
+        """By name; against a plain (1, 2) or 1, 2 in the order of the alphabet.
+
+        Where only the answer has indices, they number the roots.
+        """
+        roots = roots_of_one_name(answer)
+        if roots != answer and not any("_" in name for name in names(gold)):
+            return self.match(gold, roots)
         golds, answers = self.assignments(gold), self.assignments(answer)
         if golds and answers and set(golds) == set(answers):
             return all(self.match(golds[name], answers[name]) for name in golds)
@@ -251,6 +355,9 @@ class Judges:
 
     def labels(self, gold: Node, answer: Node) -> Opinion:
         """A value's name may be missing on either side, but not be another; f(x) may be y."""
+        asked = asked_value(answer)
+        if asked and gold[0] != "chain" and not names(gold) and self.match(gold, asked):
+            return True
         (gold_label, gold_value), (label, value) = self.unlabel(gold), self.unlabel(answer)
         if gold_value is None or value is None:
             return False
@@ -322,6 +429,7 @@ class Judges:
     # ------------------------------------------------------------------------ sets and shapes
 
     def sets(self, gold: Node, answer: Node) -> Opinion:
+        gold, answer = without_infinity(gold), without_infinity(answer)
         parts = [gold, answer, *members(gold), *members(answer)]
         real = any(is_bound(part) or part[0] in ("∪", "∩", "∖") for part in parts)
         if not real or inner_units(gold) != inner_units(answer):
@@ -334,6 +442,8 @@ class Judges:
             golds, answers = (
                 part[2:] if part[0] == "tuple" else members(part) for part in (gold, answer)
             )
+            if "or" in (gold[0], answer[0]):  # 3 hours or 20 minutes
+                return False
             return len(golds) == len(answers) and all(map(self.match, golds, answers))
         if answer[:2] == ("tuple", ";"):
             answer = ("list", *answer[2:])
@@ -474,6 +584,7 @@ class Judges:
     IN_TURN: tuple[Callable, ...] = (
         identical,
         restated,
+        renamed,
         named_values,
         labels,
         coordinates,

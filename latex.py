@@ -44,9 +44,9 @@ SMALL_WORDS = set(_small.split())
 # Commands and characters that stand for another token: an operator, a bracket, a function or a
 # name.
 _synonyms = r"""cdot * times × ast * div / le <= leq <= leqslant <= ge >= geq >= geqslant >= lt <
-    gt > ne != neq != pm ± mp ∓ cup ∪ cap ∩ setminus ∖ backslash ∖ in ∈ approx ≈ simeq ≈ equiv ≡
-    langle ( rangle ) colon : land and wedge and lor or vee or dbinom binom tbinom binom dfrac frac
-    tfrac frac cfrac frac nicefrac frac sfrac frac varnothing emptyset
+    gt > ne != neq != pm ± mp ∓ cup ∪ cap ∩ bigcup ∪ bigcap ∩ setminus ∖ backslash ∖ in ∈ approx ≈
+    simeq ≈ equiv ≡ langle ( rangle ) colon : land and wedge and lor or vee or dbinom binom
+    tbinom binom dfrac frac tfrac frac cfrac frac nicefrac frac sfrac frac varnothing emptyset
     infinity infty oo infty inf infty dots ldots cdots ldots dotsc ldots vdots ldots lbrace \{
     rbrace \} degree ° prime ' mid ∣ nmid ∤ parallel ∥ perp ⟂ to → rightarrow → longrightarrow →
     mapsto ↦ Rightarrow ⇒ implies ⇒ Longrightarrow ⇒ Leftarrow ⇐ Leftrightarrow ⇔ iff ⇔
@@ -55,7 +55,8 @@ _synonyms = r"""cdot * times × ast * div / le <= leq <= leqslant <= ge >= geq >
     acos arctan atan arccot acot arcsec asec arccsc acsc arsinh asinh arcosh acosh artanh atanh
     arcsinh asinh arccosh acosh arctanh atanh ln log sgn sign lbrack [ rbrack ] − - – - — - · * ⋅ *
     ∙ * ∗ * ÷ / ≤ <= ≦ <= ⩽ <= ≥ >= ≧ >= ⩾ >= ≠ != ′ ' ’ ' √ sqrt ∞ infty ∅ emptyset … ldots ⟨ ( ⟩
-    ) ∶ : 。 . 、 , π pi ℏ hbar ** ^ == = := = ... ldots // no"""
+    ) ∕ / ∠ angle △ triangle surd sqrt imath i jmath j ∶ : 。 . 、 , π pi ℏ hbar ** ^ == = := = ...
+    ldots // no"""
 SYNONYMS = dict(zip(_synonyms.split()[::2], _synonyms.split()[1::2]))
 
 ORDERED = set("∣∤∥⟂→↦⇒⇐⇔↔∘⊂⊆⊃⊇∼≅∝∉")  # relations that are compared side by side, as they stand
@@ -77,7 +78,13 @@ MARKS = set(_marks.split())
 _vector = (
     r"\\(?:mathbf|boldsymbol|bm)\s*\{([A-Za-z])\}"  # where a cross product shows that it is one
 )
+_ordinal = r"(?<![A-Za-z0-9.])([0-9]*(?:1st|2nd|3rd|[04-9]th|1[1-3]th))(?![A-Za-z])"
 REWRITES = [  # what two or more tokens make together
+    # \hat{i} and \vec{\mathbf{i}} are \mathbf{i}
+    (
+        r"\\(?:hat|vec)\s*(?:\{\s*\\(?:mathbf|boldsymbol|bm)\s*\{([ijk])\}\s*\}|\{\s*([ijk])\s*\})",
+        r"\\mathbf{\1\2}",
+    ),
     (_vector + r"(?=\s*\\times)", r"\\vec{\1}"),
     (r"(?<=\\times)\s*" + _vector, r"\\vec{\1}"),
     (r"\\textcircled\s*\{\s*([1-9])\s*\}", lambda found: "①②③④⑤⑥⑦⑧⑨"[int(found[1]) - 1]),
@@ -86,6 +93,25 @@ REWRITES = [  # what two or more tokens make together
     (r"\^\\prime", r"\\prime"),
     (r"\{:\}", ":"),
     (r"Rs\.", "₹"),
+    (r"(?<=[0-9])\\!(?=,)", ""),  # 1\!,\!000
+    (r"\(([0-9][0-9A-F]*)\)\s*(?=_)", r"\1"),  # (1A3)_{16}
+    (r"US\s?\\?\$", r"\\$"),
+    (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", r"\\times "),  # 1.2 x 10^{-5}
+    (r"\{\s*\}\s*(?=°)", ""),  # {}^\circ
+    (r"\+/-", r"\\pm "),
+    (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "),  # (-oo, 2] U [5, oo)
+    (r"(\\mathbb\s*\{?\s*R\s*\}?)\s*-\s*(?=\\\{)", r"\1\\setminus "),
+    (r"(?<=[0-9])\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=[0-9])", ":"),  # 3 to 4
+    (r"(?<=[0-9A-Za-z})])\s*\\q?quad\s*(?=[A-Za-z](?:_\{?\w\}?)?\s*=)", ", "),  # x=2\quad y=3
+    (_ordinal, lambda found: found[1][:-2]),
+    (r"(?<=[0-9])\s*\^\s*\{?\s*(?:st|nd|rd|th)\s*\}?(?![A-Za-z])", ""),  # 13^{th}
+    (r"(?<![\w})\]])([\^_]\s*\{?\s*\w+\s*\}?\s*C\s*_)", r"{}\1"),  # ^{10}C_3
+    (r"\\Delta(?=\s*[A-Z]{3}(?![A-Za-z]))", r"\\triangle"),
+    # 0.1666\ldots, 0.2727...: at least three times one digit, or twice several
+    (
+        r"(?<![0-9.])([0-9]*\.[0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,3})\3+)\s*(?:\\[lc]?dots|\.\.\.|…)",
+        r"\1\\overline{\2\3}",
+    ),
     # 13^{th}
     (
         r"(?<=[0-9])(?:\^\s*)?\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?",
@@ -194,7 +220,8 @@ def tokens_of(text: str, words: bool, thousands: bool) -> Iterator[Token]:
             continue
         if found["text"]:
             blank = blank or not found["inside"].strip()
-            new = [*tokens_of(found["inside"].replace("$", ""), True, thousands)]
+            inside = re.sub(r"(?<!\\)\$", "", found["inside"])  # \$ is money
+            new = [*tokens_of(inside, True, thousands)]
             if found["font"].startswith("operatorname") and found["inside"].strip() in FUNCTIONS:
                 new = [known_command(found["inside"].strip())]
             elif found["font"] in ("mathrm", "operatorname"):
@@ -273,7 +300,7 @@ def read_period(found: re.Match) -> str:
 
 def read_letters(run: str, words: bool, before: Token) -> Iterator[Token]:
     r"""Letters in a row: in \text a word; else a function, a word too long for names, or names."""
-    quantity = before.kind in ("num", "word") or before.text in (")", "}", "%")
+    quantity = before.kind in ("num", "word") or before.text in (")", "}", "%", "pi")
     if not run.isascii():
         yield from foreign_letters(run, words, before)
     elif run.lower() in ("and", "or", "mod", "pmod"):
@@ -287,7 +314,7 @@ def read_letters(run: str, words: bool, before: Token) -> Iterator[Token]:
     elif known_unit(run) is None and (pieces := glued(run)):
         for piece in pieces:
             yield known_command(piece) if len(piece) > 1 else Token("name", piece)
-    elif run in SMALL_WORDS or re.fullmatch("[a-z]{4,}|[A-Z][a-z]{2,}", run):
+    elif run in SMALL_WORDS or run == "DNE" or re.fullmatch("[a-z]{4,}|[A-Z][a-z]{2,}", run):
         yield Token("word", run)
     else:
         yield from (Token("name", letter) for letter in run)
@@ -337,9 +364,10 @@ def trimmed(tokens: list[Token]) -> list[Token]:
         ):
             tokens = tokens[k + 2 + (tokens[k + 2].text == ":") :]
             break
-    while tokens and tokens[-1].kind == "op" and tokens[-1].text in (".", ",", ";", ":"):
+    while tokens and tokens[-1].text in (".", ",", ";", ":", r"\\", "newline"):
         tokens = tokens[:-1]
-    about = len(tokens) == 2 and tokens[0].text == "≈" and "." in tokens[1].text
+    about = len(tokens) > 1 and tokens[0].text == "≈" and "." in tokens[1].text
+    about = about and all(token.kind == "word" for token in tokens[2:])  # ≈ 3.5 m
     equals = tokens and tokens[0][:2] == ("op", "=")
     return tokens[1:] if about or equals else tokens
 
@@ -352,8 +380,12 @@ def literal(tokens: list[Token]) -> str:
     kept = [token for token, article in zip(tokens, articles) if not article] or tokens
     texts = []
     for token in kept:
-        word = token.kind == "word" and not known_unit(token.text)
-        texts.append(plain_words([token.text]) if word else token.text)
+        if token.kind == "word" and not known_unit(token.text):
+            texts.append(plain_words([token.text]))
+        elif token.kind == "command" and token.text not in FUNCTIONS | MARKS:
+            texts.append("\\" + token.text)  # not known: \q is not q
+        else:
+            texts.append(token.text)
     braces = set()
     for k in range(1, len(texts) - 1):
         if texts[k - 1] == "{" and texts[k + 1] == "}":  # x^{2} is x^2

@@ -55,7 +55,13 @@ ALIGNED = {
     "eqnarray",
 }
 EMPTY, REALS = ("name", "emptyset"), ("name", "ℝ")
-MEANINGS = {"no solution": EMPTY, "no real solution": EMPTY, "empty set": EMPTY}
+NOT_THERE, NO_END = ("text", "doe not exist"), ("text", "infinitely many")
+_none = """no solution; no real solution; empty set; no solution exist; there exist no solution;
+    there is no solution; there are no solution; there is no real solution; there are no real
+    solution"""
+MEANINGS = {" ".join(phrase.split()): EMPTY for phrase in _none.split(";")}
+MEANINGS |= {"dne": NOT_THERE, "limit doe not exist": NOT_THERE}
+MEANINGS |= {"infinitely many solution": NO_END, "there are infinitely many solution": NO_END}
 MEANINGS |= {"all real number": REALS, "all real": REALS, "infinity": ("name", "infty")}
 INFIX = ("over", "choose")  # TeX's {a \over b}
 TRANSPOSE = (("name", "T"), ("name", "top"), ("text", "top"))

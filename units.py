@@ -88,7 +88,7 @@ _NOT_COUNTED = set(_not_counted.split())
 _NUMBER_WORD = re.compile(
     r"(half|third|quarter|(four|fif|six|seven|eigh|nin|ten|eleven|twelf|\w+teen|\w+tie|"
     r"\w*hundred|\w*thousand|\w*illion)th|hundred|thousand|\w*illion|dozen|score|gross|googol|"
-    r"lakh|crore|myriad|permil|permille|one|two|three|four|five|six|seven|eight|nine|ten|eleven|"
+    r"lakh|crore|myriad|permil|permille|mil|mille|one|two|three|four|five|six|seven|eight|nine|ten|eleven|"
     r"twelve|\w+teen|(twen|thir|for|fif|six|seven|eigh|nine)ty)s?"
 )
 
@@ -187,7 +187,7 @@ def read_unit(tokens: list, at: int) -> tuple[list[tuple[str, int]], int]:
     """The unit that stands at a token, as a product of powers, and where it ends; [] if none does.
 
     unit   = factor (sign factor)*         sign   = "/" | per | "*" | "-" | nothing
-    factor = [square] word [^ power] [squared] | "(" unit ")"
+    factor = [square] word [^ power] [squared] | "(" unit ")" | \\frac{unit}{unit}
     """
     if [token.text.lower() for token in tokens[at : at + 2]] == ["per", "cent"]:
         return [("percent", 1)], at + 2
@@ -218,6 +218,8 @@ def _read_factor(tokens: list, at: int, below: bool) -> tuple[list[tuple[str, in
     if text == "(" and below:  # J/(kg·K)
         inside, end = read_unit(tokens, at + 1)
         return (inside, end + 1) if tokens[end].text == ")" else ([], at)
+    if text == "frac":
+        return _read_quotient(tokens, at)
     scale = 1
     if kind == "word" and text.lower() in POWERS:  # square metres
         scale, at = POWERS[text.lower()], at + 1
@@ -236,6 +238,20 @@ def _read_factor(tokens: list, at: int, below: bool) -> tuple[list[tuple[str, in
     if tokens[at].text in ("squared", "cubed"):
         power, at = POWERS[tokens[at].text] * power, at + 1
     return [(name, scale * power)], at
+
+
+def _read_quotient(tokens: list, at: int) -> tuple[list[tuple[str, int]], int]:
+    """\\frac{\\text{miles}}{\\text{hour}}"""
+    found, end = [], at + 1
+    for sign in (1, -1):
+        if tokens[end].text != "{":
+            return [], at
+        inside, end = read_unit(tokens, end + 1)
+        if not inside or tokens[end].text != "}":
+            return [], at
+        found += [(name, sign * power) for name, power in inside]
+        end += 1
+    return found, end
 
 
 def _read_power(tokens: list, at: int) -> tuple[int, int]:

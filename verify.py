@@ -46,6 +46,7 @@ import maths
 from judges import Judges
 from latex import MAX_CHARS, ParseError, bare, literal
 from maths import show
+from units import known_unit, read_unit
 from values import Undecided, exact_arithmetic  # noqa: F401 (the countdown checker's)
 
 APPLIED = {*"fghFGH", "Gamma", "zeta"}  # f(x + 1) is never a product
@@ -119,17 +120,39 @@ def reference_answer(field: str | int | float) -> str:
 
 ALONE = r"\s*\)?\s*"
 WITH_TEXT = r"(?:\s*\)|[.:]|\s+[-–])+\s*([^\s.:)].*)"  # the option's text behind the letter
-HEDGE = r"(?:or|and|not|[Nn]o,|but|nor|maybe|[A-J][.,:)])(?![a-z])|[,/?&]|[A-J]$"
+HEDGE = r"(?:or|and|not|[Nn]o,|but|nor|maybe|\(?[A-J][.,:)])(?![a-z])|[,/?&]|[A-J]$"
 OTHER_CHOICE = r"\b(?i:alternatively|perhaps|wait|actually|wrong|except)\b|[B-J]\?|/\s*[A-J]$|"
-OTHER_CHOICE += r"\b(?:or|nor|not)\s*\(?[A-J]\b|\b(?:and|be|is|think|[Ee]ither)\s*\(?[A-J]$"
+OTHER_CHOICE += r"\b(?:or|nor|not)\s*\(?[A-J]\b|\b(?:and|be|is|think|[Ee]ither)\s*\(?[A-J]$|"
+OTHER_CHOICE += r"\b(?i:also|option|choice)\s*\(?[A-J]\b|\b[A-J] it is\b|"
+OTHER_CHOICE += r"\b[A-J]\)?,\s*\(?[A-J]\)?,?\s*(?:and|or)\s*\(?[A-J]\b"  # B, C and D
 
 
 def same_words(gold: str, answer: str) -> bool:
-    """`no` and \\text{No}; I,II and I, II: the same words but for the case of the first letter."""
-    gold, answer = (bare(text).replace(", ", ",") for text in (gold, answer))
+    """`no` and \\text{No}; I,II and I, II: the same words but for the case of the first letter.
+
+    Only of words: \\sqrt{a} b and \\sqrt{a b} have the same letters, and mgh is not Mgh.
+    """
+    if is_formula(gold) or is_formula(answer):
+        return False
+    in_text = r"\text{" in gold + answer
+    gold, answer = (
+        re.sub("^(?:an?|the) (?=[a-z]{4})", "", bare(text)).replace(", ", ",")
+        for text in (gold, answer)
+    )
     if not re.fullmatch("[A-Za-z][A-Za-z ,'-]+", gold):
         return False
-    return gold[1:] == answer[1:] and gold.lower() == answer.lower()
+    if gold == answer:
+        return True
+    first = re.match("[A-Za-z]+", gold)[0]
+    is_prose = in_text or len(first) > 3 or first.lower() in latex.SMALL_WORDS | {"yes", "odd"}
+    return is_prose and answer in (gold[0].swapcase() + gold[1:], gold.upper())
+
+
+def is_formula(text: str) -> bool:
+    """Whether a text has more than words, fonts and lists: commands, braces, stars, a minus."""
+    inside = r"\\(?:text\w*|mbox|math[a-z][a-z]|operatorname|boldsymbol|bm)\s*\{([^{}\\]*)\}"
+    outside = re.sub(r"\\[,;:! ]|\\(?:left|right)(?![a-z])", " ", re.sub(inside, r"\1", text))
+    return re.search(r"[\\{}*]|\s-\s", outside) is not None
 
 
 def same_choice(gold: str, answer: str) -> bool | None:
@@ -141,6 +164,8 @@ def same_choice(gold: str, answer: str) -> bool | None:
     gold, answer = bare(gold).strip("()"), bare(answer)
     several = re.sub(r"\band\b|[\s,;&]", "", gold)
     if re.fullmatch("[A-J]{2,6}", several) and "".join(sorted(set(several))) == several:
+        if re.search(r"\bor\b", answer):
+            return False
         letters = re.sub(r"\band\b|[\s,;&()]", "", answer)
         listed = several != gold or letters != answer  # BA is no way to write AB
         same = "".join(sorted(letters)) == several if listed else letters == several
@@ -160,19 +185,59 @@ def is_word(gold: str) -> bool:
     if re.search(r"\\(?!text|math|mbox|bf|rm|bm|boldsymbol|left|right)[A-Za-z]", gold):
         return False
     word = bare(gold)
+    if word == "DNE":
+        return False
     product = re.fullmatch("[a-z]{2}", word) or latex.glued(word)
     return re.fullmatch("[A-Z]{2,}|[A-Z]?[a-z]{2,}", word) is not None and not product
 
 
 def without_stars(answer: str) -> str:
     """**26** is 26 in Markdown."""
-    return re.sub(r"^\s*\*\*(.*)\*\*\s*$", r"\1", answer)
+    return re.sub(r"^\s*(\*{2,3})(.*)\1\s*$", r"\2", answer)
 
 
 def without_letter(answer: str) -> str:
-    """(C) 26 is 26, where the reference is no letter."""
-    letter = re.fullmatch(r"\(?[A-J]\)([^A-Za-z()]+)", bare(answer))
+    """(C) 26 and C. 26 are 26, where the reference is no letter."""
+    letter = re.fullmatch(r"\(?[A-J](?:\)|[.:]\s)([^A-Za-z()]+)", bare(answer))
     return letter[1].lstrip(" \t\n.:") if letter else answer
+
+
+def one_spelling(tokens: list[latex.Token]) -> list[latex.Token]:
+    """\\varphi is \\phi, where not both of them stand."""
+    texts = {token.text for token in tokens}
+    found = []
+    for token in tokens:
+        plain = re.sub("^var(?=(?:epsilon|theta|rho|sigma|phi)(?:_|$))", "", token.text)
+        found.append(token if plain in texts else token._replace(text=plain))
+    return found
+
+
+def with_units_of(gold: list[latex.Token], answer: list[latex.Token]) -> list[latex.Token]:
+    """The answer's tokens; 5.0 J with the reference's \\text{J}, if the reference ends in it."""
+
+    def spelled(tokens: list[latex.Token]) -> list[str]:
+        return [known_unit(token.text) or token.text for token in tokens if token.text != "*"]
+
+    unit = trailing_unit(gold)
+    if not unit:
+        return answer
+    for end in range(1, len(answer)):
+        number = answer[end - 1].kind == "num" or answer[end - 1].text in (")", "}")
+        letters = any(token.kind == "name" for token in answer[end:])
+        if number and letters and spelled(answer[end:]) == spelled(unit):
+            return [*answer[:end], *unit]
+    return answer
+
+
+def trailing_unit(tokens: list[latex.Token]) -> list[latex.Token]:
+    """The unit in \\text that an answer ends in, or nothing."""
+    padded = [*tokens, *[maths.END] * 5]  # it looks ahead
+    for start, token in enumerate(tokens):
+        if token.kind == "word" and known_unit(token.text):
+            unit, end = read_unit(padded, start)
+            if unit and end == len(tokens):
+                return tokens[start:]
+    return []
 
 
 # ---------------------------------------------------------------------------- verdicts
@@ -195,6 +260,8 @@ def judge(answer: str, gold: str, deadline: float, tolerance: float, algebra=Non
         tokens = latex.trimmed(latex.tokenise(text))
     except ParseError as error:
         return Verdict("unparsed", answer, str(error))
+    tokens = with_units_of(gold_tokens, one_spelling(tokens))
+    gold_tokens = one_spelling(gold_tokens)
     literals = literal(tokens), literal(gold_tokens)
     if literals[0] == literals[1] != "":
         return Verdict("correct", answer, *literals, "literal")
@@ -202,7 +269,8 @@ def judge(answer: str, gold: str, deadline: float, tolerance: float, algebra=Non
         return Verdict("unparsed", answer, "nothing", literals[1], "literal")
     functions = maths.applied_names(tokens) | maths.applied_names(gold_tokens) | APPLIED
     try:
-        gold_read = None if is_word(gold) else maths.read(gold_tokens, functions)
+        word = is_word(gold) and not any(token.text in "=*^/" for token in tokens)  # W = mgh
+        gold_read = None if word else maths.read(gold_tokens, functions)
     except ParseError:
         gold_read = None
     if gold_read is None or not gold_tokens:  # what is not read is only compared as it stands

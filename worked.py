@@ -12,7 +12,8 @@ of them. By the reference, it has two rules:
    or have a power of ten. For a reference that is no whole number, roots and the like may stand
    (\sqrt{17} for 4.123105): such a reference is often rounded.
 2. Whatever the reference, a formula of the question that equals it is no answer, nor is one that
-   contains it: not \sqrt{242}, not x = \sqrt{242} + 0.
+   contains it: not \sqrt{242}, not x = \sqrt{242} + 0. Nor is an equation of the question: where
+   it says a + b = 0, "a + b = 0" is no answer, though m + n = 0 would be.
 
 What still passes: a formula of the question that was really changed, where rule 1 does not hold;
 24/40 for 3/5; a plain number of the question (0.45, to be written as a fraction); products of
@@ -43,6 +44,10 @@ def left_to_judge(question: str, answer: str, reference: str) -> bool:
         return False
     if pieces(found) == pieces(wanted) or not has_operation(found):
         return False
+    answered, expected = show(found), show(wanted)
+    given = equations(question, reference)
+    if any(side in answered and side not in expected for side in given):
+        return True
     if shows_numbers(wanted, whole=False):
         whole = is_whole(wanted)
         plain = all(part[0] in PLAIN for part in walk(found))
@@ -50,7 +55,6 @@ def left_to_judge(question: str, answer: str, reference: str) -> bool:
             return True
         if whole:
             return False
-    answered, expected = show(found), show(wanted)
     copied = formulas(question, reference)
     return any(body in answered and body not in expected for body in copied)
 
@@ -107,12 +111,28 @@ def shows_numbers(node: Node, whole: bool) -> bool:
     return False
 
 
-@lru_cache(maxsize=4096)
 def formulas(question: str, reference: str) -> tuple[str, ...]:
     """The formulas of a question that equal the reference, as they show in a tree.
 
     Without what opens and closes a sum or product: so they are found in a longer one, too.
     """
+    nodes = filter(has_operation, equal_to(question, reference))
+    return tuple(re.sub(r"^[+*]\(", "", show(node).rstrip(")")) for node in nodes)
+
+
+def equations(question: str, reference: str) -> list[str]:
+    """What the question itself says to be the reference: a + b + c of a + b + c = 0."""
+    found = []
+    for node in equal_to(question, reference):
+        if node[0] == "chain":
+            sides = [side for side in node[2:] if maths.names(side) and has_operation(side)]
+            found += map(show, sides)
+    return found
+
+
+@lru_cache(maxsize=4096)
+def equal_to(question: str, reference: str) -> tuple[Node, ...]:
+    """The formulas of a question that verify.py finds equal to the reference."""
     found = []
     for groups in re.findall(FORMULA, question, re.DOTALL):
         formula = "".join(groups).strip(" .,?!\n")
@@ -120,9 +140,7 @@ def formulas(question: str, reference: str) -> tuple[str, ...]:
         if not verify.decide(boxed, reference, SECONDS, lenient=False, tolerance=0.0).correct:
             continue
         try:
-            node = tree(formula)
+            found.append(tree(formula))
         except ParseError:
             continue
-        if has_operation(node):
-            found.append(re.sub(r"^[+*]\(", "", show(node).rstrip(")")))
     return tuple(found)

@@ -14,6 +14,8 @@ ROOT = ("Simplify $\\sqrt{242}$.", "11\\sqrt2")
 DECIMAL = ("Write $\\frac{3}{20}$ as a decimal.", "0.15")
 THIRDS = ("Compute $\\frac12+\\frac14$.", "\\frac34")
 
+GIVEN = ("Let $a + b + c = 0.$ What is $m+n$?", "0")
+
 LEFT_TO_THE_JUDGE = [
     (*SUM, "13 + 13"),
     (*SUM, "(13 + 13)"),
@@ -37,6 +39,8 @@ LEFT_TO_THE_JUDGE = [
     ("Solve.", "x=5", "x = 10/2"),
     ("What share?", "30\\%", "15\\% + 15\\%"),
     ("How much?", "9.50", "4.75 + 4.75"),
+    (*GIVEN, "a+b+c = 0"),
+    (*GIVEN, "x = a + b + c = 0"),
     (*ROOT, "\\sqrt{242}"),
     (*ROOT, "(\\sqrt{242})"),
     (*ROOT, "x = \\sqrt{242} + 0"),
@@ -52,6 +56,8 @@ LEFT_TO_THE_JUDGE = [
 ]
 
 WORKED_OUT = [
+    (*GIVEN, "m + n = 0"),
+    (*GIVEN, "0"),
     (*SUM, "26"),
     (*SUM, "26.0"),
     (*SUM, "x = 26"),
@@ -116,8 +122,9 @@ WRAPPERS = ("{}", "({})", "x = {}", "{}+0", "1 \\cdot ({})", "{} \\text{{ cm}}")
 
 
 def test_formulas_of_real_questions(shared):
-    """MATH500: each reference is an answer to its question. In 42 questions a formula equals the
-    reference, and in 2 of them it is the reference; in one more it is its number, `12^{th}`."""
+    """MATH500: each reference is an answer to its question. In 43 questions a formula equals the
+    reference (in one an equation, a + b + c + d = 0), and in 2 of them it is the reference; in one
+    more it is its number, `12^{th}`."""
     equal, paid = set(), set()
     for problem in tasks.load(shared / "data" / "math500.jsonl"):
         assert tasks.judge_math(problem, f"\\boxed{{{problem.answer}}}").correct, problem
@@ -130,7 +137,7 @@ def test_formulas_of_real_questions(shared):
                 response = f"\\boxed{{{wrapper.format(formula)}}}"
                 if tasks.judge_math(problem, response).correct:
                     paid.add((problem.answer, formula))
-    assert len(equal) == 42
+    assert len(equal) == 43
     assert paid == {("\\sqrt{53}", "\\sqrt{53}"), ("12", "12^{\\mathrm{th}}"), ("6", "6")}
 
 
