@@ -64,29 +64,26 @@ def run(
     refused: {a flag that one would look for: why there is none}, unless `flags` has it.
     Exit codes: 0, 2 (bad input, or nowhere to write), 130 (Ctrl-C, or a scheduler's SIGTERM).
     """
-    before = {stop: signal.signal(stop, interrupt) for stop in STOPS}
-    try:
-        own = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(flags)}
-        for word in sys.argv[1:] if args is None else args:
-            name = word.partition("=")[0].replace("_", "-")
-            if name in refused and name not in own:
-                raise UserError(f"there is no {name}: {refused[name]}")
-        read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
-        main(expand_home(read))
-        sys.stdout.flush()  # a full disk behind `> file` shows here, and not after us
-    except UserError as error:
-        leave(f"error: {error}", 2)
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        leave(f"error: {where}{error.strerror}", 2)
-    except KeyboardInterrupt as interruption:
-        print(file=sys.stderr)  # the terminal has put ^C there
-        leave(f"interrupted: {str(interruption) or 'nothing was written'}", 130)
-    finally:
-        for stop, handler in before.items():  # whoever called us has handlers of its own
-            signal.signal(stop, handler or signal.SIG_DFL)
+    with handling(interrupt):
+        try:
+            own = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(flags)}
+            for word in sys.argv[1:] if args is None else args:
+                name = word.partition("=")[0].replace("_", "-")
+                if name in refused and name not in own:
+                    raise UserError(f"there is no {name}: {refused[name]}")
+            read = tyro.cli(flags, args=args, description=sys.modules[main.__module__].__doc__)
+            main(expand_home(read))
+            sys.stdout.flush()  # a full disk behind `> file` shows here, and not after us
+        except UserError as error:
+            leave(f"error: {error}", 2)
+        except OSError as error:
+            if error.errno not in REFUSALS:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            leave(f"error: {where}{error.strerror}", 2)
+        except KeyboardInterrupt as interruption:
+            print(file=sys.stderr)  # the terminal has put ^C there
+            leave(f"interrupted: {str(interruption) or 'nothing was written'}", 130)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -102,6 +99,17 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """`handler` meets Ctrl-C and SIGTERM in the block; then whoever called us has his own again."""
+    before = {stop: signal.signal(stop, handler) for stop in STOPS}
+    try:
+        yield
+    finally:
+        for stop, other in before.items():
+            signal.signal(stop, other or signal.SIG_DFL)
+
+
+@contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait until the block has ended: for what must not be left half begun."""
     if threading.current_thread() is not threading.main_thread():
@@ -112,12 +120,8 @@ def uninterrupted() -> Iterator[None]:
     def hold(number: int, frame: FrameType | None) -> None:
         came.append(number)
 
-    before = {stop: signal.signal(stop, hold) for stop in STOPS}
-    try:
+    with handling(hold):
         yield
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler or signal.SIG_DFL)
     if came:
         signal.raise_signal(came[0])
 

@@ -315,8 +315,7 @@ def test_what_must_not_be_half_begun_is_not_interrupted():
     program can no longer be stopped after it.
     """
     done = []
-    before = {stop: signal.signal(stop, cli.interrupt) for stop in cli.STOPS}
-    try:
+    with cli.handling(cli.interrupt):
         with cli.uninterrupted():
             pass
         assert all(signal.getsignal(stop) is cli.interrupt for stop in cli.STOPS)
@@ -324,9 +323,6 @@ def test_what_must_not_be_half_begun_is_not_interrupted():
             signal.raise_signal(signal.SIGINT)
             done.append("the rest of the block")
         assert done
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
 
 
 @pytest.fixture(scope="module")

@@ -615,13 +615,8 @@ def test_checkpoints_that_are_kept_for_good(tmp_path):
 @contextmanager
 def signals_interrupt():
     """As in a command that `cli.run` started."""
-    before = {stop: signal.signal(stop, cli.interrupt) for stop in cli.STOPS}
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        for stop, handler in before.items():
-            signal.signal(stop, handler)
+    with cli.handling(cli.interrupt), pytest.raises(KeyboardInterrupt):
+        yield
 
 
 def test_a_checkpoint_is_begun_wholly_or_not_at_all(tmp_path, monkeypatch):
