@@ -81,8 +81,9 @@ def is_quantity(node: Node) -> bool:
     if any(part[0] in ("num", "chain", "tuple", "list", "or") for part in parts):
         return False
     words = [part for part in parts if part[0] == "text"]
-    area_of = node[0] == "*" and words
-    return all(map(is_label, words)) and bool(area_of or len(names(node)) > 1)
+    if not all(map(is_label, words)):
+        return False
+    return len(names(node)) > 1 or (node[0] == "*" and words != [])  # area of ABC
 
 
 def without_powers(node: Node | str) -> Node | str:
@@ -100,17 +101,19 @@ def asked_value(node: Node) -> Node | None:
     """5 of m + n = 5, and of AB = CD = 5: the value of what a question may ask for."""
     if node[0] != "chain" or set(node[1].split()) != {"="} or names(node[-1]):
         return None
-    labels = [part for part in node[2:-1] if part[0] != "tuple"]  # (x, y) is no number
-    if len(labels) < len(node) - 3 or not all(is_label(x) or is_quantity(x) for x in labels):
-        return None
+    for part in node[2:-1]:
+        if part[0] == "tuple" or not (is_label(part) or is_quantity(part)):  # (x, y) is no number
+            return None
     return node[-1]
 
 
 def free_name(node: Node) -> Node | None:
-    """k of "k pi, k in ℤ"; the constant of integration."""
+    """k of "k pi, k in ℤ"; the constant of integration, which beside a or b is one of these."""
     for part in members(node):
         if part[:2] == ("chain", "∈") and part[2][0] == "name" and part[3] == ("name", "ℤ"):
             return part[2]
+    if names(node) & set("abAB"):
+        return None
     for part in walk(node):
         for letter in ("C", "c"):
             if part[0] == "+" and ("name", letter) in part[1:]:
@@ -295,7 +298,7 @@ class Judges:
 
     def restated(self, gold: Node, answer: Node) -> Opinion:
         """2x + 1 > 5 is no answer to "solve 2x + 1 > 5", unless the reference is of that form."""
-        if names(gold) == set() and asked_value(answer):
+        if not names(gold) and asked_value(answer):
             return None
         if unsolved(answer, True) and not unsolved(gold, False):
             return False

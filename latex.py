@@ -382,7 +382,7 @@ def literal(tokens: list[Token]) -> str:
     for token in kept:
         if token.kind == "word" and not known_unit(token.text):
             texts.append(plain_words([token.text]))
-        elif token.kind == "command" and token.text not in FUNCTIONS | MARKS:
+        elif token.kind == "command" and not (token.text in FUNCTIONS or token.text in MARKS):
             texts.append("\\" + token.text)  # not known: \q is not q
         else:
             texts.append(token.text)

@@ -219,12 +219,13 @@ def with_units_of(gold: list[latex.Token], answer: list[latex.Token]) -> list[la
         return [known_unit(token.text) or token.text for token in tokens if token.text != "*"]
 
     unit = trailing_unit(gold)
+    wanted = spelled(unit)
     if not unit:
         return answer
     for end in range(1, len(answer)):
         number = answer[end - 1].kind == "num" or answer[end - 1].text in (")", "}")
         letters = any(token.kind == "name" for token in answer[end:])
-        if number and letters and spelled(answer[end:]) == spelled(unit):
+        if number and letters and spelled(answer[end:]) == wanted:
             return [*answer[:end], *unit]
     return answer
 

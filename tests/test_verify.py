@@ -898,6 +898,8 @@ def test_answers_of_models():
         (r"\sin x + C", r"\sin x + c", True),
         (r"\sin x + C", r"\sin x - c", False),
         (r"\sin x + C", r"\cos x + c", False),
+        ("ab + c", "ab + C", False),
+        ("a + b + C", "a + b + c", False),
         (r"[-3,\infty)", r"-3\le x<\infty", True),
         (r"[-3,\infty)", r"-3< x<\infty", False),
         (r"(-\infty,4]", r"-\infty<x\le 4", True),
