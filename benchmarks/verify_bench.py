@@ -119,6 +119,12 @@ def accuracy(rows: list[dict], checks: list[Check], chosen: list[int]) -> str:
     return f"{right:.2%} | {wrong.count(False)} | {wrong.count(True)}"
 
 
+def table_group(row: dict) -> str:
+    """The row of the first table that a case belongs to."""
+    group = row.get("group", "field")
+    return "older" if group in OLDER else group
+
+
 def main(config: Config) -> None:
     rows = [row for path in config.cases for row in cli.read_jsonl(path)]
     contenders = {
@@ -134,9 +140,9 @@ def main(config: Config) -> None:
     print(
         "| | cases | | accuracy | accepted wrongly | rejected wrongly |\n|---|---|---|---|---|---|"
     )
-    groups = {"older": OLDER, "field": ["field"], "variant": ["variant"]}
-    for group, kinds in groups.items():
-        chosen = [k for k in core if rows[k].get("group", "field") in kinds]
+    groups = [table_group(row) for row in rows]
+    for group in dict.fromkeys(groups):
+        chosen = [k for k in core if groups[k] == group]
         for name, rounds in results.items():
             if chosen:
                 print(f"| {group} | {len(chosen)} | {name} | {accuracy(rows, rounds[0], chosen)} |")
