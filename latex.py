@@ -85,11 +85,11 @@ REWRITES = [  # what two or more tokens make together
         r"\\(?:hat|vec)\s*(?:\{\s*\\(?:mathbf|boldsymbol|bm)\s*\{([ijk])\}\s*\}|\{\s*([ijk])\s*\})",
         r"\\mathbf{\1\2}",
     ),
-    (_vector + r"(?=\s*\\times)", r"\\vec{\1}"),
+    (_vector + r"(?=\s*\\times)", r"\\vec{\1}"),  # \mathbf{a} \times \mathbf{b}
     (r"(?<=\\times)\s*" + _vector, r"\\vec{\1}"),
     (r"\\textcircled\s*\{\s*([1-9])\s*\}", lambda found: "①②③④⑤⑥⑦⑧⑨"[int(found[1]) - 1]),
-    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "°"),
-    (r"\^\s*\{((?:\s*\\prime)+)\s*\}", r"\1 "),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))", "°"),  # 30^{\circ}
+    (r"\^\s*\{((?:\s*\\prime)+)\s*\}", r"\1 "),  # f^{\prime\prime}
     (r"\^\\prime", r"\\prime"),
     (r"\{:\}", ":"),
     (r"Rs\.", "₹"),
@@ -100,19 +100,19 @@ REWRITES = [  # what two or more tokens make together
     (r"\{\s*\}\s*(?=°)", ""),  # {}^\circ
     (r"\+/-", r"\\pm "),
     (r"(?<=[\])])\s*U\s*(?=[\[(])", r"\\cup "),  # (-oo, 2] U [5, oo)
-    (r"(\\mathbb\s*\{?\s*R\s*\}?)\s*-\s*(?=\\\{)", r"\1\\setminus "),
+    (r"(\\mathbb\s*\{?\s*R\s*\}?)\s*-\s*(?=\\\{)", r"\1\\setminus "),  # \mathbb{R} - \{0\}
     (r"(?<=[0-9])\s*(?:\\text\s*\{\s*to\s*\}|\bto\b)\s*(?=[0-9])", ":"),  # 3 to 4
     (r"(?<=[0-9A-Za-z})])\s*\\q?quad\s*(?=[A-Za-z](?:_\{?\w\}?)?\s*=)", ", "),  # x=2\quad y=3
-    (_ordinal, lambda found: found[1][:-2]),
+    (_ordinal, lambda found: found[1][:-2]),  # 13th
     (r"(?<=[0-9])\s*\^\s*\{?\s*(?:st|nd|rd|th)\s*\}?(?![A-Za-z])", ""),  # 13^{th}
     (r"(?<![\w})\]])([\^_]\s*\{?\s*\w+\s*\}?\s*C\s*_)", r"{}\1"),  # ^{10}C_3
-    (r"\\Delta(?=\s*[A-Z]{3}(?![A-Za-z]))", r"\\triangle"),
+    (r"\\Delta(?=\s*[A-Z]{3}(?![A-Za-z]))", r"\\triangle"),  # \Delta ABC
     # 0.1666\ldots, 0.2727...: at least three times one digit, or twice several
     (
         r"(?<![0-9.])([0-9]*\.[0-9]*?)(?:([0-9])\2{2,}|([0-9]{2,3})\3+)\s*(?:\\[lc]?dots|\.\.\.|…)",
         r"\1\\overline{\2\3}",
     ),
-    # 13^{th}
+    # 13^{\text{th}}
     (
         r"(?<=[0-9])(?:\^\s*)?\{?\s*\\(?:text|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}\s*\}?",
         "",
