@@ -288,6 +288,8 @@ COLUMNS: dict[str, Callable[[Seen], float]] = {
     "tokens": lambda seen: float(np.mean(seen.result.lengths)),
     "entropy": lambda seen: seen.result.entropy,  # nats per token
     "KL from SFT": lambda seen: float(np.mean(seen.result.kl)) if seen.step else 0.0,  # nats each
+    # The mean is made by a few responses that left the road: a problem in hundreds may hold half.
+    "median KL": lambda seen: float(np.median(seen.result.kl)) if seen.step else 0.0,
     "at the least budget, %": lambda seen: at_budget(seen, min(seen.result.curve)),
     "just beyond the chains shown, %": just_beyond,
     "at the largest, %": lambda seen: at_budget(seen, max(seen.result.curve)),
@@ -562,7 +564,7 @@ def exchange(scale: Scale) -> Finding:
         question="Does a larger K pay less KL for the same accuracy?",
         paper="The larger K, the more reward for the same KL from the model that RL began with.",
         settings=oversampled(scale),
-        columns=("accuracy, %", "KL from SFT"),
+        columns=("accuracy, %", "KL from SFT", "median KL"),
         panels=((against_kl, "accuracy, %"), (course, "KL from SFT")),
         claims=(
             Claim(AT_SAME_KL, "24 x 64", "24 x 16"),
@@ -642,7 +644,7 @@ def regularisers(scale: Scale) -> Finding:
             " to us."
         ),
         settings=at_end(runs),
-        columns=("accuracy, %", "pass@16, %", "entropy", "KL from SFT"),
+        columns=("accuracy, %", "pass@16, %", "entropy", "KL from SFT", "median KL"),
         panels=((metric, "entropy"), (ends, "pass@16, %"), (ends, "accuracy, %")),
         claims=(
             Claim("entropy", "T1", "entropy bonus 0", in_paper=False),
@@ -703,7 +705,6 @@ def initialisation(scale: Scale) -> Finding:
         claims=(
             Claim("gain by RL, points", "three, RL", "one attempt, RL"),
             Claim("accuracy, %", "three, RL", "one attempt, RL"),
-            Claim("tokens", "three, RL", "one attempt, RL"),
             Claim("accuracy, %", "three, RL", "giving up, RL", in_paper=False),
         ),
         limits=(
@@ -728,7 +729,7 @@ def relatives(scale: Scale) -> Finding:
         paper="It does not compare with them.",
         settings=at_end(runs),
         columns=(
-            *("accuracy, %", "tokens", "entropy", "KL from SFT"),
+            *("accuracy, %", "tokens", "entropy", "KL from SFT", "median KL"),
             *("unexpected in RL, %", "responses drawn, thousands"),
         ),
         panels=((course, "accuracy, %"), (course, "tokens"), (course, "KL from SFT")),
