@@ -30,7 +30,7 @@ findings: $(READY)
 	$(PYTHON) findings.py all --out runs/findings
 
 test: $(READY)
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -1133,9 +1133,9 @@ def expression(rng: random.Random, depth: int) -> sympy.Expr:
 
 
 def test_identities_of_sympy():
-    """Guards against equal forms missed and near forms accepted: 1,000 random identities, 1,000 broken ones."""
+    """Guards against equal forms missed and near forms accepted: 2,000 random identities, 2,000 broken ones."""
     rng, checked, missed, accepted = random.Random(0), 0, [], []
-    while checked < 1000:
+    while checked < 2000:
         e = expression(rng, rng.randint(1, 3))
         same = FORMS[rng.choice(list(FORMS))](e)
         near = rng.choice(
@@ -1163,7 +1163,7 @@ def test_identities_of_sympy():
         if equal(gold, wrong):
             accepted.append((gold, wrong))
     assert accepted == []
-    assert len(missed) <= 10, missed[:3]
+    assert len(missed) <= 20, missed[:3]
 
 
 # ------------------------------------------------------------------------------------------------ fuzz
