@@ -516,8 +516,10 @@ def test_real_commands(tmp_path, monkeypatch):
     assert re.search(r"c/chains\.jsonl\.log: error: --count", failures[Path("c")])
     assert len(cli.read_jsonl(tmp_path / "out" / "a b" / "chains.jsonl")) == 5
     assert work.is_done(tasks[0]) and not work.is_done(tasks[1])
+    known = json.loads((tmp_path / "out" / "runs.json").read_text())
+    minutes = sum(command["seconds"] for command in known.values()) / 60
     assert re.fullmatch(
-        r"[0-9]+ minutes, processes of one core side by side, .+ cores\.", work.cost(tasks)
+        rf"{minutes:.0f} minutes, processes of one core side by side, .+ cores\.", work.cost(tasks)
     )
 
 
