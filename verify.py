@@ -219,9 +219,9 @@ def with_units_of(gold: list[latex.Token], answer: list[latex.Token]) -> list[la
         return [known_unit(token.text) or token.text for token in tokens if token.text != "*"]
 
     unit = trailing_unit(gold)
-    wanted = spelled(unit)
     if not unit:
         return answer
+    wanted = spelled(unit)
     for end in range(1, len(answer)):
         number = answer[end - 1].kind == "num" or answer[end - 1].text in (")", "}")
         letters = any(token.kind == "name" for token in answer[end:])

@@ -141,11 +141,10 @@ def main(config: Config) -> None:
         "| | cases | | accuracy | accepted wrongly | rejected wrongly |\n|---|---|---|---|---|---|"
     )
     groups = [table_group(row) for row in rows]
-    for group in dict.fromkeys(groups):
+    for group in dict.fromkeys(groups[k] for k in core):
         chosen = [k for k in core if groups[k] == group]
         for name, rounds in results.items():
-            if chosen:
-                print(f"| {group} | {len(chosen)} | {name} | {accuracy(rows, rounds[0], chosen)} |")
+            print(f"| {group} | {len(chosen)} | {name} | {accuracy(rows, rounds[0], chosen)} |")
     print("\n| | median | p99 | worst |\n|---|---|---|---|")
     for name, rounds in results.items():
         times = [sorted(check.cpu_ms for check in one) for one in rounds]
